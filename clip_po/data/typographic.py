@@ -1,0 +1,388 @@
+"""Typographic attacks: words written on images."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import string
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageStat
+
+Colour = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Range = tuple[float, float]
+
+PILLOW_FONT = "pillow"
+"""The name of the font that Pillow carries itself."""
+
+PLACES = {
+    "anywhere": None,
+    "center": (0.5, 0.5),
+    "top": (0.5, 0.0),
+    "bottom": (0.5, 1.0),
+    "left": (0.0, 0.5),
+    "right": (1.0, 0.5),
+    "top-left": (0.0, 0.0),
+    "top-right": (1.0, 0.0),
+    "bottom-left": (0.0, 1.0),
+    "bottom-right": (1.0, 1.0),
+}
+"""Where a word may stand: shares of the free width and height to its left and above it."""
+
+_CONSONANTS = "bcdfghjklmnpqrstvwxz"
+_SMALLEST_TEXT = 6  # pixels of height; below it no font is legible
+
+
+def relative_luminance(colour: Colour) -> float:
+    """Brightness of a colour as an eye sees it.
+
+    Args:
+        colour: Red, green, blue in 0..255.
+
+    Returns:
+        Relative luminance in 0..1.
+
+    Source: WCAG 2.2, "relative luminance".
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast_ratio(first: Colour, second: Colour) -> float:
+    """Contrast of two colours, 1 (equal) to 21 (black on white).
+
+    Source: WCAG 2.2, "contrast ratio".
+    """
+    high, low = sorted((relative_luminance(first), relative_luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@functools.lru_cache(maxsize=512)
+def load_font(name: str, pixels: int) -> Font:
+    """The font `name` at a size in pixels.
+
+    Args:
+        name: "pillow" for the font that Pillow carries, else the path of a TrueType or OpenType file.
+        pixels: Size of the font's em square, >= 1.
+
+    Raises:
+        ValueError: The file is no font that Pillow can read.
+    """
+    if name == PILLOW_FONT:
+        return ImageFont.load_default(pixels)
+    try:
+        return ImageFont.truetype(name, pixels)
+    except OSError as error:
+        raise ValueError(
+            f"fonts: {name!r} can't be read as a font ({error}). Give the path of a .ttf or .otf file, "
+            f"or {PILLOW_FONT!r} for the font that Pillow carries."
+        ) from error
+
+
+def enlarge(image: Image.Image, min_side: int) -> Image.Image:
+    """The image with a short side of at least `min_side` pixels, in RGB; a larger one keeps its size."""
+    image = image.convert("RGB")
+    short = min(image.size)
+    if short >= min_side:
+        return image
+    scale = min_side / short
+    width, height = (max(min_side, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class TextStyle:
+    """How one word is drawn; drawn by `TypographicAttack.style`, the same for any word.
+
+    Attributes:
+        font: As for `load_font`.
+        size: Height of the text as a share of the image's short side.
+        place: Shares (x, y) of the free width and height to the left of and above the text, each 0..1.
+        colours: Colours of the fill in order of preference; the first legible one is taken.
+        outline: Width of the outline as a share of the text's height.
+        rotation: Degrees, counter-clockwise.
+        opacity: 0 (invisible) to 1.
+        sticker: Colour of the box behind the text, or None for bare text.
+    """
+
+    font: str
+    size: float
+    place: tuple[float, float]
+    colours: tuple[Colour, ...]
+    outline: float
+    rotation: float
+    opacity: float
+    sticker: Colour | None
+
+
+def _lines_that_fit(
+    text: str, style: TextStyle, width: int, height: int, padding: int
+) -> tuple[str, Font, int]:
+    """The text, broken into lines where it must be, the largest font at which it fits, its outline in pixels."""
+
+    def measure(lines: str, pixels: int) -> tuple[float, float, int]:
+        font = load_font(style.font, pixels)
+        stroke = round(style.outline * pixels)
+        left, top, right, bottom = _CANVAS.multiline_textbbox((0, 0), lines, font=font, stroke_width=stroke)
+        across, down = right - left + 2 * padding, bottom - top + 2 * padding
+        return across * cosine + down * sine, across * sine + down * cosine, stroke
+
+    sine, cosine = abs(math.sin(math.radians(style.rotation))), abs(math.cos(math.radians(style.rotation)))
+    wanted = max(_SMALLEST_TEXT, round(style.size * min(width, height)))
+    least = max(_SMALLEST_TEXT, wanted // 2)
+    for count in range(1, len(text) + 1):
+        lines = _break(text, count)
+        pixels = wanted
+        while True:
+            text_width, text_height, stroke = measure(lines, pixels)
+            if text_width <= width and text_height <= height:
+                return lines, load_font(style.font, pixels), stroke
+            if pixels <= least:
+                break
+            pixels = max(least, min(pixels - 1, int(pixels * min(width / text_width, height / text_height))))
+    # Even letter by letter it is too large: the smallest legible size on one line, cut by the image's edge.
+    _, _, stroke = measure(text, _SMALLEST_TEXT)
+    return text, load_font(style.font, _SMALLEST_TEXT), stroke
+
+
+_CANVAS = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+
+def _break(text: str, count: int) -> str:
+    """The text in `count` lines of about equal length, at spaces where it has enough of them."""
+    words = text.split()
+    if 1 < count <= len(words):
+        target, lines = len(text) / count, [""]
+        for position, word in enumerate(words):
+            left = len(words) - position
+            room = count - len(lines)
+            if lines[-1] and room and (len(lines[-1]) + len(word) / 2 >= target or left <= room):
+                lines.append(word)
+            else:
+                lines[-1] = f"{lines[-1]} {word}".strip()
+        return "\n".join(lines)
+    step = -(-len(text) // count)
+    return "\n".join(text[start : start + step] for start in range(0, len(text), step))
+
+
+def draw_text(image: Image.Image, text: str, style: TextStyle, min_contrast: float = 3.0) -> Image.Image:
+    """Write a text on a copy of an image.
+
+    A text that is too wide first shrinks to half its size, then breaks into lines.
+
+    Args:
+        image: Any PIL image; the result is RGB of the same size.
+        text: What is written; not empty.
+        style: Font, size, place, colours, outline, rotation, opacity, sticker.
+        min_contrast: Contrast ratio (1..21) that the fill must have to what lies behind it; black or white
+            stands in where no colour of the style reaches it. The outline is black or white, against the fill.
+
+    Returns:
+        The image with the text.
+
+    Raises:
+        ValueError: The text is empty.
+    """
+    if not text.strip():
+        raise ValueError(f"A word to write must not be empty, got {text!r}.")
+    image = image.convert("RGB")
+    width, height = image.size
+    margin = max(1, round(0.02 * min(width, height)))
+    padding = max(1, round(0.04 * min(width, height))) if style.sticker else 0
+    lines, font, stroke = _lines_that_fit(text, style, width - 2 * margin, height - 2 * margin, padding)
+    left, top, right, bottom = _CANVAS.multiline_textbbox((0, 0), lines, font=font, stroke_width=stroke)
+    box = (round(right - left) + 2 * padding, round(bottom - top) + 2 * padding)
+
+    def corner(size: tuple[int, int]) -> tuple[int, int]:
+        free = (width - 2 * margin - size[0], height - 2 * margin - size[1])
+        x, y = (margin + round(share * max(0, space)) for share, space in zip(style.place, free, strict=True))
+        return x, y
+
+    if style.sticker:
+        behind = style.sticker
+    else:
+        x, y = corner(box)
+        behind = _mean_colour(image.crop((x, y, min(width, x + box[0]), min(height, y + box[1]))))
+    fill = _legible(style.colours, behind, min_contrast)
+    edge = _legible((), fill, 1.0)
+
+    layer = Image.new("RGBA", box, (*(style.sticker or fill), 255 if style.sticker else 0))
+    draw = ImageDraw.Draw(layer)
+    draw.multiline_text(
+        (padding - left, padding - top),
+        lines,
+        fill=fill,
+        font=font,
+        align="center",
+        stroke_width=stroke,
+        stroke_fill=edge,
+    )
+    if style.rotation:
+        layer = layer.rotate(style.rotation, Image.Resampling.BICUBIC, expand=True)
+    if style.opacity < 1:
+        layer.putalpha(layer.getchannel("A").point([round(a * style.opacity) for a in range(256)]))
+    result = image.copy()
+    result.paste(layer, corner(layer.size), layer)
+    return result
+
+
+def _mean_colour(image: Image.Image) -> Colour:
+    red, green, blue = (round(value) for value in ImageStat.Stat(image).mean)
+    return red, green, blue
+
+
+def _legible(colours: Sequence[Colour], behind: Colour, min_contrast: float) -> Colour:
+    for colour in colours:
+        if contrast_ratio(colour, behind) >= min_contrast:
+            return colour
+    return max((0, 0, 0), (255, 255, 255), key=lambda colour: contrast_ratio(colour, behind))
+
+
+@dataclass(frozen=True)
+class TypographicAttack:
+    """Writes attack words on images, the same pixels for the same (seed, epoch, index) in any process.
+
+    The style (font, size, place, ...) does not depend on the word, so that a meaningless string in the same
+    place, the control of `meaningless`, differs from the attack in nothing but its letters.
+
+    Args:
+        words: Attack words, at least two.
+        fonts: Names as for `load_font`.
+        size: Lowest and highest height of the text as a share of the image's short side, in (0, 1].
+        places: Names of `PLACES`.
+        colours: Names or hex codes of colours of the fill, as Pillow reads them.
+        outline: Lowest and highest width of the outline as a share of the text's height.
+        rotation: Lowest and highest angle in degrees.
+        opacity: Lowest and highest opacity in (0, 1].
+        sticker: Share of the attacks that stand on a sticker, a box of its own colour, 0..1.
+        sticker_colours: Colours of stickers.
+        min_contrast: As for `draw_text`.
+        min_side: An image with a shorter side is enlarged to it first: give the model's input size.
+        redraw: "every_epoch" draws word and style anew each epoch; "never" keeps those of epoch 0, which lets
+            the reference policy see each image only once.
+        seed: Seed of all draws.
+
+    Raises:
+        ValueError: An argument is out of range; the message says which.
+
+    Source: the attack of Afzali et al. 2025, arXiv 2411.08923, Sec. 4.1, with its parameters opened.
+    """
+
+    words: Sequence[str]
+    fonts: Sequence[str] = (PILLOW_FONT,)
+    size: Range = (0.15, 0.3)
+    places: Sequence[str] = ("anywhere",)
+    colours: Sequence[str] = ("black", "white", "red", "blue", "green", "yellow", "purple", "orange")
+    outline: Range = (0.0, 0.06)
+    rotation: Range = (0.0, 0.0)
+    opacity: Range = (1.0, 1.0)
+    sticker: float = 0.0
+    sticker_colours: Sequence[str] = ("white", "#fff4a3", "#cfe8ff", "#ffd6e0", "black")
+    min_contrast: float = 3.0
+    min_side: int = 224
+    redraw: str = "every_epoch"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every argument before the first image is drawn."""
+        if isinstance(self.words, str) or len(set(self.words)) < 2 or not all(w.strip() for w in self.words):
+            raise ValueError(
+                f"words must be a list of at least two different words that are not empty, got {self.words!r}: "
+                "with a single one no wrong word is left for the images of its class."
+            )
+        for name, low, high in (
+            ("size", 0, 1),
+            ("outline", 0, 1),
+            ("rotation", -360, 360),
+            ("opacity", 0, 1),
+        ):
+            lowest, highest = getattr(self, name)
+            if not low <= lowest <= highest <= high or (highest <= 0 and name in ("size", "opacity")):
+                raise ValueError(
+                    f"{name} must be (lowest, highest) within [{low}, {high}], got {getattr(self, name)!r}."
+                )
+        if not 0 <= self.sticker <= 1:
+            raise ValueError(f"sticker is the share of attacks on a sticker, 0 to 1, got {self.sticker!r}.")
+        if self.redraw not in ("every_epoch", "never"):
+            raise ValueError(f"redraw must be 'every_epoch' or 'never', got {self.redraw!r}.")
+        if self.min_side < 1:
+            raise ValueError(f"min_side is a number of pixels >= 1, got {self.min_side!r}.")
+        for name, known in (("places", PLACES), ("fonts", None), ("colours", None)):
+            values = getattr(self, name)
+            if isinstance(values, str) or not values:
+                raise ValueError(f"{name} must be a list that is not empty, got {values!r}.")
+            wrong = [value for value in values if known is not None and value not in known]
+            if wrong:
+                raise ValueError(f"places: unknown {wrong}; known are {sorted(PLACES)}.")
+        for font in self.fonts:
+            load_font(font, _SMALLEST_TEXT)
+        for colour in (*self.colours, *self.sticker_colours):
+            ImageColor.getrgb(colour)
+
+    def _random(self, purpose: str, index: int, epoch: int) -> random.Random:
+        return random.Random(f"{purpose}/{self.seed}/{0 if self.redraw == 'never' else epoch}/{index}")
+
+    def word(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> str:
+        """The attack word of a row.
+
+        Args:
+            index: Row of the data set.
+            epoch: Epoch, counted from 0.
+            exclude: Words that must not be written: the row's true class.
+
+        Raises:
+            ValueError: No word is left.
+        """
+        words = [word for word in self.words if word not in exclude]
+        if not words:
+            raise ValueError(
+                f"words: all of {list(self.words)!r} are excluded for row {index}; give more words."
+            )
+        return self._random("word", index, epoch).choice(words)
+
+    def meaningless(self, word: str, index: int, epoch: int = 0) -> str:
+        """A string of consonants as long as `word` that is none of the attack words: the control of occlusion."""
+        rng = self._random("meaningless", index, epoch)
+        known = {known.lower() for known in self.words}
+        while True:
+            letters = "".join(
+                rng.choice(_CONSONANTS) if c in string.ascii_letters + string.digits else c for c in word
+            )
+            if letters not in known:
+                return letters
+
+    def style(self, index: int, epoch: int = 0) -> TextStyle:
+        """The style in which the row's word is drawn."""
+        rng = self._random("style", index, epoch)
+        place = PLACES[rng.choice(list(self.places))]
+        anywhere = (rng.random(), rng.random())
+        colours = [ImageColor.getrgb(colour)[:3] for colour in self.colours]
+        rng.shuffle(colours)
+        sticker = ImageColor.getrgb(rng.choice(list(self.sticker_colours)))[:3]
+        return TextStyle(
+            font=rng.choice(list(self.fonts)),
+            size=rng.uniform(*self.size),
+            place=place or anywhere,
+            colours=tuple(colours),
+            outline=rng.uniform(*self.outline),
+            rotation=rng.uniform(*self.rotation),
+            opacity=rng.uniform(*self.opacity),
+            sticker=sticker if rng.random() < self.sticker else None,
+        )
+
+    def draw(self, image: Image.Image, text: str, index: int, epoch: int = 0) -> Image.Image:
+        """Write `text` on the image in the row's style.
+
+        Args:
+            image: The clean image; enlarged to `min_side` where it is smaller.
+            text: What is written.
+            index: Row of the data set.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            The attacked image, RGB.
+        """
+        return draw_text(enlarge(image, self.min_side), text, self.style(index, epoch), self.min_contrast)
