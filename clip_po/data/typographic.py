@@ -118,10 +118,8 @@ class TextStyle:
     sticker: Colour | None
 
 
-def _lines_that_fit(
-    text: str, style: TextStyle, width: int, height: int, padding: int
-) -> tuple[str, Font, int]:
-    """The text, broken into lines where it must be, the largest font at which it fits, its outline in pixels."""
+def _lines_that_fit(text: str, style: TextStyle, width: int, height: int, padding: int) -> tuple[str, Font, int]:
+    """The text in as many lines as it needs, the largest font at which it fits, its outline in pixels."""
 
     def measure(lines: str, pixels: int) -> tuple[float, float, int]:
         font = load_font(style.font, pixels)
@@ -178,7 +176,7 @@ def draw_text(image: Image.Image, text: str, style: TextStyle, min_contrast: flo
         text: What is written; not empty.
         style: Font, size, place, colours, outline, rotation, opacity, sticker.
         min_contrast: Contrast ratio (1..21) that the fill must have to what lies behind it; black or white
-            stands in where no colour of the style reaches it. The outline is black or white, against the fill.
+            stands in where no colour of the style reaches it. The outline is black or white.
 
     Returns:
         The image with the text.
@@ -268,7 +266,7 @@ class TypographicAttack:
     Raises:
         ValueError: An argument is out of range; the message says which.
 
-    Source: the attack of Afzali et al. 2025, arXiv 2411.08923, Sec. 4.1, with its parameters opened.
+    Source: the attack of Afzali et al. 2025, arXiv 2411.08923, with its parameters opened.
     """
 
     words: Sequence[str]
@@ -290,7 +288,7 @@ class TypographicAttack:
         """Check every argument before the first image is drawn."""
         if isinstance(self.words, str) or len(set(self.words)) < 2 or not all(w.strip() for w in self.words):
             raise ValueError(
-                f"words must be a list of at least two different words that are not empty, got {self.words!r}: "
+                f"words must be a list of at least two different words, none empty, got {self.words!r}: "
                 "with a single one no wrong word is left for the images of its class."
             )
         for name, low, high in (
@@ -338,13 +336,11 @@ class TypographicAttack:
         """
         words = [word for word in self.words if word not in exclude]
         if not words:
-            raise ValueError(
-                f"words: all of {list(self.words)!r} are excluded for row {index}; give more words."
-            )
+            raise ValueError(f"words: all of {list(self.words)!r} are excluded for row {index}; give more words.")
         return self._random("word", index, epoch).choice(words)
 
     def meaningless(self, word: str, index: int, epoch: int = 0) -> str:
-        """A string of consonants as long as `word` that is none of the attack words: the control of occlusion."""
+        """Consonants, as many as `word` has letters, that spell no attack word: the control of occlusion."""
         rng = self._random("meaningless", index, epoch)
         known = {known.lower() for known in self.words}
         while True:

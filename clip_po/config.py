@@ -1,0 +1,187 @@
+"""Configuration of the trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from clip_po.losses import LOSSES
+
+PAPER_BATCH_SIZE = 512
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "dpo": {"loss_type": ["sigmoid"], "beta": 1.0, "reg_weight": 1.0},
+    "ipo": {"loss_type": ["ipo"], "beta": 0.01, "reg_weight": 0.01},
+    "kto": {"loss_type": ["kto_pair"], "beta": 1.5, "reg_weight": 0.01},
+}
+"""The paper's settings by method (Afzali et al. 2025, arXiv 2411.08923); the rest stands in `PRESET_TRAINING`."""
+
+PRESET_TRAINING: Mapping[str, Any] = {
+    "optim": "adamax",
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "cosine",
+    "num_train_epochs": 3,
+}
+
+ADAMAX = "adamax"
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The paper's settings of a method, without the batch size.
+
+    Args:
+        name: "dpo", "ipo" or "kto".
+
+    Raises:
+        ValueError: No such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}.")
+    return {**PRESET_TRAINING, **PRESETS[name]}
+
+
+@dataclass
+class ContrastivePOConfig(TrainingArguments):
+    """Configuration of the [`ContrastivePOTrainer`], beyond those of [`~transformers.TrainingArguments`].
+
+    Parameters:
+        > The losses (and `optim`, which takes `"adamax"` besides the names that TrainingArguments knows)
+
+        loss_type (`list[str]`, defaults to `["sigmoid"]`): `"sigmoid"` (DPO, and S-DPO with several rejected
+            texts), `"ipo"`, `"kto_pair"`, `"sft"` (cross-entropy on the chosen text); several are summed.
+        loss_weights (`list[float]`, *optional*): Weight of each loss type; 1 each where it is not given.
+        beta (`float`, defaults to `0.1`): Strength of the pull to the reference policy, > 0; tau of IPO.
+        label_smoothing (`float`, defaults to `0.0`): Probability in [0, 0.5) that a preference is the wrong way
+            round (`sigmoid`).
+        reference_free (`bool`, defaults to `False`): Take the reference's log-ratios of the preferences as 0; the
+            regularization still compares with the reference.
+        desirable_weight (`float`, defaults to `1.0`): Weight of chosen texts in `kto_pair`, >= 0.
+        undesirable_weight (`float`, defaults to `1.0`): Weight of rejected texts in `kto_pair`, >= 0.
+        reg_weight (`float`, defaults to `1.0`): lambda of the paper, >= 0: weight of KL(reference || policy) on
+            ordinary images. 0 leaves them out.
+
+        > The model
+
+        train_text_model (`bool`, defaults to `False`): Train the text tower too, instead of keeping it frozen.
+        train_logit_scale (`bool`, defaults to `False`): Train the logit scale too.
+        model_init_kwargs (`dict`, *optional*): Keyword arguments of `CLIPModel.from_pretrained`, where the trainer
+            is given a name.
+        base_model_id (`str`, *optional*): What adapters and the model card name as the base model, where it was
+            loaded from a folder: its id on the Hub.
+
+        > The reference
+
+        precompute_ref_log_probs (`bool`, *optional*): Let the reference see each fixed image once, before
+            training, and keep its embeddings. `None`: where it pays, that is for fixed images seen in more than
+            one epoch. `True`: always, and refuse images that change. `False`: never.
+    """
+
+    optim: str = field(
+        default="adamw_torch",
+        metadata={"help": "The optimizer: a name of transformers' OptimizerNames, or adamax, the paper's."},
+    )
+    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate of the optimizer."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every that many steps; below 1, that share of all steps."}
+    )
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "Losses, summed: sigmoid (DPO, S-DPO), ipo, kto_pair, sft (cross-entropy)."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each loss type; 1 each where it is not given."}
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "Strength of the pull to the reference policy, > 0; tau of IPO."}
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "Probability in [0, 0.5) that a preference is the wrong way round (sigmoid)."},
+    )
+    reference_free: bool = field(
+        default=False, metadata={"help": "Take the reference's log-ratios of the preferences as 0."}
+    )
+    desirable_weight: float = field(default=1.0, metadata={"help": "Weight of chosen texts in kto_pair."})
+    undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of rejected texts in kto_pair."})
+    reg_weight: float = field(
+        default=1.0,
+        metadata={"help": "lambda: weight of KL(reference || policy) on ordinary images, >= 0."},
+    )
+    train_text_model: bool = field(default=False, metadata={"help": "Train the text tower too."})
+    train_logit_scale: bool = field(default=False, metadata={"help": "Train the logit scale too."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of CLIPModel.from_pretrained, as JSON."}
+    )
+    base_model_id: str | None = field(
+        default=None,
+        metadata={"help": "Hub id of the base model, for adapters and card, where it came from a folder."},
+    )
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={"help": "Let the reference see each fixed image once, before training; default: if it pays."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the numbers of the losses before anything is loaded."""
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self._check()
+        # Trainer's list of optimizers lacks torch's Adamax: let TrainingArguments check the rest with another.
+        adamax = self.optim == ADAMAX
+        if adamax:
+            self.optim = "adamw_torch"
+        super().__post_init__()
+        if adamax:
+            self.optim = ADAMAX
+
+    def _check(self) -> None:
+        unknown = [name for name in self.loss_type if name not in LOSSES]
+        if unknown or not self.loss_type:
+            raise ValueError(
+                f"loss_type must name one or more of {sorted(LOSSES)}, got {self.loss_type!r}. "
+                "DPO is 'sigmoid', KTO on pairs 'kto_pair', cross-entropy 'sft'."
+            )
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights must hold one weight for each of the {len(self.loss_type)} loss types "
+                f"{self.loss_type!r}, got {self.loss_weights!r}."
+            )
+        if not 0 < self.beta < float("inf"):
+            raise ValueError(
+                f"beta must be a finite number > 0, got {self.beta!r}. To train without a pull to the reference, "
+                "use loss_type='sft' or reference_free=True."
+            )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing!r}.")
+        for name in ("reg_weight", "desirable_weight", "undesirable_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}.")
+
+    @property
+    def weights(self) -> list[float]:
+        """A weight for each loss type."""
+        return self.loss_weights if self.loss_weights is not None else [1.0] * len(self.loss_type)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> ContrastivePOConfig:
+        """The paper's settings: torch's Adamax, learning rate 2e-5, cosine, 3 epochs, global batch size 512.
+
+        Args:
+            name: "dpo" (beta 1.0, lambda 1.0), "ipo" (0.01, 0.01) or "kto" (1.5, 0.01).
+            **overrides: Any argument of the configuration; it wins over the preset.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: No such preset.
+
+        Source: Afzali et al. 2025, arXiv 2411.08923, experiments.
+        """
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        share = max(1, PAPER_BATCH_SIZE // (processes * overrides.get("gradient_accumulation_steps", 1)))
+        return cls(**{**preset(name), "per_device_train_batch_size": share, **overrides})

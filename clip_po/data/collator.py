@@ -1,0 +1,85 @@
+"""Rows to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from clip_po.data.formats import Row
+
+
+@dataclass
+class DataCollatorForContrastivePreference:
+    """Preferred and rejected texts of images as positions in their candidate texts, each text once.
+
+    Args:
+        processor: CLIPProcessor; its image processor makes the pixels.
+        candidate_texts: The candidate texts of every row. None: each row chooses among its `candidates`, or else
+            its chosen and rejected texts.
+
+    Returns a batch of B rows:
+
+    ====================  =================  ================================================================
+    pixel_values          Tensor[B,C,H,W]    images of the preferences
+    reg_pixel_values      Tensor[B,C,H,W]    ordinary images, where rows have them
+    chosen                Tensor[B]          position of the chosen text among the row's candidates
+    rejected              Tensor[B, R]       positions of the rejected texts, -1 for none
+    weight, reg_weight    Tensor[B]          weight of the preference and of the ordinary image; 0 for padding
+    texts                 list of M texts    the batch's texts, each once; absent where candidate_texts are given
+    candidates            Tensor[B, N]       positions in `texts`, -1 for none; absent likewise
+    ref_image_embeds,     Tensor[B, D]       the reference's embeddings, where they are known already
+    ref_reg_image_embeds
+    ====================  =================  ================================================================
+    """
+
+    processor: ProcessorMixin
+    candidate_texts: Sequence[str] | None = None
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Make the batch; all rows have the same keys."""
+        batch: dict[str, Any] = {"pixel_values": self._pixels([row["image"] for row in rows])}
+        if "reg_image" in rows[0]:
+            batch["reg_pixel_values"] = self._pixels([row["reg_image"] for row in rows])
+        for name in ("weight", "reg_weight"):
+            batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        for name in ("ref_image_embeds", "ref_reg_image_embeds"):
+            if name in rows[0]:
+                batch[name] = torch.stack([row[name] for row in rows])
+
+        if self.candidate_texts is not None:
+            candidates = [self._positions] * len(rows)
+        else:
+            own = [row.get("candidates") or [row["chosen"], *row["rejected"]] for row in rows]
+            texts = {text: None for texts in own for text in texts}
+            place = {text: position for position, text in enumerate(texts)}
+            batch["texts"] = list(texts)
+            batch["candidates"] = _ragged([[place[text] for text in texts] for texts in own])
+            candidates = [{text: position for position, text in enumerate(texts)} for texts in own]
+        paired = list(zip(rows, candidates, strict=True))
+        batch["chosen"] = torch.tensor([position[row["chosen"]] for row, position in paired])
+        batch["rejected"] = _ragged([[position[t] for t in row["rejected"]] for row, position in paired])
+        return batch
+
+    def __post_init__(self) -> None:
+        """Look the candidate texts' positions up once."""
+        self._positions = {text: position for position, text in enumerate(self.candidate_texts or ())}
+
+    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+
+
+def _ragged(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of different lengths as Tensor[B, longest], at least one column, filled up with -1."""
+    longest = max(1, *(len(row) for row in rows))
+    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows])
+
+
+def row_weights(batch: Mapping[str, Any]) -> Tensor:
+    """Tensor[2]: the sum of the weights of a batch's preferences, and of its ordinary images."""
+    return torch.stack([batch["weight"].sum(), batch["reg_weight"].sum()])

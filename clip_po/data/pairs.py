@@ -1,0 +1,263 @@
+"""Rows by name: preferences with their regularization images, and preferences drawn by a typographic attack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from datasets import ClassLabel, Dataset, IterableDataset
+from PIL import Image
+from torch import Tensor
+
+from clip_po.config import ContrastivePOConfig
+from clip_po.data.formats import Row, check_preferences, check_regularization, read_row, to_texts
+from clip_po.data.typographic import TypographicAttack
+from clip_po.sampling import RowKey, permutation
+
+
+class TypographicPreferences(torch.utils.data.Dataset[Row]):
+    """Labelled images as preferences: an attack word is written on each; its class is chosen, the word rejected.
+
+    Rows are image-preferences with a `clean_image`, drawn from (attack.seed, epoch, index) alone: the same in
+    any process, worker or resume. `dataset[index]` is the row of epoch 0, a fixed map for evaluation.
+
+    Args:
+        dataset: Rows with an image and a class.
+        attack: Draws words and styles; its words are usually the class names.
+        class_names: The classes by label; the names of the ClassLabel feature where it is None.
+        template: Prompt of a class, with one `{}`.
+        image_column: Name of the image column.
+        label_column: Name of the class column, ClassLabel or int.
+
+    Raises:
+        ValueError: Missing columns, no class names, a label out of range, or a template without its one `{}`.
+    """
+
+    column_names = ("image", "clean_image", "chosen", "rejected")
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        attack: TypographicAttack,
+        class_names: Sequence[str] | None = None,
+        template: str = "a photo of a {}",
+        image_column: str = "image",
+        label_column: str = "label",
+    ) -> None:
+        if template.count("{}") != 1:
+            raise ValueError(f"template must hold one '{{}}' where the class name goes, got {template!r}.")
+        for column in (image_column, label_column):
+            if column not in dataset.column_names:
+                raise ValueError(
+                    f"The data set has the columns {dataset.column_names}, but no {column!r}. Name its columns "
+                    "with image_column and label_column."
+                )
+        feature = dataset.features[label_column]
+        names = class_names or (feature.names if isinstance(feature, ClassLabel) else None)
+        if names is None:
+            raise ValueError(f"Column {label_column!r} is {feature}, which carries no class names; give class_names.")
+        self.class_names = list(names)
+        self.labels = _checked_labels(dataset, label_column, self.class_names)
+        self.images = dataset.select_columns([image_column]).rename_columns(
+            {image_column: "image"} if image_column != "image" else {}
+        )
+        self.attack = attack
+        self.template = template
+
+    @property
+    def candidate_texts(self) -> list[str]:
+        """The prompts of the classes: candidate texts for the trainer."""
+        return [self.template.format(name) for name in self.class_names]
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text that a row may carry."""
+        return [self.template.format(name) for name in dict.fromkeys((*self.class_names, *self.attack.words))]
+
+    @property
+    def redrawn(self) -> bool:
+        """Whether the images differ from epoch to epoch."""
+        return self.attack.redraw == "every_epoch"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.row(index, epoch=0)
+
+    def row(self, index: int, epoch: int) -> Row:
+        """The preference of row `index` as drawn in `epoch`."""
+        clean = read_row(self.images, index, "The data set")["image"]
+        name = self.class_names[self.labels[index]]
+        word = self.attack.word(index, epoch, exclude={name})
+        return {
+            "image": self.attack.draw(clean, word, index, epoch),
+            "clean_image": clean,
+            "chosen": self.template.format(name),
+            "rejected": [self.template.format(word)],
+        }
+
+
+def _checked_labels(dataset: Dataset, column: str, names: Sequence[str]) -> list[int]:
+    labels = list(dataset.with_format(None)[column])
+    for index, label in enumerate(labels):
+        if not isinstance(label, int) or not 0 <= label < len(names):
+            raise ValueError(
+                f"Row {index}: column {column!r} is {label!r}, but there are {len(names)} class names, so labels "
+                f"run from 0 to {len(names) - 1}. Drop unlabelled rows, or give a name for every class."
+            )
+    return labels
+
+
+class PreferencePairs(torch.utils.data.Dataset[Row]):
+    """Preferences by (epoch, position, row), each with its regularization image.
+
+    Args:
+        preferences: A `datasets.Dataset` in a preference format, or rows that differ by epoch: an object with
+            `row(index, epoch)`, `redrawn`, `texts`, `column_names` and a length, such as
+            `TypographicPreferences`.
+        regularization: Ordinary images in a column `image`, "clean_image" for that column of each row, or None
+            for none.
+        candidate_texts: The candidate texts of every row, or None where each row names its own.
+        seed: Seed of the order of the regularization images.
+        name: What messages call the preferences.
+    """
+
+    def __init__(
+        self,
+        preferences: Any,
+        regularization: Dataset | Literal["clean_image"] | None = None,
+        candidate_texts: Sequence[str] | None = None,
+        seed: int = 0,
+        name: str = "train_dataset",
+    ) -> None:
+        self.preferences = preferences
+        self.regularization = regularization
+        self.candidate_texts = candidate_texts
+        self.seed = seed
+        self.name = name
+        self.reference: Mapping[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.preferences)
+
+    @property
+    def redrawn(self) -> bool:
+        """Whether the images of the preferences differ from epoch to epoch."""
+        return getattr(self.preferences, "redrawn", False)
+
+    @property
+    def fixed_images(self) -> tuple[str, ...]:
+        """Which of `image` and `reg_image` are the same in every epoch, so that they need be seen only once."""
+        image = () if self.redrawn else ("image",)
+        return image if self.regularization is None else (*image, "reg_image")
+
+    def image_count(self, column: str) -> int:
+        """How many images `image` or `reg_image` has."""
+        if column == "reg_image" and isinstance(self.regularization, Dataset):
+            return len(self.regularization)
+        return len(self)
+
+    def fixed_image(self, column: str, index: int) -> Image.Image:
+        """An image of `fixed_images`."""
+        if column == "reg_image" and isinstance(self.regularization, Dataset):
+            return read_row(self.regularization, index, "reg_dataset")["image"]
+        return self._preference(index, 0)["image" if column == "image" else "clean_image"]
+
+    def attach_reference(self, embeds: Mapping[str, Tensor]) -> None:
+        """Give rows the reference's embeddings of their fixed images.
+
+        Args:
+            embeds: By `image` and `reg_image`: Tensor[`image_count`, D].
+        """
+        self.reference = embeds
+
+    def _reg_index(self, epoch: int, position: int, index: int) -> int:
+        """The regularization row of a row: all in turn, in a new random order each time through."""
+        if not isinstance(self.regularization, Dataset):
+            return index
+        cycle, offset = divmod(epoch * len(self) + position, len(self.regularization))
+        return permutation(len(self.regularization), self.seed, cycle)[offset]
+
+    def _preference(self, index: int, epoch: int) -> Row:
+        if hasattr(self.preferences, "row"):
+            return self.preferences.row(index, epoch)
+        return to_texts(read_row(self.preferences, index, self.name), self.candidate_texts)
+
+    def __getitem__(self, key: int | RowKey) -> Row:
+        epoch, position, index = key if isinstance(key, tuple) else (0, key, key)
+        row = self._preference(index, epoch)
+        padding = position >= len(self)
+        row["weight"] = 0.0 if padding else row.get("weight", 1.0)
+        row["reg_weight"] = 0.0 if padding or self.regularization is None else 1.0
+        if "image" in self.reference:
+            row["ref_image_embeds"] = self.reference["image"][index]
+        if self.regularization is not None:
+            reg_index = self._reg_index(epoch, position, index)
+            apart = isinstance(self.regularization, Dataset)
+            row["reg_image"] = self.fixed_image("reg_image", reg_index) if apart else row["clean_image"]
+            if "reg_image" in self.reference:
+                row["ref_reg_image_embeds"] = self.reference["reg_image"][reg_index]
+        return row
+
+
+def checked_pairs(
+    preferences: Any,
+    regularization: Dataset | None,
+    candidate_texts: Sequence[str] | None,
+    args: ContrastivePOConfig,
+    name: str,
+) -> PreferencePairs:
+    """Preference pairs whose rows were checked, all but their images.
+
+    Args:
+        preferences: As for `PreferencePairs`.
+        regularization: Ordinary images, or None to take each row's `clean_image`.
+        candidate_texts: As for the trainer.
+        args: Says which columns the losses need, and the seed.
+        name: What messages call the preferences.
+
+    Raises:
+        ValueError, TypeError: What was found, in which row and column, and what to do.
+    """
+    if isinstance(preferences, (IterableDataset, torch.utils.data.IterableDataset)):
+        raise TypeError(
+            f"{name} is streamed, but rows are named by their number so that a run can be resumed exactly. Load it "
+            "without streaming=True, or save its rows first: Dataset.from_generator(...)."
+        )
+    if hasattr(preferences, "row"):
+        missing = [text for text in preferences.texts if text not in (candidate_texts or preferences.texts)]
+        if missing:
+            raise ValueError(
+                f"{name} may draw the texts {missing[:3]} ({len(missing)} in all), which are not among the "
+                "candidate_texts. Pass candidate_texts=dataset.candidate_texts and attack words that are class "
+                "names, or leave candidate_texts out."
+            )
+    elif isinstance(preferences, Dataset):
+        check_preferences(preferences, candidate_texts, args.loss_type, name)
+    else:
+        raise TypeError(
+            f"{name} must be a datasets.Dataset or TypographicPreferences, got {type(preferences).__name__}. "
+            "Dataset.from_list(rows) makes one of a list of dicts."
+        )
+    source: Dataset | Literal["clean_image"] | None = None
+    if args.reg_weight > 0 or "kto_pair" in args.loss_type:
+        if regularization is None and "clean_image" not in preferences.column_names:
+            raise ValueError(
+                f"reg_weight={args.reg_weight} and loss_type={args.loss_type} need ordinary images, but there is no "
+                f"reg_dataset and {name} has no column 'clean_image'. Pass reg_dataset=..., or set reg_weight=0 "
+                "(not for kto_pair, whose reference point is their KL)."
+            )
+        if regularization is not None:
+            check_regularization(regularization)
+        source = regularization if regularization is not None else "clean_image"
+    seed = args.data_seed if args.data_seed is not None else args.seed
+    pairs = PreferencePairs(preferences, source, candidate_texts, seed, name)
+    if args.precompute_ref_log_probs and pairs.redrawn:
+        raise ValueError(
+            f"precompute_ref_log_probs=True, but the images of {name} are drawn anew each epoch. Set the attack's "
+            "redraw='never' so that they stay the same, or leave precompute_ref_log_probs out: clean images are "
+            "seen once all the same."
+        )
+    return pairs

@@ -1,0 +1,233 @@
+"""Preference losses: pure functions of log-probabilities, and the table of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class PreferenceLogps:
+    """Log-probabilities of the texts of a batch of preferences, in nats.
+
+    Attributes:
+        chosen: Tensor[B], log pi(y_w | x).
+        rejected: Tensor[B, R], log pi(y_l | x); -inf where a row has fewer than R rejected texts.
+        ref_chosen: Tensor[B], the same under the reference policy.
+        ref_rejected: Tensor[B, R]; only read where `rejected` is finite.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+
+    @property
+    def chosen_logratios(self) -> Tensor:
+        """Tensor[B], log pi(y_w | x) - log ref(y_w | x)."""
+        return self.chosen - self.ref_chosen
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        """Tensor[B, R], log pi(y_l | x) - log ref(y_l | x); -inf where there is no such text."""
+        absent = self.rejected.isneginf()
+        return (self.rejected - self.ref_rejected).masked_fill(absent, -torch.inf)
+
+
+def sigmoid_loss(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """DPO; with several rejected texts its softmax form, S-DPO.
+
+    With m = -log sum_l exp(beta * (rejected_l - chosen)), for one rejected text beta times the margin, it is
+    -(1 - label_smoothing) log sigmoid(m) - label_smoothing log sigmoid(-m).
+
+    Args:
+        chosen_logratios: Tensor[B], log pi_w - log ref_w, in nats.
+        rejected_logratios: Tensor[B, R], log pi_l - log ref_l; -inf for an absent text.
+        beta: Strength of the pull to the reference, > 0.
+        label_smoothing: Probability in [0, 0.5) that a preference is the wrong way round (conservative DPO).
+
+    Returns:
+        Tensor[B], one loss per preference.
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; S-DPO: Chen et al. 2024, arXiv 2406.09215;
+    label smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
+    """
+    margin = -torch.logsumexp(beta * (rejected_logratios - chosen_logratios.unsqueeze(-1)), dim=-1)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def ipo_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """Squared distance of the log-ratio margin to 1 / (2 beta).
+
+    Args:
+        chosen_logratios: Tensor[B], log pi_w - log ref_w, in nats.
+        rejected_logratios: Tensor[B, 1], log pi_l - log ref_l.
+        beta: Regularization strength tau of the paper, > 0.
+
+    Returns:
+        Tensor[B], one loss per preference.
+
+    Raises:
+        ValueError: More than one rejected text.
+
+    Source: Azar et al. 2023, arXiv 2310.12036, Eq. 17.
+    """
+    margin = chosen_logratios - _single(rejected_logratios, "ipo")
+    return (margin - 1 / (2 * beta)) ** 2
+
+
+def kto_pair_loss(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    kl: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO on pairs: the chosen text desirable, the rejected one undesirable, against one reference point.
+
+    desirable_weight * (1 - sigmoid(beta * (chosen - kl)))
+    + undesirable_weight * (1 - sigmoid(beta * (kl - rejected))), halved: the mean over the two texts.
+
+    Args:
+        chosen_logratios: Tensor[B], log pi_w - log ref_w, in nats.
+        rejected_logratios: Tensor[B, 1], log pi_l - log ref_l.
+        kl: Tensor[], the reference point z0: KL(reference || policy) of the regularization batch in nats,
+            detached here.
+        beta: Steepness of the value function, > 0.
+        desirable_weight: lambda_D, >= 0.
+        undesirable_weight: lambda_U, >= 0.
+
+    Returns:
+        Tensor[B], one loss per preference.
+
+    Raises:
+        ValueError: More than one rejected text.
+
+    Source: the paired KTO of Afzali et al. 2025, arXiv 2411.08923; KTO: Ethayarajh et al. 2024,
+    arXiv 2402.01306, Sec. 4.
+    """
+    kl = kl.detach()
+    desirable = 1 - torch.sigmoid(beta * (chosen_logratios - kl))
+    undesirable = 1 - torch.sigmoid(beta * (kl - _single(rejected_logratios, "kto_pair")))
+    return (desirable_weight * desirable + undesirable_weight * undesirable) / 2
+
+
+def sft_loss(chosen_logps: Tensor) -> Tensor:
+    """Cross-entropy on the chosen text: the paper's baseline CE, under TRL's name.
+
+    Args:
+        chosen_logps: Tensor[B], log pi(y_w | x), in nats.
+
+    Returns:
+        Tensor[B], one loss per preference.
+    """
+    return -chosen_logps
+
+
+def kl_regularization(ref_logps: Tensor, policy_logps: Tensor) -> Tensor:
+    """KL(reference || policy) over the candidate texts of each ordinary image.
+
+    Args:
+        ref_logps: Tensor[B, N], log ref(y | x) in nats; -inf for an absent candidate.
+        policy_logps: Tensor[B, N], log pi(y | x); -inf at the same places.
+
+    Returns:
+        Tensor[B], >= 0, one divergence per image; the caller takes the mean over the batch.
+
+    Source: the regularization of Afzali et al. 2025, arXiv 2411.08923.
+    """
+    present = ~ref_logps.isneginf()
+    ratios = ref_logps.masked_fill(~present, 0.0) - policy_logps.masked_fill(~present, 0.0)
+    return (ref_logps.exp() * ratios).sum(dim=-1)
+
+
+def _single(rejected: Tensor, loss_type: str) -> Tensor:
+    if rejected.shape[-1] != 1:
+        raise ValueError(
+            f"loss_type={loss_type!r} compares the chosen text with one rejected text, got rows with up to "
+            f"{rejected.shape[-1]}. Give one rejected text a row, or use loss_type='sigmoid' (S-DPO)."
+        )
+    return rejected.squeeze(-1)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The numbers that losses take, named as in `ContrastivePOConfig`."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+
+Loss = Callable[[PreferenceLogps, Tensor | None, LossSettings], Tensor]
+
+
+def _sigmoid(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> Tensor:
+    return sigmoid_loss(logps.chosen_logratios, logps.rejected_logratios, settings.beta, settings.label_smoothing)
+
+
+def _ipo(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> Tensor:
+    return ipo_loss(logps.chosen_logratios, logps.rejected_logratios, settings.beta)
+
+
+def _kto_pair(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> Tensor:
+    if kl is None:
+        raise ValueError(
+            "loss_type='kto_pair' needs the KL of ordinary images as its reference point: "
+            "give a reg_dataset, or rows with a column 'clean_image'."
+        )
+    return kto_pair_loss(
+        logps.chosen_logratios,
+        logps.rejected_logratios,
+        kl,
+        settings.beta,
+        settings.desirable_weight,
+        settings.undesirable_weight,
+    )
+
+
+def _sft(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> Tensor:
+    return sft_loss(logps.chosen)
+
+
+LOSSES: Mapping[str, Loss] = {"sigmoid": _sigmoid, "ipo": _ipo, "kto_pair": _kto_pair, "sft": _sft}
+"""The loss types by name: TRL's names, and `kto_pair` for the paper's paired KTO."""
+
+SINGLE_REJECTED = frozenset({"ipo", "kto_pair"})
+"""The loss types that take exactly one rejected text a row."""
+
+
+def preference_loss(
+    logps: PreferenceLogps,
+    loss_types: Sequence[str],
+    loss_weights: Sequence[float],
+    settings: LossSettings,
+    kl: Tensor | None = None,
+) -> Tensor:
+    """The weighted sum of the named losses.
+
+    Args:
+        logps: Log-probabilities of B preferences.
+        loss_types: Names of `LOSSES`.
+        loss_weights: A weight for each of them.
+        settings: beta and the other numbers.
+        kl: Tensor[], the reference point of `kto_pair`; other losses don't read it.
+
+    Returns:
+        Tensor[B], one loss per preference.
+
+    Raises:
+        ValueError: `kto_pair` without a KL, or a loss that takes one rejected text was given several.
+    """
+    losses = [
+        weight * LOSSES[name](logps, kl, settings) for name, weight in zip(loss_types, loss_weights, strict=True)
+    ]
+    return torch.stack(losses).sum(dim=0)

@@ -1,0 +1,176 @@
+"""The model that is trained: loaded, checked, and frozen where it does not train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, CLIPModel, CLIPProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers.utils import logging
+
+from clip_po.config import ContrastivePOConfig
+from clip_po.policy import dual_encoder
+
+logger = logging.get_logger(__name__)
+
+TEXT_TOWER = ("text_model.", "text_projection.")
+
+
+def load_model(name: str, **kwargs: Any) -> CLIPModel:
+    """Load a CLIPModel in float32, from safetensors.
+
+    Args:
+        name: Folder or Hub id.
+        **kwargs: As for `CLIPModel.from_pretrained`.
+
+    Raises:
+        TypeError: The checkpoint is of another architecture.
+        OSError: There is no such model, or its weights are not in safetensors.
+    """
+    config = AutoConfig.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
+    if config.model_type != "clip":
+        raise TypeError(
+            f"{name!r} is a {config.model_type!r} model, but clip_po aligns CLIPModel checkpoints (model_type "
+            "'clip'), which have an image and a text tower. Give such a checkpoint, for example "
+            "'openai/clip-vit-base-patch32'."
+        )
+    return CLIPModel.from_pretrained(name, **{"dtype": torch.float32, "use_safetensors": True, **kwargs})
+
+
+def load_policy(
+    model: str | PreTrainedModel | PeftModel,
+    ref_model: PreTrainedModel | None,
+    args: ContrastivePOConfig,
+    peft_config: PeftConfig | None,
+) -> PreTrainedModel | PeftModel:
+    """The policy as it starts: loaded where it is a name, with new adapters, frozen where it does not train.
+
+    Raises:
+        ValueError: The arguments don't fit together; the message says which and what to do.
+        TypeError: No CLIPModel.
+    """
+    if ref_model is not None:
+        dual_encoder(ref_model)
+        if ref_model is model:
+            raise ValueError(
+                "model and ref_model are the same object: the reference would train along with the policy. Leave "
+                "ref_model out to compare with the model as training starts, or load it a second time."
+            )
+    if args.train_logit_scale and (peft_config is not None or isinstance(model, PeftModel)):
+        raise ValueError(
+            "train_logit_scale=True with adapters: an adapter checkpoint can't hold the logit scale, so it would be "
+            "lost. Leave it frozen, or train the full model."
+        )
+    if isinstance(model, str):
+        model = load_model(model, **_init_kwargs(args.model_init_kwargs))
+    elif args.model_init_kwargs:
+        logger.warning("model_init_kwargs are ignored: the model is an object already, not a name.")
+    encoder = dual_encoder(model)
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError(
+                "peft_config was given with a PeftModel, which has adapters already. Leave peft_config out to go on "
+                "training them, or merge them first: model = model.merge_and_unload()."
+            )
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "The PeftModel has nothing to train: PeftModel.from_pretrained loads adapters frozen. Load it with "
+                "is_trainable=True."
+            )
+    elif peft_config is not None:
+        # Adapters start from random weights: the same ones for the same seed.
+        set_seed(args.seed)
+        model = get_peft_model(encoder, peft_config)
+    else:
+        for name, parameter in encoder.named_parameters():
+            frozen = name.startswith(TEXT_TOWER) and not args.train_text_model
+            parameter.requires_grad_(not frozen and (name != "logit_scale" or args.train_logit_scale))
+    _check_adapters(model, args)
+    if args.base_model_id is not None and isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = args.base_model_id
+    return model
+
+
+def _init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    if isinstance(kwargs, str):
+        raise ValueError(f"model_init_kwargs must be a dict (as JSON on the command line), got {kwargs!r}.")
+    return dict(kwargs or {})
+
+
+def _check_adapters(model: nn.Module, args: ContrastivePOConfig) -> None:
+    if not isinstance(model, PeftModel) or args.train_text_model:
+        return
+    text = [n for n, p in model.named_parameters() if p.requires_grad and any(part in n for part in TEXT_TOWER)]
+    if text:
+        raise ValueError(
+            f"{len(text)} trainable parameters of the adapters lie in the text tower (such as {text[0]!r}), which is "
+            "frozen. Target the vision tower alone, with target_modules="
+            r"r'.*vision_model.*\.(q_proj|v_proj)', or set train_text_model=True."
+        )
+
+
+def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixin:
+    """The processor from where the model came from.
+
+    Raises:
+        ValueError: There is none.
+    """
+    name = dual_encoder(model).config.name_or_path
+    kwargs = _init_kwargs(args.model_init_kwargs)
+    try:
+        return CLIPProcessor.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No processor was given, and none can be loaded from {name!r}, where the model came from ({error}). "
+            "Pass processing_class=CLIPProcessor.from_pretrained(...)."
+        ) from error
+
+
+def check_processor(processor: Any, model: nn.Module) -> None:
+    """Refuse a processor that is none of images and texts, or makes images of another size than the model reads.
+
+    Raises:
+        TypeError: No image processor or no tokenizer in it.
+        ValueError: Another image size, or more tokens than the model knows.
+    """
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise TypeError(
+            f"processing_class must be a CLIPProcessor, with an image_processor and a tokenizer, got "
+            f"{type(processor).__name__}."
+        )
+    config = dual_encoder(model).config
+    size = image_size(processor)
+    if size is not None and size != config.vision_config.image_size:
+        raise ValueError(
+            f"The processor makes images of {size} pixels, but the model reads {config.vision_config.image_size}. "
+            "Load the processor from the same checkpoint as the model."
+        )
+    if len(processor.tokenizer) > config.text_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer knows {len(processor.tokenizer)} tokens, but the model only "
+            f"{config.text_config.vocab_size}. Load the processor from the same checkpoint as the model."
+        )
+
+
+def image_size(processor: ProcessorMixin) -> int | None:
+    """Height in pixels of the images that a processor makes, None where it does not say."""
+    images = processor.image_processor
+    size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
+    return (size or {}).get("height") or (size or {}).get("shortest_edge")
+
+
+def default_output_dir(model: str | nn.Module) -> str:
+    """Where a trainer without arguments writes: the model's name and -PO."""
+    name = model if isinstance(model, str) else dual_encoder(model).config.name_or_path
+    return f"{name.rstrip('/').split('/')[-1] or 'clip'}-PO"
+
+
+def without_new_adapters(reference: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
+    """The copy of a model that just got adapters as it was before: with them switched off for good."""
+    if peft_config is not None and isinstance(reference, PeftModel):
+        reference.base_model.disable_adapter_layers()
+    return reference

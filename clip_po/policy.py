@@ -1,0 +1,220 @@
+"""The contrastive model as a policy: embeddings to log-probabilities over candidate texts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPModel, ProcessorMixin
+
+from clip_po.losses import PreferenceLogps, kl_regularization
+
+TextEncoder = Callable[[Sequence[str]], Tensor]
+"""Texts to unit-norm embeddings, Tensor[M, D]."""
+
+
+def dual_encoder(model: nn.Module) -> CLIPModel:
+    """The CLIPModel inside a plain model or a PeftModel, its LoRA layers active as they are.
+
+    Raises:
+        TypeError: The model has no two towers of CLIP's layout.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, CLIPModel):
+        raise TypeError(
+            f"model must be a transformers.CLIPModel (or a PeftModel around one), got {type(inner).__name__}. "
+            "Preferences between texts need both towers: a vision or text model alone has no policy, and an "
+            "open_clip checkpoint has to be converted to the Hugging Face layout first."
+        )
+    return inner
+
+
+def candidate_logps(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, candidates: Tensor | None = None
+) -> Tensor:
+    """log pi(y | x) = log softmax over the candidate texts of logit_scale * cos(image, text).
+
+    Args:
+        image_embeds: Tensor[B, D], unit-norm.
+        text_embeds: Tensor[M, D], unit-norm.
+        logit_scale: CLIP's inverse temperature, after exp; > 0.
+        candidates: Tensor[B, N] of positions in the M texts, -1 for none; all M texts where it is None.
+
+    Returns:
+        Tensor[B, N] (or [B, M]) in nats, at least float32; -inf for an absent candidate.
+
+    Source: Radford et al. 2021, arXiv 2103.00020, Sec. 2.3; as a policy: Afzali et al. 2025, arXiv 2411.08923.
+    """
+    dtype = torch.promote_types(image_embeds.dtype, torch.float32)
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        logits = logit_scale * image_embeds.to(dtype) @ text_embeds.to(dtype).T
+    if candidates is not None:
+        logits = logits.gather(-1, candidates.clamp(min=0)).masked_fill(candidates < 0, -torch.inf)
+    return logits.log_softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class BatchLogps:
+    """Log-probabilities of a batch over its candidate texts.
+
+    Attributes:
+        preference: Tensor[B, N], on the images of the preferences.
+        regularization: Tensor[B, N], on the ordinary images paired with them; None where there are none.
+    """
+
+    preference: Tensor
+    regularization: Tensor | None
+
+
+def preference_logps(policy: BatchLogps, reference: BatchLogps, batch: Mapping[str, Any]) -> PreferenceLogps:
+    """The log-probabilities of the chosen and rejected texts of a batch.
+
+    Args:
+        policy: The policy's log-probabilities.
+        reference: The reference's.
+        batch: `chosen` (Tensor[B]) and `rejected` (Tensor[B, R], -1 for none): positions in the candidates.
+
+    Returns:
+        Chosen [B] and rejected [B, R] of both.
+    """
+    chosen, rejected = batch["chosen"].unsqueeze(-1), batch["rejected"]
+    absent = rejected < 0
+
+    def pick(logps: Tensor) -> tuple[Tensor, Tensor]:
+        rejected_logps = logps.gather(-1, rejected.clamp(min=0)).masked_fill(absent, -torch.inf)
+        return logps.gather(-1, chosen).squeeze(-1), rejected_logps
+
+    return PreferenceLogps(*pick(policy.preference), *pick(reference.preference))
+
+
+def regularization_kl(policy: BatchLogps, reference: BatchLogps) -> Tensor:
+    """KL(reference || policy) on the ordinary image of each row, Tensor[B]; 0 where there are none."""
+    if policy.regularization is None or reference.regularization is None:
+        return policy.preference.new_zeros(len(policy.preference))
+    return kl_regularization(reference.regularization, policy.regularization)
+
+
+def encode_texts(model: nn.Module, processor: ProcessorMixin, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Unit-norm embeddings of texts under a frozen tower, in full precision.
+
+    Args:
+        model: CLIPModel or PeftModel.
+        processor: Its processor.
+        texts: M texts; what is longer than the text tower reads is cut.
+        batch_size: Texts a forward.
+
+    Returns:
+        Tensor[M, D].
+    """
+    encoder = dual_encoder(model)
+    device = encoder.device
+    embeds = []
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for start in range(0, len(texts), batch_size):
+            tokens = tokenize(processor, texts[start : start + batch_size]).to(device)
+            embeds.append(F.normalize(encoder.get_text_features(**tokens).pooler_output, dim=-1))
+    return torch.cat(embeds)
+
+
+def encode_images(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Unit-norm embeddings of images outside training: the call takes no part in gradient synchronization.
+
+    Args:
+        model: CLIPModel or PeftModel.
+        pixel_values: Tensor[B, C, H, W].
+
+    Returns:
+        Tensor[B, D].
+    """
+    return F.normalize(dual_encoder(model).get_image_features(pixel_values).pooler_output, dim=-1)
+
+
+def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> Any:
+    """Tokens of texts, padded to the longest: `input_ids` and `attention_mask`, Tensor[M, L]."""
+    return processor.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+
+
+def batch_texts(candidate_texts: Sequence[str] | None, batch: Mapping[str, Any]) -> Sequence[str]:
+    """The texts that the positions of a batch refer to: those given once for all, else the batch's own."""
+    return candidate_texts if candidate_texts is not None else batch["texts"]
+
+
+class FrozenTexts:
+    """Embeddings of texts under a frozen text tower, each text encoded once.
+
+    Args:
+        model: The model whose text tower is frozen.
+        processor: Its processor.
+    """
+
+    def __init__(self, model: nn.Module, processor: ProcessorMixin) -> None:
+        self._encode = lambda texts: encode_texts(model, processor, texts)
+        self._known: dict[str, Tensor] = {}
+        self._last: tuple[Sequence[str], Tensor] | None = None
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Unit-norm embeddings, Tensor[M, D]."""
+        if self._last is None or self._last[0] is not texts:
+            unknown = [text for text in dict.fromkeys(texts) if text not in self._known]
+            if unknown:
+                self._known.update(zip(unknown, self._encode(unknown), strict=True))
+            self._last = (texts, torch.stack([self._known[text] for text in texts]))
+        return self._last[1]
+
+
+class Policy:
+    """pi(y | x) of the model in training: one forward a step for all images, through the model itself.
+
+    Args:
+        processor: The model's processor.
+        candidate_texts: The candidate texts of every row, or None where each row names its own.
+        frozen_texts: Embeddings of texts where the text tower is frozen; None where it trains.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        candidate_texts: Sequence[str] | None,
+        frozen_texts: FrozenTexts | None,
+    ) -> None:
+        self.processor = processor
+        self.candidate_texts = candidate_texts
+        self.frozen_texts = frozen_texts
+
+    def __call__(self, model: nn.Module, encoder: CLIPModel, batch: Mapping[str, Any]) -> BatchLogps:
+        """Log-probabilities over the candidate texts.
+
+        Args:
+            model: The model as wrapped for training: the call must be its own for gradients to synchronize.
+            encoder: The CLIPModel inside it.
+            batch: As `DataCollatorForContrastivePreference` makes it.
+
+        Returns:
+            Tensor[B, N] for the preference images, and for the regularization images where there are any.
+        """
+        pixels = [
+            batch["pixel_values"],
+            *([batch["reg_pixel_values"]] if "reg_pixel_values" in batch else []),
+        ]
+        texts = batch_texts(self.candidate_texts, batch)
+        # CLIPModel runs both towers: the shortest text stands in where the embeddings are known already.
+        tokens = tokenize(self.processor, [""] if self.frozen_texts else texts).to(pixels[0].device)
+        outputs = model(**tokens, pixel_values=torch.cat(pixels))
+        text_embeds = self.frozen_texts(texts) if self.frozen_texts else outputs.text_embeds
+        logps = [
+            candidate_logps(embeds, text_embeds, encoder.logit_scale.exp(), batch.get("candidates"))
+            for embeds in outputs.image_embeds.split(len(pixels[0]))
+        ]
+        return BatchLogps(logps[0], logps[1] if len(logps) > 1 else None)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that never trains; what is frozen already is shared, so that only the training part is held twice."""
+    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(model, memo=shared).requires_grad_(False).eval()

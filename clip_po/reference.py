@@ -1,0 +1,133 @@
+"""The reference policy: where training starts from, or a model of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import ProcessorMixin
+
+from clip_po.data.pairs import PreferencePairs
+from clip_po.policy import (
+    BatchLogps,
+    FrozenTexts,
+    batch_texts,
+    candidate_logps,
+    dual_encoder,
+    encode_images,
+)
+
+
+class ReferencePolicy:
+    """log ref(y | x): frozen, without gradients.
+
+    Image embeddings that a batch carries (`ref_image_embeds`, `ref_reg_image_embeds`, as
+    `PreferencePairs.attach_reference` adds them) are taken as they are; others are computed.
+
+    Args:
+        model: The frozen reference model: `ref_model`, or a `frozen_copy` of the initial policy.
+        processor: The processor of the policy, which makes the pixels of both.
+        candidate_texts: The candidate texts of every row, or None where each row names its own.
+        frozen_texts: Embeddings of texts that the policy shares with its reference, where its text tower is
+            frozen; None encodes with the reference's own text tower.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: ProcessorMixin,
+        candidate_texts: Sequence[str] | None,
+        frozen_texts: FrozenTexts | None = None,
+    ) -> None:
+        self.model = model
+        self.candidate_texts = candidate_texts
+        self.frozen_texts = frozen_texts or FrozenTexts(model, processor)
+        self.logit_scale = dual_encoder(model).logit_scale.detach().exp().item()
+
+    @torch.no_grad()
+    def image_embeds(self, pixel_values: Tensor) -> Tensor:
+        """Unit-norm embeddings of images, Tensor[B, D]."""
+        return encode_images(self.model, pixel_values)
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Any]) -> BatchLogps:
+        """Log-probabilities over the candidate texts of a batch.
+
+        Args:
+            batch: As `DataCollatorForContrastivePreference` makes it.
+
+        Returns:
+            Tensor[B, N] for the preference images, and for the regularization images where there are any.
+        """
+        names = ["", "reg_"] if "reg_pixel_values" in batch else [""]
+        known = {name: batch[key] for name in names if (key := f"ref_{name}image_embeds") in batch}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            pixels = [batch[f"{name}pixel_values"] for name in unknown]
+            embeds = self.image_embeds(torch.cat(pixels)).split(len(pixels[0]))
+            known.update(zip(unknown, embeds, strict=True))
+        text_embeds = self.frozen_texts(batch_texts(self.candidate_texts, batch))
+        logps = [
+            candidate_logps(known[name], text_embeds, self.logit_scale, batch.get("candidates")) for name in names
+        ]
+        return BatchLogps(logps[0], logps[1] if len(logps) > 1 else None)
+
+
+class _Images(torch.utils.data.Dataset[Any]):
+    """The fixed images of preference pairs, one column of them."""
+
+    def __init__(self, pairs: PreferencePairs, column: str) -> None:
+        self.pairs = pairs
+        self.column = column
+
+    def __len__(self) -> int:
+        return self.pairs.image_count(self.column)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.pairs.fixed_image(self.column, index)
+
+
+def embed_fixed_images(
+    reference: ReferencePolicy,
+    pairs: PreferencePairs,
+    processor: ProcessorMixin,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int = 0,
+) -> None:
+    """Let the reference see each image that is the same in every epoch once, and give rows its embeddings.
+
+    Images come in the order of the data set, so that an embedding's last bits depend on neither the training
+    order nor a resume. The processes share the work.
+
+    Args:
+        reference: The reference policy.
+        pairs: The rows; nothing is done where they have their embeddings already.
+        processor: Makes the pixels.
+        accelerator: Of the trainer.
+        batch_size: Images a forward and process.
+        num_workers: Processes that read images.
+    """
+    if pairs.reference:
+        return
+    embeds = {}
+    for column in pairs.fixed_images:
+        loader = accelerator.prepare(
+            DataLoader(
+                _Images(pairs, column),
+                batch_size=batch_size,
+                num_workers=num_workers,
+                collate_fn=lambda images: processor.image_processor(images, return_tensors="pt")["pixel_values"],
+            )
+        )
+        batches = tqdm(
+            loader, desc=f"Reference on {column}", disable=not accelerator.is_local_main_process, leave=False
+        )
+        found = [accelerator.gather(reference.image_embeds(pixels)).float().cpu() for pixels in batches]
+        embeds[column] = torch.cat(found)[: pairs.image_count(column)]
+    pairs.attach_reference(embeds)

@@ -1,0 +1,367 @@
+"""The trainer: wiring only. `compute_loss` is the method's equation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.utils import logging
+
+from clip_po.config import ADAMAX, ContrastivePOConfig
+from clip_po.data.collator import DataCollatorForContrastivePreference, row_weights
+from clip_po.data.formats import check_candidates
+from clip_po.data.pairs import PreferencePairs, checked_pairs
+from clip_po.hub import SafePublishing
+from clip_po.losses import LossSettings, PreferenceLogps, preference_loss
+from clip_po.metrics import RunningMeans, preference_metrics
+from clip_po.models import (
+    check_processor,
+    default_output_dir,
+    load_policy,
+    load_processor,
+    without_new_adapters,
+)
+from clip_po.policy import (
+    FrozenTexts,
+    Policy,
+    dual_encoder,
+    frozen_copy,
+    preference_logps,
+    regularization_kl,
+)
+from clip_po.reference import ReferencePolicy, embed_fixed_images
+from clip_po.sampling import EpochSampler
+
+logger = logging.get_logger(__name__)
+
+SMALLEST_WEIGHT = 1e-8
+"""Stands in for a sum of weights that is 0, so that a batch of nothing but padding has the gradient 0."""
+
+
+class ContrastivePOTrainer(SafePublishing, Trainer):
+    """Trainer for preference optimization of contrastive vision-language models.
+
+    The softmax over candidate texts is a policy; DPO, IPO or KTO moves it towards the chosen texts, and
+    KL(reference || policy) on ordinary images holds the rest.
+
+    Args:
+        model (`str`, `CLIPModel` or `PeftModel`): The policy. A name or folder is loaded in float32.
+        ref_model (`CLIPModel`, *optional*): The reference policy. Default: the policy as training starts, that is
+            without adapters where `peft_config` is given, with its adapters where `model` is a `PeftModel`.
+        args (`ContrastivePOConfig`, *optional*): Settings; the defaults write to `<model>-PO`.
+        data_collator (`Callable`, *optional*): Default: `DataCollatorForContrastivePreference`.
+        train_dataset (`datasets.Dataset` or `TypographicPreferences`): Preferences, in a format of
+            `clip_po.data.formats`.
+        eval_dataset (the same, or a `dict` of them, *optional*): Preferences to evaluate on.
+        processing_class (`CLIPProcessor`, *optional*): Default: loaded from where the model came from.
+        compute_metrics (`Callable`, *optional*): Takes an `EvalPrediction` of one batch (log-probabilities [B, N]
+            and positions of the chosen texts [B]) and `compute_result`; needs `batch_eval_metrics=True`.
+        callbacks, optimizers: As for `Trainer`. `optimizers` wins over what the arguments say.
+        peft_config (`PeftConfig`, *optional*): Adapters to add to a plain model.
+        reg_dataset (`datasets.Dataset`, *optional*): Ordinary images in a column `image`. Default: the
+            `clean_image` of each preference.
+        candidate_texts (`list[str]`, *optional*): The texts among which the policy of every row chooses; by
+            default each row names its own.
+
+    Raises:
+        ValueError, TypeError: Something does not fit together; the message says what, where and what to do.
+
+    Source: Afzali et al. 2025, arXiv 2411.08923.
+    """
+
+    # compute_loss divides by the weights of the whole accumulated global batch itself.
+    loss_is_scaled_for_ga = True
+
+    args: ContrastivePOConfig
+    model: PreTrainedModel | PeftModel
+    processing_class: ProcessorMixin
+    train_dataset: PreferencePairs | None
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: ContrastivePOConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction, bool], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (
+            None,
+            None,
+        ),
+        peft_config: PeftConfig | None = None,
+        reg_dataset: Dataset | None = None,
+        candidate_texts: Sequence[str] | None = None,
+    ) -> None:
+        args = args if args is not None else ContrastivePOConfig(default_output_dir(model))
+        _check_args(args, compute_metrics)
+        check_candidates(candidate_texts)
+        self.candidate_texts = None if candidate_texts is None else list(candidate_texts)
+        model = load_policy(model, ref_model, args, peft_config)
+        processing_class = processing_class or load_processor(model, args)
+        check_processor(processing_class, model)
+        self.reg_dataset = reg_dataset
+        pairs = self._pairs(train_dataset, "train_dataset", args) if train_dataset is not None else None
+        if isinstance(eval_dataset, (dict, DatasetDict)):
+            evaluated: Any = {
+                name: self._pairs(rows, f"eval_dataset[{name!r}]", args) for name, rows in eval_dataset.items()
+            }
+        else:
+            evaluated = self._pairs(eval_dataset, "eval_dataset", args) if eval_dataset is not None else None
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator
+            or DataCollatorForContrastivePreference(processing_class, self.candidate_texts),
+            train_dataset=pairs,
+            eval_dataset=evaluated,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.encoder: CLIPModel = dual_encoder(self.model)
+        self.loss_settings = LossSettings(
+            args.beta, args.label_smoothing, args.desirable_weight, args.undesirable_weight
+        )
+        texts = None if args.train_text_model else FrozenTexts(self.model, processing_class)
+        self.policy = Policy(processing_class, self.candidate_texts, texts)
+        if ref_model is None:
+            reference = without_new_adapters(frozen_copy(self.model), peft_config)
+        else:
+            reference, texts = ref_model.requires_grad_(False).eval().to(self.accelerator.device), None
+        self.reference = ReferencePolicy(reference, processing_class, self.candidate_texts, texts)
+        self._means = {True: RunningMeans(), False: RunningMeans()}
+
+    # ---- The method ----------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Preference loss + reg_weight * KL(reference || policy), means over the accumulated global batch.
+
+        Args:
+            model: The model as wrapped for training.
+            inputs: A batch, as `DataCollatorForContrastivePreference` makes it.
+            return_outputs: Also return the log-probabilities over the candidates.
+            num_items_in_batch: Tensor[2], the weights of the preferences and of the ordinary images in the
+                accumulated global batch, from `get_batch_samples`; those of `inputs` alone where it is None.
+
+        Returns:
+            The loss, Tensor[], scaled so that its sum over accumulation steps, averaged over processes, is the
+            mean; with `return_outputs` also {"logps": Tensor[B, N]}.
+
+        Source: Afzali et al. 2025, arXiv 2411.08923.
+        """
+        policy, reference = self.policy(model, self.encoder, inputs), self.reference(inputs)
+        logps = self._preferences(policy, reference, inputs)
+        kl = regularization_kl(policy, reference)
+        weight, reg_weight = inputs["weight"], inputs["reg_weight"]
+        total, reg_total = self._totals(inputs) if num_items_in_batch is None else num_items_in_batch
+
+        losses = preference_loss(
+            logps, self.args.loss_type, self.args.weights, self.loss_settings, self._reference_point(kl, reg_weight)
+        )
+        loss = (weight * losses).sum() / total + self.args.reg_weight * (reg_weight * kl).sum() / reg_total
+
+        self._log_rows(logps, losses, kl, inputs)
+        if num_items_in_batch is not None:  # processes average their gradients, but the sums above are to be added
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"logps": policy.preference}) if return_outputs else loss
+
+    def _preferences(self, policy: Any, reference: Any, inputs: Mapping[str, Any]) -> PreferenceLogps:
+        logps = preference_logps(policy, reference, inputs)
+        if not self.args.reference_free:
+            return logps
+        zero = torch.zeros_like
+        return PreferenceLogps(logps.chosen, logps.rejected, zero(logps.ref_chosen), zero(logps.ref_rejected))
+
+    def _reference_point(self, kl: Tensor, weight: Tensor) -> Tensor | None:
+        """KTO's z0: the KL of the global micro-batch, of all processes, since it stands inside a sigmoid."""
+        if "kto_pair" not in self.args.loss_type:
+            return None
+        sums = self._sum_over_processes(torch.stack([(weight * kl.detach()).sum(), weight.sum()]))
+        return sums[0] / sums[1].clamp(min=SMALLEST_WEIGHT)
+
+    def _totals(self, *batches: Mapping[str, Any]) -> Tensor:
+        """Weights of the preferences and of the ordinary images in batches, Tensor[2]; where all are 0, not 0 / 0."""
+        return torch.stack([row_weights(batch) for batch in batches]).sum(dim=0).clamp(min=SMALLEST_WEIGHT)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The batches of an optimizer step, and the weights of their rows over all processes, Tensor[2]."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        return batches, self._sum_over_processes(self._totals(*batches).to(device))
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    # ---- Metrics -------------------------------------------------------------------------------------------
+
+    def _log_rows(self, logps: PreferenceLogps, losses: Tensor, kl: Tensor, inputs: Mapping[str, Any]) -> None:
+        reg = {"kl": kl, "loss/regularization": self.args.reg_weight * kl}
+        self._means[self.model.training].add(
+            {
+                **preference_metrics(logps, losses, self.args.beta, inputs["weight"]),
+                **{name: (value.detach(), inputs["reg_weight"]) for name, value in reg.items()},
+            }
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the means of the rows seen since the last log."""
+        if "loss" in logs:  # of Trainer's own logs of training steps, which every process writes
+            logs = {**logs, **self._means[True].pop(self._sum_over_processes)}
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor | None, Tensor | None]:
+        """Evaluate a batch: its rows go into running means; nothing is kept of it unless metrics ask for it.
+
+        Returns:
+            No loss; the log-probabilities [B, N] and positions of the chosen texts [B] where they are asked for.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            _, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return (None, None, None) if prediction_loss_only else (None, outputs["logps"], inputs["chosen"])
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate; every row counts once, whatever the number of processes and the size of the last batch."""
+        self._means[False] = RunningMeans()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = self._means[False].pop(self._sum_over_processes)
+        means["loss"] = means["loss/preference"] + means.get("loss/regularization", 0.0)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    # ---- Data ----------------------------------------------------------------------------------------------
+
+    def _pairs(self, dataset: Any, name: str, args: ContrastivePOConfig) -> PreferencePairs:
+        return checked_pairs(dataset, self.reg_dataset, self.candidate_texts, args, name)
+
+    def _embed_fixed_images(self, pairs: PreferencePairs, pays: bool) -> None:
+        """Let the reference see fixed images once, where it pays or the arguments say so."""
+        wanted = self.args.precompute_ref_log_probs
+        if pays if wanted is None else wanted:
+            with self.compute_loss_context_manager():
+                embed_fixed_images(
+                    self.reference,
+                    pairs,
+                    self.processing_class,
+                    self.accelerator,
+                    self.args.eval_batch_size,
+                    self.args.dataloader_num_workers,
+                )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Rows in the order of `EpochSampler`, with the reference's embeddings of fixed images where that pays."""
+        if self.train_dataset is None:
+            raise ValueError("Training needs a train_dataset; pass it to the trainer.")
+        rows = len(self.train_dataset) * self.args.num_train_epochs
+        if self.args.max_steps > 0:
+            rows = self.args.max_steps * self.args.gradient_accumulation_steps * self._global_batch_size()
+        self._embed_fixed_images(self.train_dataset, pays=rows > len(self.train_dataset))
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return self._loader(self.train_dataset, self._train_batch_size, seed, self.args.dataloader_drop_last)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Rows in the order of the data set; a `str` names one of several evaluation data sets."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None:
+            raise ValueError("Evaluation needs an eval_dataset; pass it to the trainer or to evaluate().")
+        if not isinstance(dataset, PreferencePairs):
+            dataset = self._pairs(dataset, "eval_dataset", self.args)
+        self._embed_fixed_images(dataset, pays=self.is_in_train)
+        return self._loader(dataset, self.args.eval_batch_size, seed=None, drop_last=False)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As `get_eval_dataloader`."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def _global_batch_size(self) -> int:
+        return self._train_batch_size * self.accelerator.num_processes
+
+    def _loader(self, dataset: PreferencePairs, batch_size: int, seed: int | None, drop_last: bool) -> DataLoader[Any]:
+        sampler = EpochSampler(len(dataset), batch_size * self.accelerator.num_processes, seed, drop_last)
+        loader = self.accelerator.prepare(
+            DataLoader(
+                dataset,
+                batch_size=batch_size,
+                sampler=sampler,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+                prefetch_factor=self.args.dataloader_prefetch_factor,
+                persistent_workers=self.args.dataloader_persistent_workers,
+                multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            )
+        )
+        # accelerate passes the epoch on to the sampler only from here; else a resume would replay epoch 0.
+        loader.set_sampler(sampler)
+        return loader
+
+    # ---- Optimizer -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        """The optimizer and its arguments: those of `Trainer`, and torch's Adamax for `optim="adamax"`."""
+        if args.optim == ADAMAX:
+            betas = (args.adam_beta1, args.adam_beta2)
+            return torch.optim.Adamax, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Parameters that weight decay pulls to 0: none for which 0 has no meaning, scales and embeddings."""
+        without = ("logit_scale", "class_embedding", "position_embedding")
+        return [n for n in super().get_decay_parameter_names(model) if not any(part in n for part in without)]
+
+
+def _check_args(args: ContrastivePOConfig, compute_metrics: Any) -> None:
+    if not isinstance(args, ContrastivePOConfig):
+        raise TypeError(f"args must be a ContrastivePOConfig, got {type(args).__name__}.")
+    if compute_metrics is not None and not args.batch_eval_metrics:
+        raise ValueError(
+            "compute_metrics needs batch_eval_metrics=True in ContrastivePOConfig: evaluation keeps no logits, so "
+            "metrics are computed batch by batch. The function takes (eval_prediction, compute_result) and returns "
+            "the metrics when compute_result is True."
+        )
+    if args.n_gpu > 1:
+        logger.warning(
+            f"One process trains on one of the {args.n_gpu} GPUs. To use them all: accelerate launch your_script.py"
+        )
+        args._n_gpu = 1
+    if args.ddp_find_unused_parameters is None:
+        # What does not train is frozen, so DDP need not search the graph each step.
+        args.ddp_find_unused_parameters = False
