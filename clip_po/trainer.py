@@ -322,7 +322,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
                 sampler=sampler,
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory,
+                pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
                 prefetch_factor=self.args.dataloader_prefetch_factor,
                 persistent_workers=self.args.dataloader_persistent_workers,
                 multiprocessing_context=self.args.dataloader_multiprocessing_context,

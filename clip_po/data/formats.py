@@ -35,8 +35,12 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def check_candidates(candidate_texts: Sequence[str] | None) -> None:
+def check_candidates(candidate_texts: Sequence[str] | None, name: str = "candidate_texts") -> None:
     """Refuse candidate texts over which no policy can be defined.
+
+    Args:
+        candidate_texts: The texts.
+        name: What messages call them.
 
     Raises:
         ValueError: Fewer than two, or one stands in the list twice.
@@ -46,16 +50,16 @@ def check_candidates(candidate_texts: Sequence[str] | None) -> None:
         return
     if isinstance(candidate_texts, str) or len(candidate_texts) < 2:
         raise ValueError(
-            f"candidate_texts must be a list of at least two texts, got {candidate_texts!r}: with a single "
+            f"{name} must be a list of at least two texts, got {candidate_texts!r}: with a single "
             "candidate its probability is always 1 and there is nothing to prefer."
         )
     seen: dict[str, int] = {}
     for position, text in enumerate(candidate_texts):
         if not isinstance(text, str):
-            raise TypeError(f"candidate_texts[{position}] must be a string, got {text!r}.")
+            raise TypeError(f"{name}[{position}] must be a string, got {text!r}.")
         if text in seen:
             raise ValueError(
-                f"candidate_texts[{position}] is {text!r}, which stands at position {seen[text]} already. "
+                f"{name}[{position}] is {text!r}, which stands at position {seen[text]} already. "
                 "Give each candidate once: twice, it would get its probability twice."
             )
         seen[text] = position
@@ -164,14 +168,17 @@ def check_row(row: Mapping[str, Any], candidate_texts: Sequence[str] | None, whe
     Raises:
         ValueError: What was found, where, and what to do.
     """
-    weight = row.get("weight")
-    if weight is not None and not 0 <= weight < float("inf"):
+    weight = row.get("weight", 1.0)
+    if weight is None or not 0 <= weight < float("inf"):
         raise ValueError(f"{where}: column 'weight' must be a finite number >= 0, got {weight!r}.")
     if "chosen" not in row:
-        for column in ("label", "rejected_label"):
-            for value in as_list(row.get(column)):
+        labels = as_list(row.get("rejected_label"))
+        for column, values in (("label", [row["label"]]), ("rejected_label", labels)):
+            for value in values:
                 _check_class(value, candidate_texts or (), f"{where}: column {column!r}")
-        if row["label"] in as_list(row.get("rejected_label")):
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"{where}: column 'rejected_label' has a class twice: {labels!r}. Give each once.")
+        if row["label"] in labels:
             raise ValueError(
                 f"{where}: columns 'label' and 'rejected_label' are both {row['label']}; a preference needs two "
                 "different classes. Drop the row or mend its label."
@@ -198,7 +205,7 @@ def check_row(row: Mapping[str, Any], candidate_texts: Sequence[str] | None, whe
                 "candidate_texts to the trainer, or a column 'candidates' or 'rejected'."
             )
         return
-    check_candidates(own)
+    check_candidates(own, f"{where}: column 'candidates'")
     for column, texts in (("chosen", [chosen]), ("rejected", rejected)):
         for text in texts:
             if text not in candidates:
@@ -226,8 +233,14 @@ def check_regularization(dataset: Dataset, name: str = "reg_dataset") -> None:
     """Refuse a regularization data set that is empty or has no column of images.
 
     Raises:
+        TypeError: No `datasets.Dataset`.
         ValueError: What was found and what to do.
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{name} must be a datasets.Dataset, got {type(dataset).__name__}. Dataset.from_dict({{'image': images}}) "
+            "makes one of a list of images; load a streamed one without streaming=True."
+        )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; give it at least one image.")
     if "image" not in dataset.column_names:
@@ -242,10 +255,10 @@ def read_row(dataset: Any, index: int, name: str) -> Row:
     """Row `index` with its images decoded.
 
     Raises:
-        ValueError: An image can't be read; the message names row and column.
+        ValueError: An image is missing or can't be read; the message names row and column.
     """
     try:
-        return dataset[index]
+        row = dataset[index]
     except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
         columns = [c for c, f in (getattr(dataset, "features", None) or {}).items() if isinstance(f, Image)]
         raise ValueError(
@@ -253,6 +266,12 @@ def read_row(dataset: Any, index: int, name: str) -> Row:
             f"({type(error).__name__}: {error}). Mend the file or leave the row out, for instance with "
             f"`dataset.select`."
         ) from error
+    if row.get("image") is None:
+        raise ValueError(
+            f"{name} row {index}: column 'image' holds no image. Leave the row out, for instance with "
+            "`dataset.select`."
+        )
+    return row
 
 
 def to_texts(row: Row, candidate_texts: Sequence[str] | None) -> Row:

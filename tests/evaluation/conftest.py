@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -68,6 +68,15 @@ def make_dataset(rows: int = 13) -> datasets.Dataset:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost tiny models more than they save, many times more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def processor() -> CLIPProcessor:
     return make_processor()
@@ -76,6 +85,11 @@ def processor() -> CLIPProcessor:
 @pytest.fixture
 def model() -> CLIPModel:
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def other_model() -> CLIPModel:
+    return make_model(seed=1)
 
 
 @pytest.fixture(scope="session")

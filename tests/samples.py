@@ -1,0 +1,59 @@
+"""A tiny CLIP and small data sets, made on the spot."""
+
+import datasets
+import numpy as np
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
+
+CLASSES = ["cat", "dog", "bird", "ship"]
+PROMPTS = [f"a photo of a {name}" for name in CLASSES]
+IMAGE_SIZE = 32
+
+
+def tiny_config(**overrides):
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return CLIPConfig(
+        text_config={**tower, "vocab_size": 64, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1},
+        vision_config={**tower, "image_size": IMAGE_SIZE, "patch_size": 8},
+        projection_dim=16,
+        **overrides,
+    )
+
+
+def tiny_processor(size=IMAGE_SIZE):
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=32
+    )
+    images = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+def picture(number: int, side: int = IMAGE_SIZE) -> Image.Image:
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def make_labelled(rows: int) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    columns = {"image": [picture(i) for i in range(rows)], "label": [i % len(CLASSES) for i in range(rows)]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def make_preferences(rows: int) -> datasets.Dataset:
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "clean_image": datasets.Image(),
+            "chosen": datasets.Value("string"),
+            "rejected": datasets.Value("string"),
+        }
+    )
+    columns = {
+        "image": [picture(1000 + i) for i in range(rows)],
+        "clean_image": [picture(i) for i in range(rows)],
+        "chosen": [PROMPTS[i % 4] for i in range(rows)],
+        "rejected": [PROMPTS[(i + 1 + i % 3) % 4] for i in range(rows)],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)

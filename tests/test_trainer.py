@@ -1,0 +1,419 @@
+"""The trainer: its loss is the equation, its means are over rows, its runs repeat and resume bit for bit."""
+
+import json
+import math
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from samples import CLASSES, PROMPTS, make_labelled, make_preferences
+from transformers import CLIPModel, CLIPProcessor, TrainerCallback
+
+from clip_po.config import ContrastivePOConfig
+from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.typographic import TypographicAttack
+from clip_po.trainer import ContrastivePOTrainer
+
+VISION_LORA = {"r": 4, "lora_alpha": 8, "target_modules": r".*vision_model.*\.(q_proj|v_proj)"}
+METRICS = {
+    "loss",
+    "kl",
+    "loss/preference",
+    "loss/regularization",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/accuracies",
+    "rewards/chosen",
+    "rewards/margins",
+    "rewards/rejected",
+}
+
+
+@pytest.fixture
+def make_trainer(clip_folder, tmp_path):
+    def make(train_dataset, model=None, candidate_texts=PROMPTS, **arguments):
+        names = ("ref_model", "eval_dataset", "reg_dataset", "peft_config", "callbacks", "compute_metrics")
+        given = {name: arguments.pop(name) for name in names if name in arguments}
+        config = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "max_steps": 6,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **arguments,
+        }
+        return ContrastivePOTrainer(
+            model if model is not None else str(clip_folder),
+            args=ContrastivePOConfig(**config),
+            train_dataset=train_dataset,
+            candidate_texts=candidate_texts,
+            **given,
+        )
+
+    return make
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def logged(trainer, name):
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
+def plain_loss(model, processor, rows, beta, reg_weight):
+    """DPO and the KL written out from the paper, row by row, without any of the package."""
+    reference = CLIPModel.from_pretrained(model.config.name_or_path)
+    total = 0.0
+
+    def logps(encoder, image):
+        inputs = processor(text=PROMPTS, images=[image], return_tensors="pt", padding=True)
+        return encoder(**inputs).logits_per_image.log_softmax(-1)[0]
+
+    for row in rows:
+        chosen, rejected = PROMPTS.index(row["chosen"]), PROMPTS.index(row["rejected"])
+        policy, ref = logps(model, row["image"]), logps(reference, row["image"])
+        margin = (policy[chosen] - ref[chosen]) - (policy[rejected] - ref[rejected])
+        total += -torch.nn.functional.logsigmoid(beta * margin)
+        policy, ref = logps(model, row["clean_image"]), logps(reference, row["clean_image"])
+        total += reg_weight * (ref.exp() * (ref - policy)).sum()
+    return total / len(rows)
+
+
+def perturbed(clip_folder):
+    """A policy that has left its reference, so that no term of the loss is 0."""
+    model = CLIPModel.from_pretrained(clip_folder)
+    with torch.no_grad():
+        for parameter in model.vision_model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+def test_loss_and_gradients_equal_the_equation_written_out(make_trainer, clip_folder, processor):
+    rows = make_preferences(5)
+    model = perturbed(clip_folder)
+    trainer = make_trainer(
+        rows, model=model, ref_model=CLIPModel.from_pretrained(clip_folder), beta=0.7, reg_weight=0.3
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(5)])
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    expected = plain_loss(model, processor, [rows[i] for i in range(5)], beta=0.7, reg_weight=0.3)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert {name.split(".")[0] for name in gradients} == {"vision_model", "visual_projection"}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
+
+
+def test_metrics_carry_dpotrainers_names_and_are_means_over_rows(make_trainer):
+    trainer = make_trainer(make_preferences(13), eval_dataset=make_preferences(13), num_train_epochs=1, max_steps=-1)
+    trainer.train()
+    assert set(trainer.state.log_history[0]) >= METRICS
+    result = trainer.evaluate()
+    assert {f"eval_{name}" for name in METRICS} <= set(result)
+    one_by_one = []
+    for i in range(13):
+        batch = trainer.data_collator([trainer.eval_dataset[i]])
+        one_by_one.append(trainer.compute_loss(trainer.model.eval(), batch).item())
+    assert result["eval_loss"] == pytest.approx(sum(one_by_one) / 13, abs=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_evaluation_does_not_depend_on_the_batch_size(make_trainer, clip_folder, batch_size):
+    results = []
+    for size in (13, batch_size):
+        trainer = make_trainer(
+            make_preferences(4),
+            model=perturbed(clip_folder),
+            ref_model=CLIPModel.from_pretrained(clip_folder),
+            eval_dataset=make_preferences(13),
+            per_device_eval_batch_size=size,
+        )
+        results.append(trainer.evaluate())
+    for name in METRICS:
+        assert results[0][f"eval_{name}"] == pytest.approx(results[1][f"eval_{name}"], abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo"], ["sft"], ["sigmoid", "sft"]])
+def test_accumulated_steps_equal_one_large_step_also_where_the_last_batch_is_ragged(make_trainer, loss_type):
+    """13 rows: 8 and 5 at once, or in micro-batches of 4, 4 and 4, 1."""
+    runs = []
+    for size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        trainer = make_trainer(
+            make_preferences(13),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=4,
+            optim="sgd",  # Adam turns the rounding of a gradient that is 0 (CLIP's key biases) into steps
+            learning_rate=1e-2,
+            loss_type=loss_type,
+        )
+        trainer.train()
+        runs.append((weights(trainer), logged(trainer, "loss"), logged(trainer, "rewards/margins")))
+    for other, losses, margins in runs[1:]:
+        assert losses == pytest.approx(runs[0][1], abs=1e-5)
+        assert margins == pytest.approx(runs[0][2], abs=1e-5)
+        for name, value in runs[0][0].items():
+            torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-5)
+
+
+def test_row_weights_count(make_trainer):
+    rows = make_preferences(6)
+    doubled = rows.add_column("weight", [2.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    kept = make_preferences(6).select([0, 0, 3, 4])
+    results = [
+        make_trainer(make_preferences(4), model=None, eval_dataset=data, reg_weight=0.0, beta=3.0).evaluate()
+        for data in (doubled, kept)
+    ]
+    assert results[0]["eval_logps/chosen"] == pytest.approx(results[1]["eval_logps/chosen"], abs=1e-6)
+
+
+def typographic(rows=16, **attack):
+    style = {"min_side": 32, "size": (0.3, 0.5), **attack}
+    return TypographicPreferences(make_labelled(rows), TypographicAttack(words=CLASSES, **style))
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.slow
+def test_fifty_steps_repeat_and_resume_bit_for_bit_with_fresh_attacks_and_two_workers(make_trainer, tmp_path):
+    settings = {
+        "max_steps": 50,
+        "dataloader_num_workers": 2,
+        "per_device_train_batch_size": 3,
+        "save_strategy": "steps",
+        "save_steps": 20,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 7,
+    }
+    first, second = make_trainer(typographic(), **settings), make_trainer(typographic(), **settings)
+    first.train()
+    second.train()
+    assert same(weights(first), weights(second))
+
+    stopped = make_trainer(typographic(), **settings, callbacks=[StopAt(20)], output_dir=str(tmp_path / "stopped"))
+    stopped.train()
+    assert stopped.state.global_step == 20
+    resumed = make_trainer(typographic(), **settings, output_dir=str(tmp_path / "stopped"))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 50
+    assert same(weights(first), weights(resumed))
+
+
+def test_another_seed_gives_other_weights(make_trainer):
+    runs = [make_trainer(make_preferences(13), seed=seed) for seed in (1, 2)]
+    for run in runs:
+        run.train()
+    assert not same(*map(weights, runs))
+
+
+def test_only_the_vision_side_trains_by_default(make_trainer):
+    trainer = make_trainer(make_preferences(8))
+    before = weights(trainer)
+    trainer.train()
+    changed = {n.split(".")[0] for n, v in weights(trainer).items() if not torch.equal(v, before[n])}
+    assert changed == {"vision_model", "visual_projection"}
+
+
+def test_text_tower_and_logit_scale_train_on_demand(make_trainer):
+    trainer = make_trainer(make_preferences(8), train_text_model=True, train_logit_scale=True)
+    before = weights(trainer)
+    trainer.train()
+    changed = {n.split(".")[0] for n, v in weights(trainer).items() if not torch.equal(v, before[n])}
+    assert changed == {"vision_model", "visual_projection", "text_model", "text_projection", "logit_scale"}
+
+
+def test_the_reference_stays_where_training_started(make_trainer, model, processor):
+    trainer = make_trainer(make_preferences(8), train_text_model=True)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    before = trainer.reference(batch).preference
+    trainer.train()
+    torch.testing.assert_close(trainer.reference(batch).preference, before, rtol=0, atol=0)
+
+
+def test_new_adapters_are_compared_with_the_base(make_trainer, model):
+    trainer = make_trainer(make_preferences(8), peft_config=LoraConfig(**VISION_LORA), max_steps=4)
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    plain = make_trainer(make_preferences(8), model=model)
+    torch.testing.assert_close(trainer.reference(batch).preference, plain.reference(batch).preference, rtol=0, atol=0)
+    assert logged(trainer, "rewards/margins")[0] == 0.0
+
+
+def test_trained_adapters_are_their_own_reference_and_are_saved_without_it(make_trainer, model, clip_folder, tmp_path):
+    adapted = get_peft_model(model, LoraConfig(**VISION_LORA, init_lora_weights=False))
+    trainer = make_trainer(make_preferences(8), model=adapted, max_steps=4)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    start = trainer.policy(trainer.model, trainer.encoder, batch).preference.detach()
+    torch.testing.assert_close(trainer.reference(batch).preference, start)
+    trainer.train()
+    torch.testing.assert_close(trainer.reference(batch).preference, start)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert [path.name for path in (tmp_path / "adapter").iterdir() if path.is_dir()] == []
+
+    again = PeftModel.from_pretrained(CLIPModel.from_pretrained(clip_folder), str(tmp_path / "adapter"))
+    merged = again.merge_and_unload()
+    assert isinstance(merged, CLIPModel)
+    with torch.no_grad():
+        ours = trainer.encoder.eval().get_image_features(batch["pixel_values"]).pooler_output
+        theirs = merged.get_image_features(batch["pixel_values"]).pooler_output
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("redraw", ["never", "every_epoch"])
+def test_a_reference_seen_once_gives_the_same_run_as_one_seen_each_step(make_trainer, redraw):
+    runs = []
+    for precompute in (None, False):
+        trainer = make_trainer(typographic(redraw=redraw), precompute_ref_log_probs=precompute, max_steps=8)
+        trainer.train()
+        runs.append(logged(trainer, "loss"))
+        known = set(trainer.train_dataset.reference)
+        expected = {"image", "reg_image"} if redraw == "never" else {"reg_image"}
+        assert known == (expected if precompute is None else set())
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+
+
+def test_regularization_images_may_come_from_another_data_set(make_trainer):
+    rows = make_preferences(8).remove_columns("clean_image")
+    trainer = make_trainer(rows, reg_dataset=make_labelled(5), max_steps=4)
+    trainer.train()
+    assert all(math.isfinite(value) for value in logged(trainer, "kl"))
+    assert set(trainer.train_dataset.reference) == {"image", "reg_image"}
+
+
+def test_rows_may_name_their_own_candidates(make_trainer):
+    trainer = make_trainer(make_preferences(13), candidate_texts=None, max_steps=6, loss_type=["sigmoid", "sft"])
+    trainer.train()
+    assert logged(trainer, "logps/chosen")[-1] > logged(trainer, "logps/chosen")[0]
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "kto_pair", "sft"])
+def test_every_loss_learns_the_preferences(make_trainer, loss_type):
+    rows = make_preferences(13)
+    settings = {"max_steps": 40, "learning_rate": 3e-3, "reg_weight": 0.01, "beta": 0.5}
+    trainer = make_trainer(rows, eval_dataset=rows, loss_type=loss_type, **settings)
+    trainer.train()
+    assert trainer.evaluate()["eval_rewards/accuracies"] > 0.9
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"torch_compile": False, "max_grad_norm": 0.5}])
+def test_trainers_own_settings_work(make_trainer, settings):
+    trainer = make_trainer(make_preferences(8), eval_dataset=make_preferences(5), **settings)
+    trainer.train()
+    assert all(math.isfinite(value) for value in logged(trainer, "loss"))
+
+
+def test_several_evaluation_sets_and_the_best_checkpoint(make_trainer):
+    trainer = make_trainer(
+        make_preferences(8),
+        eval_dataset={"near": make_preferences(5), "far": make_preferences(7)},
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_far_loss",
+        save_total_limit=1,
+    )
+    trainer.train()
+    assert len(logged(trainer, "eval_near_loss")) == len(logged(trainer, "eval_far_loss")) == 3
+    assert trainer.state.best_metric == min(logged(trainer, "eval_far_loss"))
+
+
+def test_compute_metrics_sees_batches_and_needs_batch_eval_metrics(make_trainer):
+    seen = []
+
+    def accuracy(prediction, compute_result):
+        seen.append((prediction.predictions.argmax(-1) == prediction.label_ids).float())
+        return {"accuracy": torch.cat(seen).mean().item()} if compute_result else {}
+
+    trainer = make_trainer(
+        make_preferences(8),
+        eval_dataset=make_preferences(13),
+        compute_metrics=accuracy,
+        batch_eval_metrics=True,
+        per_device_eval_batch_size=4,
+    )
+    result = trainer.evaluate()
+    assert sum(len(batch) for batch in seen) == 13
+    assert 0 <= result["eval_accuracy"] <= 1
+    with pytest.raises(ValueError, match="batch_eval_metrics=True"):
+        make_trainer(make_preferences(8), compute_metrics=accuracy)
+
+
+def test_a_saved_model_is_a_plain_clip_with_its_processor_and_no_pickle(make_trainer, processor, tmp_path):
+    trainer = make_trainer(
+        make_preferences(8), hub_token="hf_secret_token_of_mine", save_strategy="steps", save_steps=3
+    )
+    trainer.train()
+    out = tmp_path / "out"
+    trainer.save_model(str(out))
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "training_args.json"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    loaded = CLIPModel.from_pretrained(out)
+    assert same(dict(loaded.state_dict()), weights(trainer))
+    image = make_preferences(1)[0]["image"]
+    ours, theirs = (
+        p(images=image, return_tensors="pt")["pixel_values"] for p in (processor, CLIPProcessor.from_pretrained(out))
+    )
+    assert torch.equal(ours, theirs)
+    assert json.loads((out / "training_args.json").read_text())["hub_token"] == "<redacted>"
+    written = [path for path in Path(trainer.args.output_dir).parent.rglob("*") if path.is_file()]
+    assert len(written) > 10
+    assert not [path for path in written if b"hf_secret_token_of_mine" in path.read_bytes()]
+
+
+def test_adamax_is_the_presets_optimizer_and_an_optimizer_of_the_users_wins(make_trainer, clip_folder, tmp_path):
+    args = ContrastivePOConfig.from_preset("ipo", output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = ContrastivePOTrainer(
+        str(clip_folder), args=args, train_dataset=make_preferences(4), candidate_texts=PROMPTS
+    )
+    assert type(trainer.create_optimizer()) is torch.optim.Adamax
+    model = CLIPModel.from_pretrained(clip_folder)
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = ContrastivePOTrainer(
+        model, args=args, train_dataset=make_preferences(4), candidate_texts=PROMPTS, optimizers=(own, None)
+    )
+    assert trainer.create_optimizer() is own
+
+
+def test_weight_decay_leaves_scales_and_embeddings_alone(make_trainer):
+    trainer = make_trainer(make_preferences(4))
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    assert decayed
+    assert not [n for n in decayed if "logit_scale" in n or "class_embedding" in n or "position_embedding" in n]
+
+
+def test_an_unreadable_image_is_named_by_its_row(make_trainer, tmp_path):
+    rows = make_preferences(5)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    paths = [
+        None if i == 3 else row
+        for i, row in enumerate(rows.cast_column("image", datasets.Image(decode=False))["image"])
+    ]
+    paths[3] = {"path": str(tmp_path / "broken.png"), "bytes": None}
+    broken = rows.remove_columns("image").add_column("image", paths, feature=datasets.Image())
+    trainer = make_trainer(broken, precompute_ref_log_probs=False)
+    with pytest.raises(ValueError, match=r"row 3: an image in column .*image"):
+        trainer.train()
