@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -79,6 +79,9 @@ class ContrastivePOConfig(TrainingArguments):
             training, and keep its embeddings. `None`: where it pays, that is for fixed images seen in more than
             one epoch. `True`: always, and refuse images that change. `False`: never.
     """
+
+    # Given as JSON on the command line.
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     optim: str = field(
         default="adamw_torch",

@@ -36,7 +36,7 @@ def preference_metrics(logps: PreferenceLogps, losses: Tensor, beta: float, weig
     mean = _mean_of_present(rejected, present)
     return {
         "loss/preference": (losses.detach(), weight),
-        "logps/chosen": (logps.chosen, weight),
+        "logps/chosen": (logps.chosen.detach(), weight),
         "logps/rejected": (_mean_of_present(logps.rejected, present), paired),
         "rewards/chosen": (chosen, weight),
         "rewards/rejected": (mean, paired),

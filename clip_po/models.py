@@ -29,6 +29,7 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
     Raises:
         TypeError: The checkpoint is of another architecture.
         OSError: There is no such model, or its weights are not in safetensors.
+        ValueError: The folder holds no model.
     """
     config = AutoConfig.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
     if config.model_type != "clip":
@@ -53,11 +54,12 @@ def load_policy(
         TypeError: No CLIPModel.
     """
     if ref_model is not None:
-        dual_encoder(ref_model)
-        if ref_model is model:
+        reference = dual_encoder(ref_model, "ref_model")
+        if not isinstance(model, str) and reference is dual_encoder(model):
             raise ValueError(
-                "model and ref_model are the same object: the reference would train along with the policy. Leave "
-                "ref_model out to compare with the model as training starts, or load it a second time."
+                "model and ref_model are the same object, or one holds the other inside its adapters: the reference "
+                "would train along with the policy. Leave ref_model out to compare with the model as training starts, "
+                "or load it a second time."
             )
     if args.train_logit_scale and (peft_config is not None or isinstance(model, PeftModel)):
         raise ValueError(
@@ -65,7 +67,7 @@ def load_policy(
             "lost. Leave it frozen, or train the full model."
         )
     if isinstance(model, str):
-        model = load_model(model, **_init_kwargs(args.model_init_kwargs))
+        model = load_model(model, **init_kwargs(args.model_init_kwargs))
     elif args.model_init_kwargs:
         logger.warning("model_init_kwargs are ignored: the model is an object already, not a name.")
     encoder = dual_encoder(model)
@@ -95,7 +97,8 @@ def load_policy(
     return model
 
 
-def _init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:
+def init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """`model_init_kwargs` as a dictionary of its own."""
     if isinstance(kwargs, str):
         raise ValueError(f"model_init_kwargs must be a dict (as JSON on the command line), got {kwargs!r}.")
     return dict(kwargs or {})
@@ -120,7 +123,7 @@ def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixi
         ValueError: There is none.
     """
     name = dual_encoder(model).config.name_or_path
-    kwargs = _init_kwargs(args.model_init_kwargs)
+    kwargs = init_kwargs(args.model_init_kwargs)
     try:
         return CLIPProcessor.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
     except (OSError, ValueError) as error:

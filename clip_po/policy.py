@@ -19,8 +19,12 @@ TextEncoder = Callable[[Sequence[str]], Tensor]
 """Texts to unit-norm embeddings, Tensor[M, D]."""
 
 
-def dual_encoder(model: nn.Module) -> CLIPModel:
+def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
     """The CLIPModel inside a plain model or a PeftModel, its LoRA layers active as they are.
+
+    Args:
+        model: The model.
+        name: What messages call it.
 
     Raises:
         TypeError: The model has no two towers of CLIP's layout.
@@ -28,7 +32,7 @@ def dual_encoder(model: nn.Module) -> CLIPModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, CLIPModel):
         raise TypeError(
-            f"model must be a transformers.CLIPModel (or a PeftModel around one), got {type(inner).__name__}. "
+            f"{name} must be a transformers.CLIPModel (or a PeftModel around one), got {type(inner).__name__}. "
             "Preferences between texts need both towers: a vision or text model alone has no policy, and an "
             "open_clip checkpoint has to be converted to the Hugging Face layout first."
         )

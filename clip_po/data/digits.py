@@ -99,7 +99,8 @@ def render_digit(
         RGB image, `side` by `side`.
     """
     rng = random.Random(key)
-    paper, ink = _paper_and_ink(rng)
+    paper = tuple(rng.randint(200, 255) for _ in range(3))
+    ink = tuple(rng.randint(0, 110) for _ in range(3))
     cell = rng.uniform(*size) * side / 8  # pixels of the rendering per pixel of the table
     aspect = rng.uniform(0.9, 1.1)
     angle, slant = math.radians(rng.uniform(-rotation, rotation)), rng.uniform(-shear, shear)
@@ -118,13 +119,6 @@ def render_digit(
     image = Image.new("RGB", (side, side), paper)
     image.paste(ink, (0, 0), mask)
     return image
-
-
-def _paper_and_ink(rng: random.Random) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Colours of one sheet: dark ink on light paper, or, one time in four, chalk on a dark board."""
-    light = tuple(rng.randint(190, 255) for _ in range(3))
-    dark = tuple(rng.randint(0, 90) for _ in range(3))
-    return (dark, light) if rng.random() < 0.25 else (light, dark)  # type: ignore[return-value]
 
 
 def load_digits_dataset(split: str, renderings: int = 1, seed: int = 0) -> Dataset:
@@ -183,16 +177,17 @@ def digit_attack(settings: str = "training", seed: int = 0) -> TypographicAttack
         fonts=(PILLOW_FONT, *font_files(fonts)) if settings == "training" else font_files(fonts),
         size=(0.22, 0.28),
         places=places,
+        outline=(0.0, 0.0),
         min_side=IMAGE_SIDE,
         seed=seed,
     )
 
 
 _ATTACKS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
-    "training": (("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"), ("top-left", "bottom", "right")),
+    "training": (("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"), ("top-left", "bottom", "bottom-right")),
     "unseen": (
         ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold"),
-        ("top", "bottom-left", "bottom-right", "top-right"),
+        ("top", "top-right", "bottom-left"),
     ),
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import random
-import string
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +32,7 @@ PLACES = {
 """Where a word may stand: shares of the free width and height to its left and above it."""
 
 _CONSONANTS = "bcdfghjklmnpqrstvwxz"
+_MOST_TRIES = 1000
 _SMALLEST_TEXT = 6  # pixels of height; below it no font is legible
 
 
@@ -130,17 +130,21 @@ def _lines_that_fit(text: str, style: TextStyle, width: int, height: int, paddin
 
     sine, cosine = abs(math.sin(math.radians(style.rotation))), abs(math.cos(math.radians(style.rotation)))
     wanted = max(_SMALLEST_TEXT, round(style.size * min(width, height)))
-    least = max(_SMALLEST_TEXT, wanted // 2)
-    for count in range(1, len(text) + 1):
-        lines = _break(text, count)
-        pixels = wanted
-        while True:
-            text_width, text_height, stroke = measure(lines, pixels)
-            if text_width <= width and text_height <= height:
-                return lines, load_font(style.font, pixels), stroke
-            if pixels <= least:
-                break
-            pixels = max(least, min(pixels - 1, int(pixels * min(width / text_width, height / text_height))))
+    while True:
+        least = max(_SMALLEST_TEXT, wanted // 2)
+        for count in range(1, len(text) + 1):
+            lines = _break(text, count)
+            pixels = wanted
+            while True:
+                text_width, text_height, stroke = measure(lines, pixels)
+                if text_width <= width and text_height <= height:
+                    return lines, load_font(style.font, pixels), stroke
+                if pixels <= least:
+                    break
+                pixels = max(least, min(pixels - 1, int(pixels * min(width / text_width, height / text_height))))
+        if wanted <= _SMALLEST_TEXT:
+            break
+        wanted = least
     # Even letter by letter it is too large: the smallest legible size on one line, cut by the image's edge.
     _, _, stroke = measure(text, _SMALLEST_TEXT)
     return text, load_font(style.font, _SMALLEST_TEXT), stroke
@@ -169,7 +173,7 @@ def _break(text: str, count: int) -> str:
 def draw_text(image: Image.Image, text: str, style: TextStyle, min_contrast: float = 3.0) -> Image.Image:
     """Write a text on a copy of an image.
 
-    A text that is too wide first shrinks to half its size, then breaks into lines.
+    A text that is too wide first shrinks to half its size, then breaks into lines, and so on until it fits.
 
     Args:
         image: Any PIL image; the result is RGB of the same size.
@@ -202,8 +206,10 @@ def draw_text(image: Image.Image, text: str, style: TextStyle, min_contrast: flo
     if style.sticker:
         behind = style.sticker
     else:
-        x, y = corner(box)
-        behind = _mean_colour(image.crop((x, y, min(width, x + box[0]), min(height, y + box[1]))))
+        covered = Image.new("L", box, 255).rotate(style.rotation, expand=True)
+        x, y = corner(covered.size)
+        inside = (min(covered.width, width - x), min(covered.height, height - y))
+        behind = _mean_colour(image.crop((x, y, x + inside[0], y + inside[1])), covered.crop((0, 0, *inside)))
     fill = _legible(style.colours, behind, min_contrast)
     edge = _legible((), fill, 1.0)
 
@@ -227,8 +233,8 @@ def draw_text(image: Image.Image, text: str, style: TextStyle, min_contrast: flo
     return result
 
 
-def _mean_colour(image: Image.Image) -> Colour:
-    red, green, blue = (round(value) for value in ImageStat.Stat(image).mean)
+def _mean_colour(image: Image.Image, mask: Image.Image) -> Colour:
+    red, green, blue = (round(value) for value in ImageStat.Stat(image, mask).mean)
     return red, green, blue
 
 
@@ -237,6 +243,15 @@ def _legible(colours: Sequence[Colour], behind: Colour, min_contrast: float) -> 
         if contrast_ratio(colour, behind) >= min_contrast:
             return colour
     return max((0, 0, 0), (255, 255, 255), key=lambda colour: contrast_ratio(colour, behind))
+
+
+def _check_colour(colour: str, name: str) -> None:
+    try:
+        ImageColor.getrgb(colour)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: {colour!r} is no colour; give a name such as 'red' or a code such as '#ff0000'."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -308,17 +323,20 @@ class TypographicAttack:
             raise ValueError(f"redraw must be 'every_epoch' or 'never', got {self.redraw!r}.")
         if self.min_side < 1:
             raise ValueError(f"min_side is a number of pixels >= 1, got {self.min_side!r}.")
-        for name, known in (("places", PLACES), ("fonts", None), ("colours", None)):
+        if not 1 <= self.min_contrast <= 21:
+            raise ValueError(f"min_contrast is a contrast ratio, 1 to 21, got {self.min_contrast!r}.")
+        for name in ("places", "fonts", "colours", "sticker_colours"):
             values = getattr(self, name)
             if isinstance(values, str) or not values:
                 raise ValueError(f"{name} must be a list that is not empty, got {values!r}.")
-            wrong = [value for value in values if known is not None and value not in known]
-            if wrong:
-                raise ValueError(f"places: unknown {wrong}; known are {sorted(PLACES)}.")
+        wrong = [place for place in self.places if place not in PLACES]
+        if wrong:
+            raise ValueError(f"places: unknown {wrong}; known are {sorted(PLACES)}.")
         for font in self.fonts:
             load_font(font, _SMALLEST_TEXT)
-        for colour in (*self.colours, *self.sticker_colours):
-            ImageColor.getrgb(colour)
+        for name in ("colours", "sticker_colours"):
+            for colour in getattr(self, name):
+                _check_colour(colour, name)
 
     def _random(self, purpose: str, index: int, epoch: int) -> random.Random:
         return random.Random(f"{purpose}/{self.seed}/{0 if self.redraw == 'never' else epoch}/{index}")
@@ -329,26 +347,33 @@ class TypographicAttack:
         Args:
             index: Row of the data set.
             epoch: Epoch, counted from 0.
-            exclude: Words that must not be written: the row's true class.
+            exclude: Words that must not be written, in upper or lower case: the row's true class.
 
         Raises:
             ValueError: No word is left.
         """
-        words = [word for word in self.words if word not in exclude]
+        excluded = {word.lower() for word in exclude}
+        words = [word for word in self.words if word.lower() not in excluded]
         if not words:
             raise ValueError(f"words: all of {list(self.words)!r} are excluded for row {index}; give more words.")
         return self._random("word", index, epoch).choice(words)
 
     def meaningless(self, word: str, index: int, epoch: int = 0) -> str:
-        """Consonants, as many as `word` has letters, that spell no attack word: the control of occlusion."""
+        """Consonants, as many as `word` has letters, that spell no attack word: the control of occlusion.
+
+        Raises:
+            ValueError: Every such string is an attack word.
+        """
         rng = self._random("meaningless", index, epoch)
         known = {known.lower() for known in self.words}
-        while True:
-            letters = "".join(
-                rng.choice(_CONSONANTS) if c in string.ascii_letters + string.digits else c for c in word
-            )
-            if letters not in known:
+        for _ in range(_MOST_TRIES):
+            letters = "".join(rng.choice(_CONSONANTS) if c.isalnum() else c for c in word)
+            if letters.lower() not in known:
                 return letters
+        raise ValueError(
+            f"No string of consonants as long as {word!r} was found that is none of the {len(known)} attack words: "
+            "give longer words, or measure without the control."
+        )
 
     def style(self, index: int, epoch: int = 0) -> TextStyle:
         """The style in which the row's word is drawn."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -167,9 +168,10 @@ def test_control_is_no_attack_word():
     assert controls == {"x", "z"}
 
 
-def test_word_without_letters_has_no_control():
-    with pytest.raises(ValueError, match=r"'!!' has neither letters nor digits"):
-        attack(words=["!!", "dog"]).meaningless("!!", 0)
+@pytest.mark.parametrize("words", [["!!", "dog"], [*"bcdfghjklmnpqrstvwxz"]])
+def test_word_without_a_control_is_refused(words):
+    with pytest.raises(ValueError, match=f"as long as '{words[0]}'.*give longer words"):
+        attack(words=words).meaningless(words[0], 0)
 
 
 # ---- Where it stands
@@ -218,11 +220,11 @@ def test_anywhere_is_not_one_place():
 def test_size_is_a_share_of_the_short_side():
     heights = []
     for size in (0.2, 0.4):
-        image = flat(size=(300, 100))
+        image = flat(size=(900, 300))
         top, bottom, *_ = extent(ink(image, draw_text(image, "dhb", style(size=size))))
         heights.append(bottom - top + 1)
-    assert heights[1] / heights[0] == pytest.approx(2, abs=0.15)
-    assert 0.6 * 20 < heights[0] <= 20
+    assert heights[1] / heights[0] == pytest.approx(2, abs=0.1)
+    assert 0.6 * 60 < heights[0] <= 60
 
 
 def test_long_word_shrinks_before_it_breaks():
@@ -237,10 +239,10 @@ def test_long_word_shrinks_before_it_breaks():
 
 def test_texts_break_at_spaces_where_they_can():
     image = flat()
-    apart = ink(image, draw_text(image, "xxxxxxx xxxxxxx", style(size=0.3)))
-    whole = ink(image, draw_text(image, "xxxxxxx", style(size=0.3)))
-    assert lines(apart) == 2
-    assert extent(apart)[2:] == pytest.approx(extent(whole)[2:], abs=8)
+    mask = ink(image, draw_text(image, "xxxxxxxxxx xxxxxxxxxx", style(size=0.3)))
+    middle = len(mask) // 2
+    assert lines(mask) == 2
+    assert (mask[:middle][mask[:middle].any(1)] == mask[middle:][mask[middle:].any(1)]).all()
 
 
 @pytest.mark.parametrize("text", ["cat", "internationalization", "a photo of the very long name of a dog", "W" * 40])
@@ -248,12 +250,13 @@ def test_texts_break_at_spaces_where_they_can():
 @pytest.mark.parametrize("box", [None, (0, 0, 255)])
 def test_text_stays_inside_the_image(text, rotation, box):
     for place in ((0.0, 0.0), (1.0, 1.0), (0.3, 0.8)):
-        image = flat(size=(64, 90))
+        image = flat(size=(128, 180))
         drawn = draw_text(image, text, style(size=0.5, rotation=rotation, place=place, outline=0.1, sticker=box))
         top, bottom, left, right = extent(ink(image, drawn))
+        # What touches the edge may have been cut by it.
         assert min(top, left) >= 1
-        assert (bottom, right) <= (88, 62)
-        assert right <= 62
+        assert bottom <= 178
+        assert right <= 126
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 8, 12])
@@ -287,9 +290,9 @@ def test_words_are_legible_by_default(background):
 
 def test_word_is_legible_on_its_sticker():
     one = attack(size=(0.4, 0.4), outline=(0, 0), sticker=1.0, sticker_colours=["black"], colours=["black", "#111111"])
-    drawn = np.asarray(one.draw(flat("white"), "HEH", 0)).reshape(-1, 3)
-    top, bottom, left, right = extent(ink(flat("white"), one.draw(flat("white"), "HEH", 0)))
-    inside = drawn.reshape(64, 64, 3)[top : bottom + 1, left : right + 1].reshape(-1, 3)
+    drawn = one.draw(flat("white"), "HEH", 0)
+    top, bottom, left, right = extent(ink(flat("white"), drawn))
+    inside = np.asarray(drawn)[top : bottom + 1, left : right + 1].reshape(-1, 3)
     assert max(contrast_ratio(tuple(colour), (0, 0, 0)) for colour in np.unique(inside, axis=0)) >= 3
     assert (inside == 0).all(-1).mean() > 0.3
 
@@ -307,7 +310,9 @@ def test_low_contrast_is_kept_where_it_is_asked_for():
 
 
 def test_first_legible_colour_is_taken():
-    drawn = np.asarray(draw_text(flat("white"), "HEH", style(size=0.4, colours=((255, 255, 0), (200, 0, 0), (0, 0, 0)))))
+    drawn = np.asarray(
+        draw_text(flat("white"), "HEH", style(size=0.4, colours=((255, 255, 0), (200, 0, 0), (0, 0, 0))))
+    )
     assert (drawn == (200, 0, 0)).all(-1).any()
     assert not (drawn == 0).all(-1).any()
 
@@ -349,9 +354,7 @@ def test_rotation_turns_counter_clockwise():
     assert np.corrcoef(rows, columns)[0, 1] < -0.8
 
 
-def test_fonts_differ(tmp_path):
-    import matplotlib
-
+def test_fonts_differ():
     path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSerif.ttf"
     image = flat()
     assert draw_text(image, "cat", style(font=path)).tobytes() != draw_text(image, "cat", PLAIN).tobytes()
@@ -366,7 +369,9 @@ def test_font_that_is_none_is_refused(tmp_path):
 
 
 def test_contrast_is_that_of_the_standard():
-    assert contrast_ratio((255, 255, 255), (0, 0, 0)) == contrast_ratio((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+    assert (
+        contrast_ratio((255, 255, 255), (0, 0, 0)) == contrast_ratio((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+    )
     assert contrast_ratio(GREY, GREY) == 1
     assert contrast_ratio((119, 119, 119), (255, 255, 255)) == pytest.approx(4.48, abs=0.01)
     assert relative_luminance((0, 255, 0)) == pytest.approx(0.7152)

@@ -1,0 +1,39 @@
+# make demo and make test do everything from a fresh clone: environment, install, job.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= requirements/tested.txt
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint help wheel lower-bounds clean
+
+demo: $(STAMP)
+	$(BIN)/clip-po demo --output_dir demo_output
+
+test: $(STAMP) lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The pages that clip-po COMMAND --help prints.
+help: $(STAMP)
+	$(BIN)/python -m clip_po.commands.help
+
+wheel: $(STAMP)
+	$(BIN)/python -m build
+
+# The suite on the oldest versions that pyproject.toml promises.
+lower-bounds:
+	$(MAKE) test VENV=.venv-lower CONSTRAINTS=requirements/lower.txt
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-lower build dist demo_output *.egg-info

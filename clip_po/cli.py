@@ -1,0 +1,67 @@
+"""clip-po train | evaluate | demo. Imports nothing heavy until it knows what to do, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from importlib.resources import files
+
+COMMANDS = {
+    "train": "Align a CLIP on labelled images, on which words are written.",
+    "evaluate": "Measure what words on images do to a checkpoint, before and after alignment.",
+    "demo": "Align the embedded model by CE, DPO, IPO and KTO and show what each gains and costs.",
+}
+
+
+def usage() -> str:
+    """What `clip-po --help` prints."""
+    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: clip-po COMMAND [--flag value ...] [--config file.yaml]",
+            "",
+            "Align contrastive vision-language models by preference optimization.",
+            "",
+            *lines,
+            "",
+            "clip-po COMMAND --help lists a command's flags; clip-po --version prints the version.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 2 for arguments that can't be used.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"clip-po {metadata.version('clip_po')}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"clip-po: no command {command!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    if "-h" in rest or "--help" in rest:
+        print(files("clip_po").joinpath("assets", "help", f"{command}.txt").read_text(), end="")
+        return 0
+    module = import_module(f"clip_po.commands.{command}")
+    try:
+        module.main(rest)
+    except (ValueError, TypeError, OSError) as error:
+        # What the package refuses says what to do: a traceback would hide it.
+        print(f"clip-po {command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

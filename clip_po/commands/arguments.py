@@ -1,0 +1,127 @@
+"""Arguments that the commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+from trl import ScriptArguments
+
+from clip_po.data.fonts import training_fonts, unseen_fonts
+from clip_po.data.loading import load_split
+from clip_po.data.typographic import TypographicAttack
+
+TASK_FILE = "clip_po_task.json"
+"""Beside a checkpoint: the class names and prompt template that it was aligned with."""
+
+
+@dataclass
+class TaskArguments(ScriptArguments):
+    """What the images are, what they are called, and what is written on them."""
+
+    image_column: str = field(default="image", metadata={"help": "Column of images."})
+    label_column: str = field(default="label", metadata={"help": "Column of classes."})
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes by label; default: those of the data set."}
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt of a class, one {} for its name; default: the checkpoint's, else 'a photo of a {}'."
+        },
+    )
+    attack_words: list[str] | None = field(
+        default=None, metadata={"help": "Words that are written on images; default: the class names."}
+    )
+    attack_fonts: list[str] | None = field(
+        default=None,
+        metadata={"help": "Font files, or pillow for Pillow's own; evaluate's default fonts are none of train's."},
+    )
+    attack_size: list[float] = field(
+        default_factory=lambda: [0.2, 0.4],
+        metadata={"help": "Lowest and highest font size as a share of the image's short side."},
+    )
+    attack_places: list[str] = field(
+        default_factory=lambda: ["anywhere"], metadata={"help": "Where words stand: anywhere, top, bottom-left, ..."}
+    )
+    attack_rotation: list[float] = field(
+        default_factory=lambda: [-10.0, 10.0], metadata={"help": "Lowest and highest angle in degrees."}
+    )
+    attack_sticker: float = field(default=0.3, metadata={"help": "Share of words on a sticker, 0 to 1."})
+    max_samples: int | None = field(default=None, metadata={"help": "Use that many rows, drawn at random."})
+
+    def __post_init__(self) -> None:
+        """Refuse what can't work before anything is loaded."""
+        if self.dataset_name is None:
+            raise ValueError("--dataset_name is missing: a Hub id or a folder of labelled images.")
+        if self.dataset_streaming:
+            raise ValueError("--dataset_streaming is not supported: rows are named by their number. Leave it out.")
+
+    def load(self, split: str, seed: int) -> Dataset:
+        """A split of the data set, cut to `max_samples`."""
+        dataset = load_split(str(self.dataset_name), split, self.dataset_config)
+        if self.max_samples is not None and self.max_samples < len(dataset):
+            dataset = dataset.shuffle(seed=seed).select(range(self.max_samples))
+        return dataset
+
+    def names(self, dataset: Dataset, task: Task | None = None) -> list[str]:
+        """The class names: as given, else the data set's, else the checkpoint's.
+
+        Raises:
+            ValueError: None of them has any.
+        """
+        feature = dataset.features.get(self.label_column)
+        if self.class_names is not None:
+            return self.class_names
+        if isinstance(feature, ClassLabel):
+            return list(feature.names)
+        if task is not None:
+            return list(task.class_names)
+        raise ValueError(
+            f"The column {self.label_column!r} is {feature}, which carries no class names (columns: "
+            f"{dataset.column_names}). Give --class_names, one for each label, or --label_column."
+        )
+
+    def attack(self, words: Sequence[str], fonts: Sequence[str], min_side: int, seed: int) -> TypographicAttack:
+        """The typographic attack that the arguments describe."""
+        low, high = self.attack_size
+        return TypographicAttack(
+            words=self.attack_words or list(words),
+            fonts=self.attack_fonts or list(fonts),
+            size=(low, high),
+            places=self.attack_places,
+            rotation=(self.attack_rotation[0], self.attack_rotation[1]),
+            sticker=self.attack_sticker,
+            min_side=min_side,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a checkpoint was aligned with, kept beside it."""
+
+    class_names: Sequence[str]
+    prompt_template: str
+
+    def save(self, folder: str | Path) -> None:
+        """Write it into the checkpoint's folder."""
+        Path(folder, TASK_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Task | None:
+        """Read it from a checkpoint's folder; None where there is none."""
+        file = Path(folder, TASK_FILE)
+        if not file.is_file():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text())
+        return cls(class_names=list(found["class_names"]), prompt_template=str(found["prompt_template"]))
+
+
+DEFAULT_TEMPLATE = "a photo of a {}"
+
+__all__ = ["DEFAULT_TEMPLATE", "TASK_FILE", "Task", "TaskArguments", "training_fonts", "unseen_fonts"]

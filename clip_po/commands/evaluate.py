@@ -1,0 +1,128 @@
+"""clip-po evaluate: what words on images do to a checkpoint, and what its alignment gained and cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import CLIPProcessor
+from trl import TrlParser
+
+from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments
+from clip_po.data.fonts import unseen_fonts
+from clip_po.evaluation.pictures import before_after_grid, changes_line, choose_examples
+from clip_po.evaluation.report import format_table, write_report
+from clip_po.evaluation.robustness import RobustnessImages, answer, robustness_report
+from clip_po.models import image_size, load_model
+
+COLUMNS = {
+    "clean_accuracy": "clean",
+    "typographic_accuracy": "typographic",
+    "fooled": "fooled",
+    "occluded_accuracy": "occluded",
+    "reading_effect": "reading effect",
+    "recovery": "recovery",
+    "clean_cost": "clean cost (points)",
+}
+"""Metrics in the order of the table, and what heads their columns."""
+
+
+@dataclass
+class EvaluateArguments(TaskArguments):
+    """Arguments of `clip-po evaluate`."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The checkpoint: a folder or a Hub id."})
+    base_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "What it is compared with: the model before alignment."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Where report.json and before_after.png go."})
+    renderings: int = field(default=1, metadata={"help": "How often each image is attacked."})
+    batch_size: int = field(default=128, metadata={"help": "Images a forward."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that read and draw images."})
+    seed: int = field(default=0, metadata={"help": "Seed of the attacks."})
+
+
+def load_any(name: str) -> Any:
+    """A plain model, or a base model with the adapters that a folder or Hub id holds."""
+    if Path(name, "adapter_config.json").is_file():
+        from peft import PeftConfig
+
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        return PeftModel.from_pretrained(load_model(base), name)
+    return load_model(name)
+
+
+def table(models: dict[str, dict[str, Any]]) -> str:
+    """One row a model, one column a metric, as Markdown."""
+    metrics = [name for name in COLUMNS if any(name in found for found in models.values())]
+    rows = [[model, *(found.get(name) for name in metrics)] for model, found in models.items()]
+    return format_table(["model", *(COLUMNS[name] for name in metrics)], rows)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the table, and write report.json and the picture beside the checkpoint."""
+    parser = TrlParser([EvaluateArguments], prog="clip-po evaluate")
+    (args,) = parser.parse_args_and_config(list(argv))
+    if args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: a Hub id or the folder of a CLIPModel.")
+    start = time.time()
+    accelerator = Accelerator()
+    task = Task.load(args.model_name_or_path)
+    dataset = args.load(args.dataset_test_split, args.seed)
+    names = args.names(dataset, task)
+    template = args.prompt_template or (task.prompt_template if task else DEFAULT_TEMPLATE)
+
+    processor = CLIPProcessor.from_pretrained(args.model_name_or_path)
+    models = {"aligned": load_any(args.model_name_or_path)}
+    if args.base_model_name_or_path is not None:
+        models = {"base": load_any(args.base_model_name_or_path), **models}
+    for model in models.values():
+        model.to(accelerator.device)
+    attack = args.attack(names, unseen_fonts(), image_size(processor) or 224, args.seed)
+    images = RobustnessImages(
+        dataset,
+        attack,
+        processor,
+        names,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        renderings=args.renderings,
+    )
+    answers = answer(
+        models,
+        images,
+        processor,
+        names,
+        [template],
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        accelerator=accelerator,
+    )
+    if not accelerator.is_main_process:
+        return
+    base = "base" if "base" in models else None
+    found = {name: robustness_report(answers, name, None if name == base else base) for name in models}
+    print(table(found))
+    folder = Path(args.output_dir or args.model_name_or_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**asdict(args), "attack": asdict(attack), "prompt_template": template}
+    data = {"name": args.dataset_name, "split": args.dataset_test_split, "rows": len(dataset), "class_names": names}
+    path = write_report(
+        folder / "report.json",
+        command="evaluate",
+        models=found,
+        settings=settings,
+        data=data,
+        seconds=time.time() - start,
+    )
+    print(f"Report: {path}")
+    if base is not None:
+        picture = folder / "before_after.png"
+        examples = choose_examples(answers, "base", "aligned", seed=args.seed)
+        before_after_grid(examples, picture, picture=images.picture, subtitle=changes_line(answers, "base", "aligned"))
+        print(f"Picture: {picture}")

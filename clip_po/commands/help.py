@@ -1,0 +1,112 @@
+"""The help pages: written to assets/help once, so that `--help` imports none of what the commands need.
+
+python -m clip_po.commands.help
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import textwrap
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import ModelConfig, ScriptArguments
+
+from clip_po.cli import COMMANDS
+from clip_po.commands.demo import DemoArguments
+from clip_po.commands.evaluate import EvaluateArguments
+from clip_po.commands.train import DEFAULTS, TrainArguments
+from clip_po.config import ContrastivePOConfig
+
+WIDTH = 100
+UNUSED = {"dataset_streaming", "ignore_bias_buffers", "lora_task_type", "lora_target_parameters"}
+"""Fields of TRL's classes that mean nothing here."""
+
+EXAMPLES = {
+    "train": """\
+clip-po train --model_name_or_path openai/clip-vit-base-patch32 --dataset_name cifar10 \\
+    --image_column img --output_dir aligned
+clip-po train --config recipe.yaml --learning_rate 1e-5
+accelerate launch --no-python clip-po train ...   (several processes)""",
+    "evaluate": """\
+clip-po evaluate --model_name_or_path aligned --base_model_name_or_path openai/clip-vit-base-patch32 \\
+    --dataset_name cifar10 --image_column img""",
+    "demo": """\
+clip-po demo --output_dir demo_output""",
+}
+
+
+def own_fields(cls: type, *without: type) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that those it is derived from don't have."""
+    inherited = {field.name for base in without for field in dataclasses.fields(base)}
+    return [f for f in dataclasses.fields(cls) if f.name not in inherited and f.name not in UNUSED and f.init]
+
+
+def describe(field: dataclasses.Field[Any], default: Any) -> str:
+    """A flag, its meaning and its default."""
+    text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%")
+    first = re.split(r"(?<=[.;:])\s(?=[A-Z])", text)[0].rstrip(".")
+    choices = field.metadata.get("choices")
+    if choices:
+        first += f" ({', '.join(map(str, choices))})"
+    if default not in (None, "") and "default" not in first:
+        value = " ".join(map(str, default)) if isinstance(default, list) else default
+        first += f" [default: {value.value if isinstance(value, Enum) else value}]"
+    flag = f"  --{field.name}"
+    lines = textwrap.wrap(first, WIDTH - 30) or [""]
+    head = f"{flag:<30}{lines[0]}" if len(flag) < 29 else f"{flag}\n{'':<30}{lines[0]}"
+    return "\n".join([head.rstrip(), *(f"{'':<30}{line}" for line in lines[1:])])
+
+
+def default_of(field: dataclasses.Field[Any], overrides: dict[str, Any]) -> Any:
+    """What a flag is when it is not given."""
+    if field.name in overrides:
+        return overrides[field.name]
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def page(command: str) -> str:
+    """The help page of a command."""
+    task = TrainArguments if command == "train" else EvaluateArguments
+    sections: dict[str, list[dataclasses.Field[Any]]]
+    if command == "demo":
+        sections = {"The demo": own_fields(DemoArguments)}
+    else:
+        sections = {"Data and attack": [*own_fields(ScriptArguments), *own_fields(task, ScriptArguments)]}
+    overrides: dict[str, Any] = {}
+    if command == "train":
+        overrides = dict(DEFAULTS)
+        sections["The method"] = own_fields(ContrastivePOConfig, TrainingArguments)
+        sections["Model and LoRA"] = own_fields(ModelConfig)
+        sections["Training (transformers.TrainingArguments)"] = own_fields(TrainingArguments)
+    parts = [
+        f"usage: clip-po {command} [--flag value ...] [--config file.yaml]",
+        COMMANDS[command],
+        textwrap.indent(EXAMPLES[command], "  "),
+    ]
+    if command == "train":
+        parts.append(
+            "Learning rate and epochs fit the size of the model and of the data where they are not given; flags win\n"
+            "over the YAML file, which wins over --preset."
+        )
+    for title, fields in sections.items():
+        parts.append(f"{title}:\n" + "\n".join(describe(f, default_of(f, overrides)) for f in fields))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Write every page."""
+    folder = Path(str(files("clip_po").joinpath("assets", "help")))
+    folder.mkdir(parents=True, exist_ok=True)
+    for command in COMMANDS:
+        (folder / f"{command}.txt").write_text(page(command))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What is published: no secret in the settings, and a card that loads again."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from clip_po.hub import model_card, redacted
+
+
+@pytest.mark.parametrize("key", ["token", "hub_token", "HF_TOKEN", "client_secret", "db_password"])
+def test_secrets_are_replaced_at_any_depth(key):
+    settings = {key: "hf_abc", "model_init_kwargs": {"deep": [{key: "hf_abc"}, ({key: ["hf_abc"]},)]}}
+    assert "hf_abc" not in repr(redacted(settings))
+    assert redacted(settings)["model_init_kwargs"]["deep"][0] == {key: "<redacted>"}
+
+
+def test_other_settings_stay_as_they_are():
+    settings = {
+        "beta": 0.1,
+        "hub_token": None,
+        "use_token": True,
+        "max_tokens": 77,
+        "loss_type": ["ipo"],
+        "a": {"b": 1},
+    }
+    assert redacted(settings) == settings
+
+
+def test_redacting_leaves_the_settings_themselves_alone():
+    settings = {"nested": {"token": "hf_abc"}}
+    redacted(settings)
+    assert settings == {"nested": {"token": "hf_abc"}}
+
+
+def card(tmp_path, **changes):
+    """A card, saved and loaded again."""
+    arguments = {
+        "model_name": "robust-clip",
+        "base_model": "openai/clip-vit-base-patch32",
+        "loss_types": ["sigmoid", "sft"],
+        "settings": {"beta": 1.0, "loss_type": ["sigmoid", "sft"], "hub_token": "hf_abc"},
+        "metrics": {"eval_loss": 0.123456, "eval_kl": 2.0},
+    }
+    model_card(**{**arguments, **changes}).save(tmp_path / "README.md")
+    return ModelCard.load(tmp_path / "README.md")
+
+
+def test_metadata_is_what_the_hub_reads(tmp_path):
+    data = card(tmp_path).data
+    assert data.base_model == "openai/clip-vit-base-patch32"
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "zero-shot-image-classification"
+    assert {"clip", "clip_po", "preference-optimization", "sft", "sigmoid"} == set(data.tags)
+
+
+def test_text_says_what_was_done_and_measured(tmp_path):
+    text = card(tmp_path).text
+    assert "# robust-clip" in text
+    assert "(DPO + cross-entropy)" in text
+    assert "| eval_loss | 0.1235 |" in text
+    assert "| beta | 1.0 |" in text
+    assert 'CLIPModel.from_pretrained("robust-clip")' in text
+
+
+def test_card_holds_no_secret(tmp_path):
+    loaded = card(tmp_path)
+    assert "hf_abc" not in loaded.content
+    assert '| hub_token | "<redacted>" |' in loaded.text
+
+
+def test_adapters_are_loaded_onto_their_base(tmp_path):
+    loaded = card(tmp_path, adapter=True)
+    assert loaded.data.library_name == "peft"
+    assert 'PeftModel.from_pretrained(CLIPModel.from_pretrained("openai/clip-vit-base-patch32"), "robust-clip")' in (
+        loaded.text
+    )
+
+
+def test_a_folder_is_no_base_model_of_the_hub(tmp_path):
+    assert card(tmp_path, base_model=str(tmp_path)).data.base_model is None
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ({"metrics": {}}, "Nothing was measured yet."),
+        ({"report": "| clean | typographic |\n|---|---|\n| 0.9 | 0.8 |"}, "| 0.9 | 0.8 |"),
+    ],
+)
+def test_measurements_may_be_missing_or_a_report(measured, said, tmp_path):
+    text = card(tmp_path, **measured).text
+    assert said in text
+    assert "eval_loss" not in text

@@ -1,0 +1,161 @@
+"""The reference policy: where training started from, computed or taken from the batch."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from samples import PROMPTS
+from torch.nn import functional as F
+
+from clip_po.data.collator import DataCollatorForContrastivePreference
+from clip_po.data.pairs import PreferencePairs, TypographicPreferences
+from clip_po.data.typographic import TypographicAttack
+from clip_po.policy import FrozenTexts, Policy, candidate_logps, encode_images, encode_texts, frozen_copy
+from clip_po.reference import ReferencePolicy, embed_fixed_images
+
+
+@pytest.fixture
+def pairs(preferences):
+    return PreferencePairs(preferences, "clean_image")
+
+
+@pytest.fixture
+def collate(processor):
+    return DataCollatorForContrastivePreference(processor)
+
+
+@pytest.fixture
+def reference(model, processor):
+    return ReferencePolicy(frozen_copy(model), processor, None)
+
+
+def first_rows(pairs, rows=4):
+    return [pairs[index] for index in range(rows)]
+
+
+def wrong_embeds(rows=4):
+    return F.normalize(torch.randn(rows, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+def test_at_the_start_reference_and_policy_are_equal(model, processor, pairs, collate, reference):
+    batch = collate(first_rows(pairs))
+    found, policy = reference(batch), Policy(processor, None, FrozenTexts(model, processor))(model, model, batch)
+    torch.testing.assert_close(found.preference, policy.preference.detach())
+    torch.testing.assert_close(found.regularization, policy.regularization.detach())
+
+
+def test_the_reference_stays_when_the_policy_moves(model, pairs, collate, reference):
+    batch = collate(first_rows(pairs))
+    before = reference(batch).preference
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(reference(batch).preference, before)
+
+
+def test_the_reference_takes_no_gradients(pairs, collate, model, processor):
+    found = ReferencePolicy(model, processor, None)(collate(first_rows(pairs)))
+    assert not found.preference.requires_grad
+    assert not found.regularization.requires_grad
+
+
+def test_fixed_candidates_are_those_of_the_reference_too(model, processor, preferences):
+    batch = DataCollatorForContrastivePreference(processor, PROMPTS)(
+        first_rows(PreferencePairs(preferences, "clean_image", PROMPTS))
+    )
+    found = ReferencePolicy(model, processor, PROMPTS)(batch).preference
+    images, texts = encode_images(model, batch["pixel_values"]), encode_texts(model, processor, PROMPTS)
+    torch.testing.assert_close(found, candidate_logps(images, texts, model.logit_scale.exp()))
+
+
+@pytest.mark.parametrize(
+    ("given", "changed", "kept"),
+    [
+        ("ref_image_embeds", "preference", "regularization"),
+        ("ref_reg_image_embeds", "regularization", "preference"),
+    ],
+)
+def test_embeddings_in_the_batch_are_taken_as_they_are(reference, pairs, collate, given, changed, kept):
+    batch = collate(first_rows(pairs))
+    computed, embeds = reference(batch), wrong_embeds()
+    found = reference({**batch, given: embeds})
+    texts = reference.frozen_texts(batch["texts"])
+    expected = candidate_logps(embeds, texts, reference.logit_scale, batch["candidates"])
+    assert torch.equal(getattr(found, changed), expected)
+    assert not torch.allclose(getattr(found, changed), getattr(computed, changed))
+    torch.testing.assert_close(getattr(found, kept), getattr(computed, kept))
+
+
+def test_no_image_is_encoded_where_all_embeddings_are_known(reference, pairs, collate):
+    batch = collate(first_rows(pairs))
+    calls = []
+    reference.model.vision_model.register_forward_hook(lambda *_: calls.append(1))
+    reference({**batch, "ref_image_embeds": wrong_embeds(), "ref_reg_image_embeds": wrong_embeds()})
+    assert calls == []
+
+
+def test_images_that_are_not_known_are_encoded_in_one_forward(reference, pairs, collate):
+    sizes = []
+    reference.model.vision_model.register_forward_hook(
+        lambda _, args, kwargs, output: sizes.append(len(output[0])), with_kwargs=True
+    )
+    reference(collate(first_rows(pairs)))
+    assert sizes == [8]
+
+
+def test_without_ordinary_images_there_are_no_logps_of_them(reference, preferences, collate):
+    assert reference(collate(first_rows(PreferencePairs(preferences)))).regularization is None
+
+
+def test_texts_of_the_policy_are_shared_where_they_are_given(model, processor, pairs, collate):
+    shared = FrozenTexts(model, processor)
+    other = frozen_copy(model)
+    with torch.no_grad():
+        for parameter in other.text_model.parameters():
+            parameter.zero_()
+    batch = collate(first_rows(pairs))
+    expected = ReferencePolicy(model, processor, None)(batch).preference
+    assert torch.equal(ReferencePolicy(other, processor, None, shared)(batch).preference, expected)
+
+
+# ---- Embeddings of fixed images
+
+
+def embed(reference, pairs, processor, **changes):
+    embed_fixed_images(reference, pairs, processor, Accelerator(cpu=True), **{"batch_size": 4, **changes})
+    return pairs
+
+
+def test_fixed_images_are_embedded_in_the_order_of_the_data_set(reference, pairs, processor, preferences):
+    embed(reference, pairs, processor)
+    for column, source in (("image", "image"), ("reg_image", "clean_image")):
+        pixels = processor(images=list(preferences[source]), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(pairs.reference[column], encode_images(reference.model, pixels))
+
+
+def test_known_embeddings_change_no_logps(reference, pairs, processor, collate):
+    keys = [(0, 0, 7), (0, 1, 2), (0, 2, 12)]
+    computed = reference(collate([pairs[key] for key in keys]))
+    embed(reference, pairs, processor)
+    batch = collate([pairs[key] for key in keys])
+    assert {"ref_image_embeds", "ref_reg_image_embeds"} <= set(batch)
+    torch.testing.assert_close(reference(batch).preference, computed.preference)
+    torch.testing.assert_close(reference(batch).regularization, computed.regularization)
+
+
+def test_images_are_embedded_only_once(reference, pairs, processor):
+    embeds = embed(reference, pairs, processor).reference
+    assert embed(reference, pairs, processor).reference is embeds
+
+
+def test_of_drawn_attacks_only_the_clean_images_are_embedded(reference, labelled, processor):
+    attack = TypographicAttack(["cat", "dog"], min_side=32)
+    pairs = PreferencePairs(TypographicPreferences(labelled, attack), "clean_image")
+    assert set(embed(reference, pairs, processor).reference) == {"reg_image"}
+
+
+def test_workers_embed_the_same(reference, preferences, processor):
+    alone, shared = (
+        embed(reference, PreferencePairs(preferences, "clean_image"), processor, num_workers=workers).reference
+        for workers in (0, 2)
+    )
+    assert all(torch.equal(alone[column], shared[column]) for column in ("image", "reg_image"))
