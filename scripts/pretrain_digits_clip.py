@@ -31,11 +31,11 @@ from clip_po.data.digits import (
     PROMPT_TEMPLATE,
     digit_attack,
     digits_table,
-    font_files,
     load_digits_dataset,
     render_digit,
     split_digits,
 )
+from clip_po.data.fonts import font_files
 from clip_po.data.typographic import PILLOW_FONT, TypographicAttack
 
 OTHER_WORDS = (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from clip_po.data.fonts import font_files
 from clip_po.data.typographic import PILLOW_FONT, TypographicAttack
 
 if TYPE_CHECKING:
@@ -190,15 +191,3 @@ _ATTACKS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         ("top", "top-right", "bottom-left"),
     ),
 }
-
-
-def font_files(names: Sequence[str]) -> tuple[str, ...]:
-    """Paths of fonts that matplotlib carries.
-
-    Args:
-        names: Their files' names without ".ttf".
-    """
-    import matplotlib
-
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return tuple(str(folder / f"{name}.ttf") for name in names)
