@@ -14,6 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 import clip_po
+from clip_po.redaction import redacted
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -33,24 +34,6 @@ METHODS = {
     "kto_pair": "KTO",
     "sft": "cross-entropy",
 }
-
-
-def redacted(settings: Any) -> Any:
-    """Settings with every value whose key speaks of a token, secret or password replaced, at any depth."""
-    if isinstance(settings, Mapping):
-        return {
-            key: (
-                "<redacted>"
-                if value is not None
-                and any(word in str(key).lower() for word in ("token", "secret", "password"))
-                and not isinstance(value, (bool, int, float))
-                else redacted(value)
-            )
-            for key, value in settings.items()
-        }
-    if isinstance(settings, (list, tuple)):
-        return [redacted(value) for value in settings]
-    return settings
 
 
 def model_card(

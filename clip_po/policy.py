@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,25 +105,45 @@ def regularization_kl(policy: BatchLogps, reference: BatchLogps) -> Tensor:
     return kl_regularization(reference.regularization, policy.regularization)
 
 
+@contextlib.contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Models in evaluation mode and no gradients; afterwards each module is in its own mode again."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        # Not inference_mode: its tensors could never take part in a later backward pass.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def encode_texts(model: nn.Module, processor: ProcessorMixin, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Unit-norm embeddings of texts under a frozen tower, in full precision.
+    """Unit-norm embeddings of texts, in evaluation mode and full precision, without gradients.
 
     Args:
         model: CLIPModel or PeftModel.
         processor: Its processor.
-        texts: M texts; what is longer than the text tower reads is cut.
+        texts: M texts, at least one; what is longer than the text tower reads is cut.
         batch_size: Texts a forward.
 
     Returns:
-        Tensor[M, D].
+        Tensor[M, D], at least float32, on the model's device.
+
+    Raises:
+        ValueError: `texts` is a single string or empty.
     """
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"texts must be a list of at least one text, got {texts!r}.")
     encoder = dual_encoder(model)
-    device = encoder.device
     embeds = []
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with evaluating(encoder), torch.autocast(encoder.device.type, enabled=False):
         for start in range(0, len(texts), batch_size):
-            tokens = tokenize(processor, texts[start : start + batch_size]).to(device)
-            embeds.append(F.normalize(encoder.get_text_features(**tokens).pooler_output, dim=-1))
+            tokens = tokenize(encoder, processor, texts[start : start + batch_size])
+            features = encoder.get_text_features(**tokens).pooler_output
+            embeds.append(F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1))
     return torch.cat(embeds)
 
 
@@ -139,9 +160,14 @@ def encode_images(model: nn.Module, pixel_values: Tensor) -> Tensor:
     return F.normalize(dual_encoder(model).get_image_features(pixel_values).pooler_output, dim=-1)
 
 
-def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> Any:
-    """Tokens of texts, padded to the longest: `input_ids` and `attention_mask`, Tensor[M, L]."""
-    return processor.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+def tokenize(encoder: CLIPModel, processor: ProcessorMixin, texts: Sequence[str]) -> Any:
+    """Tokens of texts on the model's device, padded to the longest: `input_ids`, `attention_mask`, Tensor[M, L]."""
+    # A tokenizer may know no length limit, and a longer text has no position embeddings.
+    longest = encoder.text_model.config.max_position_embeddings
+    tokens = processor.tokenizer(
+        list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+    ).to(encoder.device)
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
 def batch_texts(candidate_texts: Sequence[str] | None, batch: Mapping[str, Any]) -> Sequence[str]:
@@ -208,7 +234,7 @@ class Policy:
         ]
         texts = batch_texts(self.candidate_texts, batch)
         # CLIPModel runs both towers: the shortest text stands in where the embeddings are known already.
-        tokens = tokenize(self.processor, [""] if self.frozen_texts else texts).to(pixels[0].device)
+        tokens = tokenize(encoder, self.processor, [""] if self.frozen_texts else texts)
         outputs = model(**tokens, pixel_values=torch.cat(pixels))
         text_embeds = self.frozen_texts(texts) if self.frozen_texts else outputs.text_embeds
         logps = [

@@ -57,3 +57,25 @@ def make_preferences(rows: int) -> datasets.Dataset:
         "rejected": [PROMPTS[(i + 1 + i % 3) % 4] for i in range(rows)],
     }
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+SCENE_CLASSES = ("cat", "dog", "car")
+
+
+def make_scenes(rows: int = 13) -> datasets.Dataset:
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (20, 28, 3), dtype=np.uint8)) for _ in range(rows)]
+    return datasets.Dataset.from_dict(
+        {
+            "image": pictures,
+            "label": [row % 3 for row in range(rows)],
+            "scene": [f"scene {row // 4}" for row in range(rows)],
+        },
+        features=datasets.Features(
+            {
+                "image": datasets.Image(),
+                "label": datasets.ClassLabel(names=list(SCENE_CLASSES)),
+                "scene": datasets.Value("string"),
+            }
+        ),
+    )

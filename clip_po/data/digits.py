@@ -30,6 +30,15 @@ IMAGE_SIDE = 48
 MODEL_PATH = Path(__file__).parents[1] / "assets" / "digits-clip"
 """Folder of the embedded model: `CLIPModel.from_pretrained(MODEL_PATH)`."""
 
+_ATTACKS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "training": (("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"), ("top-left", "bottom", "bottom-right")),
+    "unseen": (
+        ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold"),
+        ("top", "top-right", "bottom-left"),
+    ),
+}
+"""Fonts of matplotlib and places of each attack."""
+
 _PER_CLASS = {"test": 50, "validation": 30}  # handwritten digits of each class; the rest is for training
 _LARGEST_VALUE = 16  # of a pixel in the table
 
@@ -163,8 +172,8 @@ def digit_attack(settings: str = "training", seed: int = 0) -> TypographicAttack
     """The attack that writes the name of another number on a digit.
 
     Args:
-        settings: "training", or "unseen": fonts and places that neither the model's own training nor the
-            "training" attack uses.
+        settings: "training", or "unseen": in fonts that neither the model nor the attack of training has seen,
+            at places where the attack of training does not write.
         seed: Seed of all draws.
 
     Raises:
@@ -182,12 +191,3 @@ def digit_attack(settings: str = "training", seed: int = 0) -> TypographicAttack
         min_side=IMAGE_SIDE,
         seed=seed,
     )
-
-
-_ATTACKS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
-    "training": (("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"), ("top-left", "bottom", "bottom-right")),
-    "unseen": (
-        ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold"),
-        ("top", "top-right", "bottom-left"),
-    ),
-}

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from datasets import ClassLabel, Dataset, IterableDataset
+from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch import Tensor
 
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.formats import Row, check_preferences, check_regularization, read_row, to_texts
+from clip_po.data.labelled import read_image, read_images, read_labels
 from clip_po.data.typographic import TypographicAttack
 from clip_po.sampling import RowKey, permutation
 
@@ -47,33 +48,23 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
     ) -> None:
         if template.count("{}") != 1:
             raise ValueError(f"template must hold one '{{}}' where the class name goes, got {template!r}.")
-        for column in (image_column, label_column):
-            if column not in dataset.column_names:
-                raise ValueError(
-                    f"The data set has the columns {dataset.column_names}, but no {column!r}. Name its columns "
-                    "with image_column and label_column."
-                )
-        feature = dataset.features[label_column]
-        names = class_names or (feature.names if isinstance(feature, ClassLabel) else None)
-        if names is None:
-            raise ValueError(f"Column {label_column!r} is {feature}, which carries no class names; give class_names.")
+        names, labels = read_labels(dataset, label_column, class_names)
         self.class_names = list(names)
-        self.labels = _checked_labels(dataset, label_column, self.class_names)
-        self.images = dataset.select_columns([image_column]).rename_columns(
-            {image_column: "image"} if image_column != "image" else {}
-        )
+        self.labels: list[int] = labels.tolist()
+        self.image_column = image_column
+        self.images = read_images(dataset, image_column)
         self.attack = attack
         self.template = template
 
     @property
     def candidate_texts(self) -> list[str]:
         """The prompts of the classes: candidate texts for the trainer."""
-        return [self.template.format(name) for name in self.class_names]
+        return [self.template.replace("{}", name) for name in self.class_names]
 
     @property
     def texts(self) -> list[str]:
         """Every text that a row may carry."""
-        return [self.template.format(name) for name in dict.fromkeys((*self.class_names, *self.attack.words))]
+        return [self.template.replace("{}", name) for name in dict.fromkeys((*self.class_names, *self.attack.words))]
 
     @property
     def redrawn(self) -> bool:
@@ -88,26 +79,15 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
 
     def row(self, index: int, epoch: int) -> Row:
         """The preference of row `index` as drawn in `epoch`."""
-        clean = read_row(self.images, index, "The data set")["image"]
+        clean = read_image(self.images, self.image_column, index)
         name = self.class_names[self.labels[index]]
         word = self.attack.word(index, epoch, exclude={name})
         return {
             "image": self.attack.draw(clean, word, index, epoch),
             "clean_image": clean,
-            "chosen": self.template.format(name),
-            "rejected": [self.template.format(word)],
+            "chosen": self.template.replace("{}", name),
+            "rejected": [self.template.replace("{}", word)],
         }
-
-
-def _checked_labels(dataset: Dataset, column: str, names: Sequence[str]) -> list[int]:
-    labels = list(dataset.with_format(None)[column])
-    for index, label in enumerate(labels):
-        if not isinstance(label, int) or not 0 <= label < len(names):
-            raise ValueError(
-                f"Row {index}: column {column!r} is {label!r}, but there are {len(names)} class names, so labels "
-                f"run from 0 to {len(names) - 1}. Drop unlabelled rows, or give a name for every class."
-            )
-    return labels
 
 
 class PreferencePairs(torch.utils.data.Dataset[Row]):

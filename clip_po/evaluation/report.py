@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
@@ -19,12 +18,11 @@ import numpy as np
 import torch
 
 from clip_po.evaluation.bootstrap import Estimate
+from clip_po.redaction import redacted
 
 SCHEMA_VERSION = 1
-REDACTED = "<redacted>"
 UNDEFINED = "n/a"
 
-_HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "pillow")
 
 
@@ -145,8 +143,8 @@ def write_report(
             model: {metric: estimate.as_dict() for metric, estimate in metrics.items()}
             for model, metrics in models.items()
         },
-        "data": _redact(data or {}),
-        "settings": _redact(settings),
+        "data": redacted(data or {}),
+        "settings": redacted(settings),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "hardware": _hardware(),
         "seconds": seconds,
@@ -209,15 +207,6 @@ def report_estimates(report: Mapping[str, Any]) -> dict[str, dict[str, Estimate]
     }
 
 
-def _redact(value: Any) -> Any:
-    """The value without what stands under a name that contains "token"."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {key: REDACTED if "token" in str(key).casefold() else _redact(inner) for key, inner in value.items()}
-    return [_redact(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
 def _plain(value: Any) -> Any:
     """The value in JSON's own types: nan and infinities as null, unknown objects as text."""
     if isinstance(value, Enum):
@@ -236,7 +225,7 @@ def _plain(value: Any) -> Any:
         return [_plain(inner) for inner in value]
     if isinstance(value, (set, frozenset)):
         return sorted((_plain(inner) for inner in value), key=str)
-    return _HUB_TOKEN.sub(REDACTED, str(value))
+    return str(redacted(str(value)))
 
 
 def _version(package: str) -> str | None:

@@ -13,17 +13,11 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
+from clip_po.data.labelled import read_image, read_images, read_labels
 from clip_po.data.typographic import TypographicAttack, enlarge
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
-from clip_po.evaluation.zero_shot import (
-    class_embeddings,
-    classify,
-    collect_answers,
-    evaluating,
-    read_image,
-    read_images,
-    read_labels,
-)
+from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers
+from clip_po.policy import evaluating
 
 VARIANTS = ("clean", "typographic", "occluded")
 """The three images of an item: without ink, with the attack word, with a meaningless string in its place."""

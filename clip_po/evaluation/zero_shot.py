@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +10,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from datasets import ClassLabel, Dataset
-from PIL import Image
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from clip_po.data.labelled import check_class_names, read_image, read_images, read_labels
 from clip_po.evaluation.bootstrap import Estimate, bootstrap_interval
-from clip_po.policy import dual_encoder
+from clip_po.policy import dual_encoder, encode_texts, evaluating
 
 
 @dataclass(frozen=True)
@@ -37,57 +35,6 @@ class ZeroShotResult:
     per_class: Mapping[str, Estimate]
     label: np.ndarray
     predicted: np.ndarray
-
-
-@contextlib.contextmanager
-def evaluating(*models: Any) -> Iterator[None]:
-    """Models in evaluation mode and no gradients; afterwards each module is in its own mode again."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        # Not inference_mode: its tensors could never take part in a later backward pass.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def encode_texts(model: Any, processor: Any, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Unit-norm embeddings of texts.
-
-    Args:
-        model: CLIPModel, or PeftModel around one.
-        processor: Its CLIPProcessor.
-        texts: N texts; one longer than the model's context is cut to it.
-        batch_size: Texts encoded together, >= 1.
-
-    Returns:
-        Tensor[N, D], float32, unit-norm, on the model's device, without gradients.
-
-    Raises:
-        ValueError: `texts` is a single string or empty.
-        TypeError: As for `clip_po.policy.dual_encoder`.
-    """
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f"texts must be a list of at least one text, got {texts!r}.")
-    clip = dual_encoder(model)
-    # A CLIP tokenizer may know no length limit, and a longer text has no position embeddings.
-    context = clip.text_model.config.max_position_embeddings
-    parts = []
-    with evaluating(clip):
-        for start in range(0, len(texts), batch_size):
-            tokens = processor.tokenizer(
-                list(texts[start : start + batch_size]),
-                padding=True,
-                truncation=True,
-                max_length=context,
-                return_tensors="pt",
-            ).to(clip.device)
-            features = clip.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-            parts.append(F.normalize(features.pooler_output.float(), dim=-1))
-    return torch.cat(parts)
 
 
 def class_embeddings(model: Any, processor: Any, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -264,106 +211,3 @@ def collect_answers(
         gathered = accelerator.gather(padded).cpu().view(processes, share, width)
         dealt = gathered.transpose(0, 1).reshape(-1, width)[:total]
     return dealt.numpy()
-
-
-def check_class_names(class_names: Sequence[str]) -> None:
-    """Refuse class names that are no list, empty or repeated.
-
-    Raises:
-        ValueError: Says which name is wrong.
-    """
-    if isinstance(class_names, str) or not class_names:
-        raise ValueError(f"class_names must be a list of at least one name, got {class_names!r}.")
-    repeated = [name for name, count in Counter(class_names).items() if count > 1]
-    if repeated:
-        raise ValueError(
-            f"class_names has {repeated} more than once; no prompt can tell such classes apart: rename them."
-        )
-
-
-def read_labels(
-    dataset: Dataset, label_column: str, class_names: Sequence[str] | None
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names and labels of a data set, checked.
-
-    Args:
-        dataset: One split.
-        label_column: Column of ClassLabel or integers.
-        class_names: C names in the order of the labels; None for those of the ClassLabel column.
-
-    Returns:
-        The names, and the labels as an array [N] of integers in 0..C-1.
-
-    Raises:
-        ValueError: The column is missing or holds no classes, the names don't match it, or a label is out of
-            range; the message names the row.
-        TypeError: `dataset` is no single split.
-    """
-    feature = _column(dataset, label_column, "label_column")
-    known: list[str] | None = feature.names if isinstance(feature, ClassLabel) else None
-    chosen = known if class_names is None else class_names
-    if chosen is None:
-        raise ValueError(
-            f"Column {label_column!r} is {feature}, without names; pass class_names, or turn strings into "
-            f"classes by dataset.class_encode_column({label_column!r})."
-        )
-    check_class_names(chosen)
-    names = tuple(chosen)
-    if known is not None and len(known) != len(names):
-        raise ValueError(
-            f"Column {label_column!r} has {len(known)} classes, class_names has {len(names)} names; give one "
-            f"name for each of {known[:5]}{'...' if len(known) > 5 else ''}, in this order."
-        )
-    if known is not None and sorted(known) == sorted(names) and tuple(known) != names:
-        raise ValueError(f"class_names are those of column {label_column!r} in another order; leave class_names out.")
-    values = list(dataset.with_format(None)[label_column])
-    for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(names):
-            raise ValueError(
-                f"Row {row}: {label_column!r} is {value!r}, expected a class number in 0..{len(names) - 1}. "
-                "Filter such rows out, or mend class_names."
-            )
-    return names, np.array(values, dtype=np.int64)
-
-
-def read_images(dataset: Dataset, image_column: str) -> Dataset:
-    """The image column of a data set alone, unformatted, so that reading a row decodes one image only.
-
-    Raises:
-        ValueError: The column is missing.
-        TypeError: `dataset` is no single split.
-    """
-    _column(dataset, image_column, "image_column")
-    return dataset.with_format(None).select_columns([image_column])
-
-
-def read_image(images: Dataset, image_column: str, row: int) -> Image.Image:
-    """The image of a row, in RGB.
-
-    Raises:
-        ValueError: It can't be read, or is no image; the message names row and column.
-    """
-    try:
-        image = images[row][image_column]
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-    except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
-        raise ValueError(
-            f"Row {row}: the image in column {image_column!r} can't be read "
-            f"({type(error).__name__}: {error}). Mend the file, or filter the row out."
-        ) from error
-    raise ValueError(
-        f"Row {row}: column {image_column!r} holds {type(image).__name__}, expected an image. Filter the row "
-        f"out; paths become images by dataset.cast_column({image_column!r}, datasets.Image())."
-    )
-
-
-def _column(dataset: Any, column: str, argument: str) -> Any:
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"Expected one split, a datasets.Dataset, got {type(dataset).__name__}; choose one, as in "
-            'load_dataset(..., split="test").'
-        )
-    if column not in dataset.column_names:
-        raise ValueError(f"{argument}={column!r} is no column of the data set; it has {dataset.column_names}.")
-    return dataset.features[column]

@@ -110,23 +110,23 @@ WRONG_LABELLED = {
     "no-image-column": (
         lambda d: d.rename_column("image", "img"),
         {},
-        "the columns ['img', 'label'], but no 'image'",
-        "image_column",
+        "image_column='image' is no column",
+        "['img', 'label']",
     ),
-    "no-label-column": (lambda d: d, {"label_column": "fine"}, "but no 'fine'", "label_column"),
-    "no-class-names": (without_names, {}, "Column 'label'", "no class names", "give class_names"),
+    "no-label-column": (lambda d: d, {"label_column": "fine"}, "label_column='fine' is no column"),
+    "no-class-names": (without_names, {}, "Column 'label'", "without names", "pass class_names"),
     "label-too-high": (
         without_names,
         {"class_names": CLASSES[:2]},
-        "Row 2: column 'label' is 2",
-        "labels run from 0 to 1",
-        "a name for every class",
+        "Row 2: 'label' is 2",
+        "a class number in 0..1",
+        "mend class_names",
     ),
     "label-missing": (
         lambda d: without_names(d).map(lambda row, i: {"label": None if i == 5 else 0}, with_indices=True),
         {"class_names": CLASSES},
-        "Row 5: column 'label' is None",
-        "Drop unlabelled rows",
+        "Row 5: 'label' is None",
+        "Filter such rows out",
     ),
 }
 
@@ -144,7 +144,7 @@ def test_an_unreadable_labelled_image_is_named_by_its_row():
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
     columns = {"image": [picture(0), {"bytes": b"junk", "path": None}], "label": [0, 1]}
     preferences = TypographicPreferences(datasets.Dataset.from_dict(columns, features=features), attack())
-    with pytest.raises(ValueError, match="The data set row 1: an image in column 'image' can't be read"):
+    with pytest.raises(ValueError, match="Row 1: the image in column 'image' can't be read"):
         preferences[1]
 
 

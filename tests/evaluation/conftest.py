@@ -1,16 +1,16 @@
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from samples import SCENE_CLASSES as CLASSES
+from samples import make_scenes
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from clip_po.data.typographic import TypographicAttack
 
-CLASSES = ("cat", "dog", "car")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -49,34 +49,6 @@ def make_model(seed: int = 0) -> CLIPModel:
     ).eval()
 
 
-def make_dataset(rows: int = 13) -> datasets.Dataset:
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (20, 28, 3), dtype=np.uint8)) for _ in range(rows)]
-    return datasets.Dataset.from_dict(
-        {
-            "image": pictures,
-            "label": [row % 3 for row in range(rows)],
-            "scene": [f"scene {row // 4}" for row in range(rows)],
-        },
-        features=datasets.Features(
-            {
-                "image": datasets.Image(),
-                "label": datasets.ClassLabel(names=list(CLASSES)),
-                "scene": datasets.Value("string"),
-            }
-        ),
-    )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost tiny models more than they save, many times more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def processor() -> CLIPProcessor:
     return make_processor()
@@ -94,7 +66,7 @@ def other_model() -> CLIPModel:
 
 @pytest.fixture(scope="session")
 def dataset() -> datasets.Dataset:
-    return make_dataset()
+    return make_scenes()
 
 
 @pytest.fixture(scope="session")
