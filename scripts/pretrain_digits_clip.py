@@ -3,7 +3,7 @@
     python scripts/pretrain_digits_clip.py
 
 It reads first: words and digits apart, then words beside digits, with the labels known by two linear heads on
-the image tower. The heads then fade out, and images are contrasted with captions. As on the web, the caption of
+the image tower. Images are then contrasted with captions, and the heads thrown away. As on the web, the caption of
 an image with a word on it often repeats the word: hence the model is fooled by words.
 """
 
@@ -24,6 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from clip_po.data.digits import (
     DIGIT_NAMES,
@@ -69,7 +70,7 @@ class Examples:
         images: uint8[N, 3, side, side].
         digits: int64[N], 0..9 or `NO_DIGIT`.
         words: int64[N], index in `WORDS`, `MEANINGLESS` or `NO_WORD`.
-        captions: int64[N], index in `WORDS` of what the caption names.
+        captions: int64[N], index in `WORDS` of what the caption names (in the stage "plain": without meaning).
     """
 
     images: Tensor
@@ -121,6 +122,8 @@ def render_chunk(job: tuple[int, int, bool, float]) -> tuple[np.ndarray, ...]:
         word = NO_WORD
         if has_word:
             kind = rng.random()
+            if not plain and not has_digit:
+                kind *= 0.7  # no meaningless string alone: its caption could name nothing
             if kind < 0.5:
                 word = rng.randrange(len(DIGIT_NAMES))
             elif kind < 0.7:
@@ -139,12 +142,10 @@ def render_chunk(job: tuple[int, int, bool, float]) -> tuple[np.ndarray, ...]:
 def blacken(image: Image.Image) -> Image.Image:
     """The same drawing in black on white."""
     grey = image.convert("L")
-    paper = max(grey.getextrema())
-    return (
-        ImageOps.autocontrast(grey).convert("RGB")
-        if grey.getextrema()[0] < paper
-        else Image.new("RGB", image.size, "white")
-    )
+    darkest, lightest = grey.getextrema()
+    if darkest == lightest:  # nothing is drawn
+        return Image.new("RGB", image.size, "white")
+    return ImageOps.autocontrast(grey).convert("RGB")
 
 
 def gibberish(rng: random.Random, attack: TypographicAttack, row: int) -> str:
@@ -402,6 +403,7 @@ class Pretraining:
 
     def save(self, folder: Path) -> None:
         """Write the model and its processor."""
+        disable_progress_bar()
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
@@ -422,7 +424,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", int, 3, "epochs over each pool")
     add("--batch-size", int, 128, "images of a batch")
     add("--learning-rate", float, 1e-3, "highest learning rate")
-    add("--parroting", float, 0.62, "share of captions that repeat the number's name written on the image")
+    add("--parroting", float, 0.7, "share of captions that repeat the number's name written on the image")
     return parser.parse_args()
 
 

@@ -1,0 +1,56 @@
+"""Teach a CLIP to believe the picture and not the words written on it; measure it before and after.
+
+    python examples/typographic.py --dataset path/to/photos --output_dir aligned --num_train_epochs 3
+
+--dataset is a Hub id or a folder with train/<class>/*.jpg and test/<class>/*.jpg. Every argument of
+ContrastivePOConfig is a flag: --loss_type ipo, --beta 0.01, --reg_weight 0.01, --learning_rate 1e-5, ...
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import CLIPModel, CLIPProcessor
+from trl import TrlParser
+
+from clip_po.config import ContrastivePOConfig
+from clip_po.data.fonts import training_fonts, unseen_fonts
+from clip_po.data.loading import load_split
+from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.typographic import TypographicAttack
+from clip_po.evaluation.report import format_table
+from clip_po.evaluation.robustness import RobustnessImages, answer, robustness_report
+from clip_po.trainer import ContrastivePOTrainer
+
+
+@dataclass
+class ScriptArguments:
+    """Which model, on which images."""
+
+    dataset: str = field(metadata={"help": "Hub id or folder of labelled images with the splits train and test."})
+    model: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder of a CLIPModel."})
+
+
+if __name__ == "__main__":
+    script_args, training_args = TrlParser((ScriptArguments, ContrastivePOConfig)).parse_args_and_config()
+    train, test = (load_split(script_args.dataset, split) for split in ("train", "test"))
+    names = train.features["label"].names
+    processor = CLIPProcessor.from_pretrained(script_args.model)
+
+    preferences = TypographicPreferences(train, TypographicAttack(words=names, fonts=training_fonts()))
+    trainer = ContrastivePOTrainer(
+        model=CLIPModel.from_pretrained(script_args.model),
+        args=training_args,
+        train_dataset=preferences,
+        processing_class=processor,
+        candidate_texts=preferences.candidate_texts,
+    )
+    trainer.train()
+    trainer.save_model()
+
+    before = CLIPModel.from_pretrained(script_args.model).to(trainer.accelerator.device)
+    images = RobustnessImages(test, TypographicAttack(words=names, fonts=unseen_fonts(), seed=1), processor)
+    models = {"before": before, "after": trainer.model}
+    answers = answer(models, images, processor, names, [preferences.template], accelerator=trainer.accelerator)
+    found = [robustness_report(answers, "before"), robustness_report(answers, "after", base="before")]
+    if trainer.is_world_process_zero():
+        rows = [[metric, *(report.get(metric) for report in found)] for metric in found[1]]
+        print(format_table(["metric", "before", "after"], rows))

@@ -1,0 +1,201 @@
+"""The documentation runs: every Python block, every `clip-po` command and every example, on tiny local data.
+
+How a page is run, from top to bottom, in an empty folder:
+
+- A `python` block is executed in the page's one namespace.
+- A `yaml` block whose first line is `# some/name.yaml` is written to that file.
+- In a `bash` block, each command must be `clip-po train`, `clip-po evaluate` or `python examples/...`.
+- A block that can't be run here is preceded by `<!-- not run: reason -->`.
+- Blocks without a language, and those of other languages, are text.
+"""
+
+import re
+import runpy
+import shlex
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pytest
+from samples import CLASSES, picture
+
+from clip_po.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+EXAMPLES = ROOT / "examples"
+
+# What the pages call it, and the fixture that stands in for it.
+STAND_INS = {
+    "openai/clip-vit-base-patch32": "clip_folder",
+    "openai/clip-vit-large-patch14": "clip_folder",
+    "path/to/photos": "photos",
+    "your/dataset": "photos",
+}
+# Added to every command of that name; the last flag of a name wins.
+OVERRIDES = {
+    "clip-po train": "--max_steps 2 --per_device_train_batch_size 4 --dataloader_num_workers 0 --save_strategy no",
+    "clip-po evaluate": "--batch_size 8 --num_workers 0",
+    "typographic.py": "--max_steps 2 --per_device_train_batch_size 4",
+}
+# How each example is run. A new one needs a line here.
+EXAMPLE_COMMANDS = {
+    "typographic.py": "python examples/typographic.py --model openai/clip-vit-base-patch32 --dataset path/to/photos "
+    "--output_dir aligned",
+    "train.yaml": f"clip-po train --config {EXAMPLES / 'train.yaml'}",
+}
+# What a page leaves in its folder.
+PROMISES = {
+    "quickstart.md": [
+        "aligned/model.safetensors",
+        "long/README.md",
+        "adapter/adapter_config.json",
+        "merged/model.safetensors",
+        "merged/tokenizer.json",
+        "aligned-cli/report.json",
+        "aligned-cli/before_after.png",
+        "measured/report.json",
+    ]
+}
+
+FENCE = re.compile(
+    r"(?P<skip>^ *<!-- *not run(?P<reason>.*?)-->\n+)?^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^ *```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    language: str
+    code: str
+    line: int
+    skipped: bool = False
+    reason: str = ""
+
+
+def blocks_of(text):
+    found = []
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start("code"))
+        reason = (match["reason"] or "").strip().removeprefix(":").strip()
+        code = textwrap.dedent(match["code"])
+        found.append(Block(match["language"], code, line, match["skip"] is not None, reason))
+    return found
+
+
+def commands_of(code):
+    joined = code.replace("\\\n", " ").splitlines()
+    return [words for line in joined if (words := shlex.split(line.removeprefix("$ "), comments=True))]
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of 12 and 8 pictures, as in the pages: train/<class>/*.png and test/<class>/*.png."""
+    folder = tmp_path_factory.mktemp("photos")
+    for split, count in (("train", 12), ("test", 8)):
+        for number in range(count):
+            file = folder / split / CLASSES[number % len(CLASSES)] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture(number).save(file)
+    return folder
+
+
+@pytest.fixture
+def localized(clip_folder, photos, tmp_path, tmp_path_factory, monkeypatch):
+    """An empty current folder, and a function that puts local folders for the names in a text."""
+    cache = tmp_path_factory.getbasetemp() / "datasets-cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    folders = {"clip_folder": clip_folder, "photos": photos}
+
+    def localize(text):
+        for name, fixture in STAND_INS.items():
+            text = text.replace(name, str(folders[fixture]))
+        return text
+
+    return localize
+
+
+def run_command(words, localize, monkeypatch):
+    words = [localize(word) for word in words]
+    if words[0] == "clip-po" and words[1:2] in (["train"], ["evaluate"]):
+        assert main([*words[1:], *OVERRIDES[" ".join(words[:2])].split()]) == 0, " ".join(words)
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        script = ROOT / words[1]
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", [str(script), *words[2:], *OVERRIDES.get(script.name, "").split()])
+            runpy.run_path(str(script), run_name="__main__")
+    else:
+        pytest.fail(f"{' '.join(words)!r} can't be run here; write '<!-- not run: reason -->' before its block.")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_runs(page, localized, monkeypatch):
+    namespace = {"__name__": f"docs_{page.stem}"}
+    for block in blocks_of(page.read_text()):
+        where = f"{page.name}:{block.line}"
+        if block.skipped:
+            assert len(block.reason.split()) >= 2, f"{where}: say why in '<!-- not run: reason -->'."
+            if block.language == "python":
+                compile(block.code, where, "exec")
+        elif block.language == "python":
+            # Empty lines before it, so that a traceback names the line of the page.
+            exec(compile("\n" * block.line + localized(block.code), str(page), "exec"), namespace)
+        elif block.language == "yaml" and (name := re.match(r"# (\S+\.ya?ml)\n", block.code)):
+            Path(name[1]).write_text(localized(block.code))
+        elif block.language in ("bash", "sh", "shell", "console"):
+            for words in commands_of(block.code):
+                run_command(words, localized, monkeypatch)
+    assert [file for file in PROMISES.get(page.name, ()) if not Path(file).is_file()] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, EXAMPLES / "README.md"], ids=lambda page: f"{page.parent.name}-{page.name}")
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if re.match(r"\w+:", target):
+            continue
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
+            known = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in known, f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("example", sorted(p.name for p in EXAMPLES.iterdir() if p.suffix in (".py", ".yaml")))
+def test_example_runs(example, localized, monkeypatch, capsys):
+    assert example in EXAMPLE_COMMANDS, f"Say in EXAMPLE_COMMANDS how examples/{example} is run."
+    words = shlex.split(EXAMPLE_COMMANDS[example])
+    if example.endswith(".yaml"):
+        words[words.index("--config") + 1] = example
+        Path(example).write_text(localized((EXAMPLES / example).read_text()))
+    run_command(words, localized, monkeypatch)
+    assert (Path("aligned") / "model.safetensors").is_file()
+    if example == "typographic.py":
+        printed = capsys.readouterr().out
+        assert all(
+            metric in printed for metric in ("clean_accuracy", "typographic_accuracy", "recovery", "clean_cost")
+        )
+
+
+def test_a_block_that_is_not_run_is_found_with_its_reason():
+    page = (
+        "<!-- not run: needs a network -->\n```bash\npip install x\n```\n\n"
+        "```python\na = 1\n```\n<!-- not run -->\n```sh\nb\n```\n"
+    )
+    first, second, third = blocks_of(page)
+    assert (first.skipped, first.reason, second.skipped) == (True, "needs a network", False)
+    assert (third.skipped, third.reason) == (True, "")
+    assert (second.code, second.line) == ("a = 1\n", 6)
+
+
+def test_commands_are_joined_at_backslashes_and_lose_their_comments():
+    assert commands_of("$ clip-po train \\\n  --beta 1.0  # DPO\n# nothing\nmake test\n") == [
+        ["clip-po", "train", "--beta", "1.0"],
+        ["make", "test"],
+    ]
