@@ -18,9 +18,11 @@ from pathlib import Path
 
 import datasets
 import pytest
-from samples import CLASSES, picture
+from samples import CLASSES, PROMPTS, make_preferences, picture
 
 from clip_po.cli import main
+from clip_po.config import ContrastivePOConfig
+from clip_po.trainer import ContrastivePOTrainer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
@@ -181,6 +183,32 @@ def test_example_runs(example, localized, monkeypatch, capsys):
         assert all(
             metric in printed for metric in ("clean_accuracy", "typographic_accuracy", "recovery", "clean_cost")
         )
+
+
+def table_under(page, heading):
+    """The code spans in the first column of the first table under a heading."""
+    section = page.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return [
+        span for row in re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE) for span in re.findall(r"`(.+?)`", row)
+    ]
+
+
+def test_every_logged_metric_is_explained_and_no_other(clip_folder, tmp_path):
+    args = ContrastivePOConfig(str(tmp_path), max_steps=1, logging_steps=1, save_strategy="no", report_to="none")
+    trainer = ContrastivePOTrainer(
+        str(clip_folder), args=args, train_dataset=make_preferences(4), candidate_texts=PROMPTS
+    )
+    trainer.train()
+    logged = set(trainer.state.log_history[0]) - {"step"}
+    assert set(table_under(ROOT / "docs" / "quickstart.md", "What is logged")) == logged
+
+
+def test_every_quoted_message_is_one_of_the_package():
+    source = "\n".join(path.read_text() for path in (ROOT / "clip_po").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)
+    quoted = table_under(ROOT / "docs" / "quickstart.md", "Common errors")
+    assert len(quoted) > 10
+    assert [part for message in quoted for part in message.split("...") if part.strip() not in joined] == []
 
 
 def test_a_block_that_is_not_run_is_found_with_its_reason():

@@ -1,9 +1,16 @@
 """What is published: no secret in the settings, and a card that loads again."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from fake_hub import FakeHub
 from huggingface_hub import ModelCard
 
-from clip_po.hub import model_card, redacted
+from clip_po.hub import model_card
+from clip_po.redaction import redacted
 
 
 @pytest.mark.parametrize("key", ["token", "hub_token", "HF_TOKEN", "client_secret", "db_password"])
@@ -90,3 +97,33 @@ def test_measurements_may_be_missing_or_a_report(measured, said, tmp_path):
     text = card(tmp_path, **measured).text
     assert said in text
     assert "eval_loss" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint"])
+def test_a_push_carries_a_card_and_no_pickle_and_no_token(clip_folder, tmp_path, strategy):
+    token = "hf_" + "s3cret" * 6
+    tests = Path(__file__).parent
+    with FakeHub() as hub:
+        environment = {
+            **{k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"},
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": str(tests),
+        }
+        command = [sys.executable, tests / "push_worker.py", clip_folder, tmp_path / "aligned", token, strategy]
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"model.safetensors", "config.json", "README.md", "training_args.json"} <= set(hub.files)
+    assert not [n for n in hub.files if n.endswith((".bin", ".pt", ".pth")) and not n.startswith("last-checkpoint/")]
+    assert not [n for n in hub.files if n.endswith(".bin")]
+    assert ("last-checkpoint/optimizer.pt" in hub.files) == (strategy == "checkpoint")
+    assert len(hub.commits) == {"end": 1, "every_save": 3, "checkpoint": 5}[strategy]
+    card = hub.files["README.md"].decode()
+    assert "base_model: openai/clip-vit-base-patch32" in card
+    assert "eval_rewards/accuracies" in card
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if token.encode() in path.read_bytes()]
+    assert not [body for body in hub.bodies if token.encode() in body]
+    assert token not in done.stdout + done.stderr

@@ -67,20 +67,8 @@ def test_data_sets_load_from_folders_of_every_kind(kind, request):
 def test_train_then_evaluate(clip_folder, parquet, tmp_path, capsys):
     out = tmp_path / "out"
     data = ["--dataset_name", str(parquet)]
-    status = main(
-        [
-            "train",
-            "--model_name_or_path",
-            str(clip_folder),
-            *data,
-            "--output_dir",
-            str(out),
-            "--max_steps",
-            "4",
-            *QUICK,
-        ]
-        + ["--prompt_template", "an image of a {}", "--eval_strategy", "epoch"]
-    )
+    settings = ["--prompt_template", "an image of a {}", "--eval_strategy", "epoch", "--max_steps", "4", *QUICK]
+    status = main(["train", "--model_name_or_path", str(clip_folder), *data, "--output_dir", str(out), *settings])
     assert status == 0
     assert Task.load(out) == Task(CLASSES, "an image of a {}")
     CLIPModel.from_pretrained(out)
