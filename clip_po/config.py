@@ -24,6 +24,7 @@ PRESET_TRAINING: Mapping[str, Any] = {
     "optim": "adamax",
     "learning_rate": 2e-5,
     "lr_scheduler_type": "cosine",
+    "warmup_steps": 0,
     "num_train_epochs": 3,
 }
 
@@ -42,6 +43,12 @@ def preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}.")
     return {**PRESET_TRAINING, **PRESETS[name]}
+
+
+def preset_batch_size(gradient_accumulation_steps: int) -> int:
+    """Rows a process and step, so that the paper's batch of 512 is shared among processes and accumulation steps."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, PAPER_BATCH_SIZE // (processes * gradient_accumulation_steps))
 
 
 @dataclass
@@ -160,6 +167,16 @@ class ContrastivePOConfig(TrainingArguments):
             )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing!r}.")
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor!r} is Trainer's, for classifiers, and has no "
+                "effect here. The conservative DPO loss has label_smoothing."
+            )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy must be 'random' or 'sequential', got {self.train_sampling_strategy!r}: "
+                "preferences have no lengths to group by."
+            )
         for name in ("reg_weight", "desirable_weight", "undesirable_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}.")
@@ -185,6 +202,5 @@ class ContrastivePOConfig(TrainingArguments):
 
         Source: Afzali et al. 2025, arXiv 2411.08923, experiments.
         """
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        share = max(1, PAPER_BATCH_SIZE // (processes * overrides.get("gradient_accumulation_steps", 1)))
+        share = preset_batch_size(overrides.get("gradient_accumulation_steps", 1))
         return cls(**{**preset(name), "per_device_train_batch_size": share, **overrides})

@@ -26,7 +26,6 @@ logger = logging.get_logger(__name__)
 TRAINING_ARGS_FILE = "training_args.json"
 CARD_FILE = "README.md"
 PAPER = "2411.08923"
-NOT_PUBLISHED = ["_*", "checkpoint-*", "runs/*", "*.bin", "*.pt", "*.pth", "*.tmp"]
 
 METHODS = {
     "sigmoid": "DPO",

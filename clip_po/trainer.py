@@ -292,6 +292,8 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
             rows = self.args.max_steps * self.args.gradient_accumulation_steps * self._global_batch_size()
         self._embed_fixed_images(self.train_dataset, pays=rows > len(self.train_dataset))
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        if self.args.train_sampling_strategy == "sequential":
+            seed = None
         return self._loader(self.train_dataset, self._train_batch_size, seed, self.args.dataloader_drop_last)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -314,6 +316,8 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         return self._train_batch_size * self.accelerator.num_processes
 
     def _loader(self, dataset: PreferencePairs, batch_size: int, seed: int | None, drop_last: bool) -> DataLoader[Any]:
+        # A data set smaller than a batch is one batch, not one filled up with rows of weight 0.
+        batch_size = min(batch_size, -(-len(dataset) // self.accelerator.num_processes))
         sampler = EpochSampler(len(dataset), batch_size * self.accelerator.num_processes, seed, drop_last)
         loader = self.accelerator.prepare(
             DataLoader(

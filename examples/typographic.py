@@ -11,14 +11,18 @@ from dataclasses import dataclass, field
 from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
-from clip_po.config import ContrastivePOConfig
+from clip_po import (
+    ContrastivePOConfig,
+    ContrastivePOTrainer,
+    RobustnessImages,
+    TypographicAttack,
+    TypographicPreferences,
+    evaluate_robustness,
+    robustness_report,
+    robustness_table,
+)
 from clip_po.data.fonts import training_fonts, unseen_fonts
 from clip_po.data.loading import load_split
-from clip_po.data.pairs import TypographicPreferences
-from clip_po.data.typographic import TypographicAttack
-from clip_po.evaluation.report import format_table
-from clip_po.evaluation.robustness import RobustnessImages, answer, robustness_report
-from clip_po.trainer import ContrastivePOTrainer
 
 
 @dataclass
@@ -49,8 +53,7 @@ if __name__ == "__main__":
     before = CLIPModel.from_pretrained(script_args.model).to(trainer.accelerator.device)
     images = RobustnessImages(test, TypographicAttack(words=names, fonts=unseen_fonts(), seed=1), processor)
     models = {"before": before, "after": trainer.model}
-    answers = answer(models, images, processor, names, [preferences.template], accelerator=trainer.accelerator)
-    found = [robustness_report(answers, "before"), robustness_report(answers, "after", base="before")]
+    answers = evaluate_robustness(models, images, [preferences.template], accelerator=trainer.accelerator)
     if trainer.is_world_process_zero():
-        rows = [[metric, *(report.get(metric) for report in found)] for metric in found[1]]
-        print(format_table(["metric", "before", "after"], rows))
+        before_after = {"before": None, "after": "before"}
+        print(robustness_table({name: robustness_report(answers, name, base) for name, base in before_after.items()}))

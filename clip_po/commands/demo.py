@@ -10,17 +10,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor, PrinterCallback
 from trl import TrlParser
 
 from clip_po.commands.arguments import Task
-from clip_po.commands.evaluate import table
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.evaluation.pictures import before_after_grid, changes_line, choose_examples
 from clip_po.evaluation.report import write_report
-from clip_po.evaluation.robustness import Answers, RobustnessImages, answer, robustness_report
+from clip_po.evaluation.robustness import (
+    Answers,
+    RobustnessImages,
+    evaluate_robustness,
+    robustness_report,
+    robustness_table,
+)
 from clip_po.models import load_model
 from clip_po.trainer import ContrastivePOTrainer
 
@@ -43,7 +48,8 @@ TRAINING: Mapping[str, Any] = {
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 250,
     "save_strategy": "no",
-    "logging_steps": 20,
+    "disable_tqdm": True,
+    "logging_strategy": "no",
     "report_to": "none",
 }
 
@@ -70,6 +76,8 @@ def align(method: str, rows: TypographicPreferences, processor: CLIPProcessor, f
         processing_class=processor,
         candidate_texts=rows.candidate_texts,
     )
+    # The demo says itself how far it is, in one line a method.
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.model
 
@@ -85,7 +93,7 @@ def measure(
         DIGIT_NAMES,
         cluster_column="digit",
     )
-    return images, answer(models, images, processor, DIGIT_NAMES, [PROMPT_TEMPLATE], batch_size=250)
+    return images, evaluate_robustness(models, images, [PROMPT_TEMPLATE], batch_size=250)
 
 
 def best(answers: Answers, methods: Sequence[str]) -> str:
@@ -106,8 +114,10 @@ def main(argv: Sequence[str]) -> None:
     models: dict[str, Any] = {BASE: load_model(str(MODEL_PATH))}
     with tempfile.TemporaryDirectory() as scratch:
         for method in args.methods:
-            print(f"Aligning by {method} ...", flush=True)
+            print(f"Aligning by {method:<4}", end="", flush=True)
+            began = time.time()
             models[method] = align(method, rows, processor, scratch, args.seed)
+            print(f"{time.time() - began:4.0f} s", flush=True)
     print("Choosing on validation digits, measuring on unseen ones ...", flush=True)
     _, validation = measure(models, "validation", 3, processor, args.seed + 100)
     chosen = best(validation, args.methods)
@@ -139,6 +149,6 @@ def main(argv: Sequence[str]) -> None:
     )
     print(f"\n{len(images)} pictures of 500 handwritten digits, in fonts and places that no training saw;")
     print("in brackets 95% intervals, clustered by digit:\n")
-    print(table(found))
+    print(robustness_table(found))
     print(f"\nBest on validation digits: {chosen}. {seconds:.0f} s.")
     print(f"Checkpoint: {checkpoint}\nReport:     {report}\nPicture:    {picture}")

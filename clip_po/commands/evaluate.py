@@ -6,30 +6,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
-from peft import PeftModel
-from transformers import CLIPProcessor
+from peft import PeftConfig, PeftModel
+from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
 from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments
 from clip_po.data.fonts import unseen_fonts
 from clip_po.evaluation.pictures import before_after_grid, changes_line, choose_examples
-from clip_po.evaluation.report import format_table, write_report
-from clip_po.evaluation.robustness import RobustnessImages, answer, robustness_report
+from clip_po.evaluation.report import write_report
+from clip_po.evaluation.robustness import (
+    RobustnessImages,
+    evaluate_robustness,
+    robustness_report,
+    robustness_table,
+)
 from clip_po.models import image_size, load_model
-
-COLUMNS = {
-    "clean_accuracy": "clean",
-    "typographic_accuracy": "typographic",
-    "fooled": "fooled",
-    "occluded_accuracy": "occluded",
-    "reading_effect": "reading effect",
-    "recovery": "recovery",
-    "clean_cost": "clean cost (points)",
-}
-"""Metrics in the order of the table, and what heads their columns."""
 
 
 @dataclass
@@ -47,21 +40,13 @@ class EvaluateArguments(TaskArguments):
     seed: int = field(default=0, metadata={"help": "Seed of the attacks."})
 
 
-def load_any(name: str) -> Any:
+def load_any(name: str) -> CLIPModel | PeftModel:
     """A plain model, or a base model with the adapters that a folder or Hub id holds."""
-    if Path(name, "adapter_config.json").is_file():
-        from peft import PeftConfig
-
+    try:
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
-        return PeftModel.from_pretrained(load_model(base), name)
-    return load_model(name)
-
-
-def table(models: dict[str, dict[str, Any]]) -> str:
-    """One row a model, one column a metric, as Markdown."""
-    metrics = [name for name in COLUMNS if any(name in found for found in models.values())]
-    rows = [[model, *(found.get(name) for name in metrics)] for model, found in models.items()]
-    return format_table(["model", *(COLUMNS[name] for name in metrics)], rows)
+    except ValueError:  # no adapters there
+        return load_model(name)
+    return PeftModel.from_pretrained(load_model(base), name)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -93,11 +78,9 @@ def main(argv: Sequence[str]) -> None:
         label_column=args.label_column,
         renderings=args.renderings,
     )
-    answers = answer(
+    answers = evaluate_robustness(
         models,
         images,
-        processor,
-        names,
         [template],
         batch_size=args.batch_size,
         num_workers=args.num_workers,
@@ -107,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
         return
     base = "base" if "base" in models else None
     found = {name: robustness_report(answers, name, None if name == base else base) for name in models}
-    print(table(found))
+    print(robustness_table(found))
     folder = Path(args.output_dir or args.model_name_or_path)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(args), "attack": asdict(attack), "prompt_template": template}

@@ -84,7 +84,10 @@ def page(command: str) -> str:
         overrides = dict(DEFAULTS)
         sections["The method"] = own_fields(ContrastivePOConfig, TrainingArguments)
         sections["Model and LoRA"] = own_fields(ModelConfig)
-        sections["Training (transformers.TrainingArguments)"] = own_fields(TrainingArguments)
+        # As ContrastivePOConfig has them: with its defaults.
+        own = {field.name for field in sections["The method"]}
+        inherited = [field for field in own_fields(ContrastivePOConfig) if field.name not in own]
+        sections["Training (as transformers.TrainingArguments)"] = inherited
     parts = [
         f"usage: clip-po {command} [--flag value ...] [--config file.yaml]",
         COMMANDS[command],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from peft import PeftConfig
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments
-from clip_po.config import PRESETS, ContrastivePOConfig, preset
+from clip_po.config import PRESETS, ContrastivePOConfig, preset, preset_batch_size
 from clip_po.data.fonts import training_fonts
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.models import image_size, init_kwargs, load_model, load_processor
@@ -23,16 +22,18 @@ from clip_po.trainer import ContrastivePOTrainer
 VISION_ATTENTION = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 """Where adapters go by default: the linear layers of the vision tower."""
 
+BATCH_SIZE = 64
+
 DEFAULTS: Mapping[str, Any] = {
     "beta": 1.0,
     "reg_weight": 1.0,
-    "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 256,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "save_strategy": "epoch",
     "save_total_limit": 1,
-    # Chosen for the size of the model and of the data, in `fit_to_size`, where they are not given.
+    # Chosen where they are not given: the batch size below, the others in `fit_to_size`.
+    "per_device_train_batch_size": None,
     "learning_rate": None,
     "num_train_epochs": None,
 }
@@ -73,9 +74,15 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, Mod
     chosen = _given("preset", argv)
     defaults = {**DEFAULTS, "output_dir": None, "lora_target_modules": None}
     if chosen is not None:
-        defaults |= preset(chosen) | {"per_device_train_batch_size": 512 // int(os.environ.get("WORLD_SIZE", "1"))}
+        defaults |= preset(chosen)
     parser.set_defaults_with_config(**defaults)
-    return parser.parse_args_and_config(list(argv))
+    task_args, args, model_args = parser.parse_args_and_config(list(argv))
+    if args.per_device_train_batch_size is None:
+        paper = preset_batch_size(args.gradient_accumulation_steps)
+        args.per_device_train_batch_size = BATCH_SIZE if chosen is None else paper
+    if str(args.resume_from_checkpoint).lower() == "true":
+        args.resume_from_checkpoint = True
+    return task_args, args, model_args
 
 
 def _given(name: str, argv: Sequence[str]) -> str | None:

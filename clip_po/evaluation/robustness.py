@@ -16,6 +16,7 @@ from torch import Tensor
 from clip_po.data.labelled import read_image, read_images, read_labels
 from clip_po.data.typographic import TypographicAttack, enlarge
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
+from clip_po.evaluation.report import format_table
 from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers
 from clip_po.policy import evaluating
 
@@ -149,11 +150,9 @@ class Answers:
         return self.predicted[model]
 
 
-def answer(
+def evaluate_robustness(
     models: Mapping[str, Any],
     images: RobustnessImages,
-    processor: Any,
-    class_names: Sequence[str],
     templates: Sequence[str],
     *,
     batch_size: int = 64,
@@ -164,10 +163,9 @@ def answer(
     """Ask several models about the same images in one pass: each image is drawn and processed once.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name, each on any device. They share `processor`.
+        models: CLIPModels, or PeftModels around one, by name, each on any device. They share the processor of
+            `images`.
         images: The images.
-        processor: CLIPProcessor, here for the texts.
-        class_names: Names of the classes, those of `images`.
         templates: Prompts with one `{}`, as for `class_embeddings`.
         batch_size: Items per batch and process, >= 1; a model sees as many images at a time.
         num_workers: Processes that draw images, 0 for none besides this one.
@@ -179,18 +177,15 @@ def answer(
         The answers to the three variants of every item.
 
     Raises:
-        ValueError: No models; `class_names` are not those of `images`; an image can't be read; templates as
-            for `class_embeddings`.
+        ValueError: No models; an image can't be read; templates as for `class_embeddings`.
         TypeError: As for `clip_po.policy.dual_encoder`.
     """
     if not models:
         raise ValueError("models is empty; give at least one model by its name.")
-    if tuple(class_names) != images.class_names:
-        raise ValueError(
-            f"class_names {tuple(class_names)!r} are not those of the images, {images.class_names!r}; "
-            "labels would be read wrongly. Give both the same."
-        )
-    texts = {name: class_embeddings(model, processor, class_names, templates) for name, model in models.items()}
+    texts = {
+        name: class_embeddings(model, images.processor, images.class_names, templates)
+        for name, model in models.items()
+    }
 
     def answers(batch: dict[str, Tensor]) -> Tensor:
         columns = [
@@ -284,3 +279,29 @@ def robustness_report(
         name: bootstrap_interval(statistic, columns, answers.cluster, confidence, resamples, seed)
         for name, statistic in metrics.items()
     }
+
+
+COLUMNS: Mapping[str, str] = {
+    "clean_accuracy": "clean",
+    "typographic_accuracy": "typographic",
+    "fooled": "fooled",
+    "occluded_accuracy": "occluded",
+    "reading_effect": "reading effect",
+    "recovery": "recovery",
+    "clean_cost": "clean cost (points)",
+}
+"""Metrics in the order of `robustness_table`, and what heads their columns."""
+
+
+def robustness_table(reports: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """Reports of models side by side, as a Markdown table.
+
+    Args:
+        reports: By name of the model, as from `robustness_report`.
+
+    Returns:
+        One row a model, one column a metric, with intervals in brackets.
+    """
+    metrics = [name for name in COLUMNS if any(name in found for found in reports.values())]
+    rows = [[model, *(found.get(name) for name in metrics)] for model, found in reports.items()]
+    return format_table(["model", *(COLUMNS[name] for name in metrics)], rows)
