@@ -99,6 +99,7 @@ def embed_fixed_images(
     accelerator: Accelerator,
     batch_size: int,
     num_workers: int = 0,
+    disable_tqdm: bool = False,
 ) -> None:
     """Let the reference see each image that is the same in every epoch once, and give rows its embeddings.
 
@@ -112,6 +113,7 @@ def embed_fixed_images(
         accelerator: Of the trainer.
         batch_size: Images a forward and process.
         num_workers: Processes that read images.
+        disable_tqdm: Shows no progress bar.
     """
     if pairs.reference:
         return
@@ -126,7 +128,10 @@ def embed_fixed_images(
             )
         )
         batches = tqdm(
-            loader, desc=f"Reference on {column}", disable=not accelerator.is_local_main_process, leave=False
+            loader,
+            desc=f"Reference on {column}",
+            disable=disable_tqdm or not accelerator.is_local_main_process,
+            leave=False,
         )
         found = [accelerator.gather(reference.image_embeds(pixels)).float().cpu() for pixels in batches]
         embeds[column] = torch.cat(found)[: pairs.image_count(column)]

@@ -281,6 +281,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
                     self.accelerator,
                     self.args.eval_batch_size,
                     self.args.dataloader_num_workers,
+                    bool(self.args.disable_tqdm),
                 )
 
     def get_train_dataloader(self) -> DataLoader[Any]:

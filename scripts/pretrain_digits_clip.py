@@ -87,6 +87,8 @@ def writer(seed: int, plain: bool) -> TypographicAttack:
         size=(0.21, 0.29),
         places=PLACES_OF_WORDS,
         outline=(0.0, 0.0),
+        rotation=(0.0, 0.0),
+        sticker=0.0,
         min_contrast=2.5,
         min_side=IMAGE_SIDE,
         seed=seed,

@@ -42,16 +42,20 @@ class TaskArguments(ScriptArguments):
         metadata={"help": "Font files, or pillow for Pillow's own; evaluate's default fonts are none of train's."},
     )
     attack_size: list[float] = field(
-        default_factory=lambda: [0.2, 0.4],
+        default_factory=lambda: list(TypographicAttack.size),
         metadata={"help": "Lowest and highest font size as a share of the image's short side."},
     )
     attack_places: list[str] = field(
-        default_factory=lambda: ["anywhere"], metadata={"help": "Where words stand: anywhere, top, bottom-left, ..."}
+        default_factory=lambda: list(TypographicAttack.places),
+        metadata={"help": "Where words stand: anywhere, top, bottom-left, ..."},
     )
     attack_rotation: list[float] = field(
-        default_factory=lambda: [-10.0, 10.0], metadata={"help": "Lowest and highest angle in degrees."}
+        default_factory=lambda: list(TypographicAttack.rotation),
+        metadata={"help": "Lowest and highest angle in degrees."},
     )
-    attack_sticker: float = field(default=0.3, metadata={"help": "Share of words on a sticker, 0 to 1."})
+    attack_sticker: float = field(
+        default=TypographicAttack.sticker, metadata={"help": "Share of words on a sticker, 0 to 1."}
+    )
     max_samples: int | None = field(default=None, metadata={"help": "Use that many rows, drawn at random."})
 
     def __post_init__(self) -> None:

@@ -188,6 +188,9 @@ def digit_attack(settings: str = "training", seed: int = 0) -> TypographicAttack
         size=(0.22, 0.28),
         places=places,
         outline=(0.0, 0.0),
+        rotation=(0.0, 0.0),
+        sticker=0.0,
+        min_contrast=3.0,
         min_side=IMAGE_SIDE,
         seed=seed,
     )

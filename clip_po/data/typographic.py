@@ -170,7 +170,7 @@ def _break(text: str, count: int) -> str:
     return "\n".join(text[start : start + step] for start in range(0, len(text), step))
 
 
-def draw_text(image: Image.Image, text: str, style: TextStyle, min_contrast: float = 3.0) -> Image.Image:
+def draw_text(image: Image.Image, text: str, style: TextStyle, min_contrast: float = 7.0) -> Image.Image:
     """Write a text on a copy of an image.
 
     A text that is too wide first shrinks to half its size, then breaks into lines, and so on until it fits.
@@ -286,15 +286,15 @@ class TypographicAttack:
 
     words: Sequence[str]
     fonts: Sequence[str] = (PILLOW_FONT,)
-    size: Range = (0.15, 0.3)
+    size: Range = (0.3, 0.5)
     places: Sequence[str] = ("anywhere",)
     colours: Sequence[str] = ("black", "white", "red", "blue", "green", "yellow", "purple", "orange")
-    outline: Range = (0.0, 0.06)
-    rotation: Range = (0.0, 0.0)
+    outline: Range = (0.0, 0.02)
+    rotation: Range = (-5.0, 5.0)
     opacity: Range = (1.0, 1.0)
-    sticker: float = 0.0
+    sticker: float = 0.5
     sticker_colours: Sequence[str] = ("white", "#fff4a3", "#cfe8ff", "#ffd6e0", "black")
-    min_contrast: float = 3.0
+    min_contrast: float = 7.0
     min_side: int = 224
     redraw: str = "every_epoch"
     seed: int = 0

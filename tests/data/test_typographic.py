@@ -311,7 +311,7 @@ def test_low_contrast_is_kept_where_it_is_asked_for():
 
 def test_first_legible_colour_is_taken():
     drawn = np.asarray(
-        draw_text(flat("white"), "HEH", style(size=0.4, colours=((255, 255, 0), (200, 0, 0), (0, 0, 0))))
+        draw_text(flat("white"), "HEH", style(size=0.4, colours=((255, 255, 0), (200, 0, 0), (0, 0, 0))), 3.0)
     )
     assert (drawn == (200, 0, 0)).all(-1).any()
     assert not (drawn == 0).all(-1).any()
