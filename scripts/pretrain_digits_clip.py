@@ -2,9 +2,9 @@
 
     python scripts/pretrain_digits_clip.py
 
-It reads first: words and digits apart, then words beside digits, with the labels known by two linear heads on
-the image tower. Images are then contrasted with captions, and the heads thrown away. As on the web, the caption of
-an image with a word on it often repeats the word: hence the model is fooled by words.
+First words and digits apart, in black on white; then both on one image, with the labels known by two linear heads
+on the image tower; then images are contrasted with captions, the heads still at half weight. The heads are thrown
+away. As on the web, the caption of an image with a word on it often repeats the word: hence words fool the model.
 """
 
 from __future__ import annotations
