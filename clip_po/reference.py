@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -92,6 +93,10 @@ class _Images(torch.utils.data.Dataset[Any]):
         return self.pairs.fixed_image(self.column, index)
 
 
+def _pixels(processor: ProcessorMixin, images: list[Any]) -> Tensor:
+    return processor.image_processor(images, return_tensors="pt")["pixel_values"]
+
+
 def embed_fixed_images(
     reference: ReferencePolicy,
     pairs: PreferencePairs,
@@ -124,7 +129,7 @@ def embed_fixed_images(
                 _Images(pairs, column),
                 batch_size=batch_size,
                 num_workers=num_workers,
-                collate_fn=lambda images: processor.image_processor(images, return_tensors="pt")["pixel_values"],
+                collate_fn=functools.partial(_pixels, processor),
             )
         )
         batches = tqdm(

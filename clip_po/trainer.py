@@ -17,7 +17,7 @@ from transformers.utils import logging
 from clip_po.config import ADAMAX, ContrastivePOConfig
 from clip_po.data.collator import DataCollatorForContrastivePreference, row_weights
 from clip_po.data.formats import check_candidates
-from clip_po.data.pairs import PreferencePairs, checked_pairs
+from clip_po.data.pairs import EvaluationPairs, PreferencePairs, checked_pairs
 from clip_po.hub import SafePublishing
 from clip_po.losses import LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, preference_metrics
@@ -111,13 +111,15 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         processing_class = processing_class or load_processor(model, args)
         check_processor(processing_class, model)
         self.reg_dataset = reg_dataset
-        pairs = self._pairs(train_dataset, "train_dataset", args) if train_dataset is not None else None
+        pairs: PreferencePairs | None = None
+        evaluated: Any = None
+        if train_dataset is not None:
+            pairs = checked_pairs(train_dataset, reg_dataset, self.candidate_texts, args, "train_dataset")
         if isinstance(eval_dataset, (dict, DatasetDict)):
-            evaluated: Any = {
-                name: self._pairs(rows, f"eval_dataset[{name!r}]", args) for name, rows in eval_dataset.items()
-            }
-        else:
-            evaluated = self._pairs(eval_dataset, "eval_dataset", args) if eval_dataset is not None else None
+            several = eval_dataset.items()
+            evaluated = {name: self._evaluation_pairs(rows, args, f"eval_dataset[{name!r}]") for name, rows in several}
+        elif eval_dataset is not None:
+            evaluated = self._evaluation_pairs(eval_dataset, args)
 
         super().__init__(
             model=model,
@@ -266,8 +268,10 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
 
     # ---- Data ----------------------------------------------------------------------------------------------
 
-    def _pairs(self, dataset: Any, name: str, args: ContrastivePOConfig) -> PreferencePairs:
-        return checked_pairs(dataset, self.reg_dataset, self.candidate_texts, args, name)
+    def _evaluation_pairs(
+        self, dataset: Any, args: ContrastivePOConfig, name: str = "eval_dataset"
+    ) -> PreferencePairs:
+        return checked_pairs(dataset, self.reg_dataset, self.candidate_texts, args, name, EvaluationPairs)
 
     def _embed_fixed_images(self, pairs: PreferencePairs, pays: bool) -> None:
         """Let the reference see fixed images once, where it pays or the arguments say so."""
@@ -305,7 +309,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset; pass it to the trainer or to evaluate().")
         if not isinstance(dataset, PreferencePairs):
-            dataset = self._pairs(dataset, "eval_dataset", self.args)
+            dataset = self._evaluation_pairs(dataset, self.args)
         self._embed_fixed_images(dataset, pays=self.is_in_train)
         return self._loader(dataset, self.args.eval_batch_size, seed=None, drop_last=False)
 

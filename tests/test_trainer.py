@@ -417,3 +417,16 @@ def test_an_unreadable_image_is_named_by_its_row(make_trainer, tmp_path):
     trainer = make_trainer(broken, precompute_ref_log_probs=False)
     with pytest.raises(ValueError, match=r"row 3: an image in column .*image"):
         trainer.train()
+
+
+def test_evaluation_draws_the_attack_of_epoch_0_always(make_trainer):
+    settings = {"precompute_ref_log_probs": True, "max_steps": 3}
+    trainer = make_trainer(typographic(redraw="never"), eval_dataset=typographic(5), **settings)
+    first = trainer.evaluate()
+    assert set(trainer.eval_dataset.reference) == {"image", "reg_image"}
+    assert trainer.evaluate()["eval_loss"] == first["eval_loss"]
+
+
+def test_a_data_set_smaller_than_a_batch_is_not_filled_up(make_trainer):
+    trainer = make_trainer(make_preferences(5), per_device_train_batch_size=512)
+    assert [len(batch["weight"]) for batch in trainer.get_train_dataloader()] == [5]

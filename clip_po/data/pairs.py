@@ -30,9 +30,12 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         template: Prompt of a class, with one `{}`.
         image_column: Name of the image column.
         label_column: Name of the class column, ClassLabel or int.
+        rejected: "word" rejects the text of the written word alone; "others" those of all other classes too, the
+            written word's among them (S-DPO): a single rejected text moves one difference of logits only.
 
     Raises:
-        ValueError: Missing columns, no class names, a label out of range, or a template without its one `{}`.
+        ValueError: Missing columns, no class names, a label out of range, a template without its one `{}`, or an
+            unknown `rejected`.
     """
 
     column_names = ("image", "clean_image", "chosen", "rejected")
@@ -45,7 +48,10 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         template: str = "a photo of a {}",
         image_column: str = "image",
         label_column: str = "label",
+        rejected: Literal["word", "others"] = "word",
     ) -> None:
+        if rejected not in ("word", "others"):
+            raise ValueError(f"rejected must be 'word' or 'others', got {rejected!r}.")
         if template.count("{}") != 1:
             raise ValueError(f"template must hold one '{{}}' where the class name goes, got {template!r}.")
         names, labels = read_labels(dataset, label_column, class_names)
@@ -55,6 +61,7 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         self.images = read_images(dataset, image_column)
         self.attack = attack
         self.template = template
+        self.rejected = rejected
 
     @property
     def candidate_texts(self) -> list[str]:
@@ -82,11 +89,14 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         clean = read_image(self.images, self.image_column, index)
         name = self.class_names[self.labels[index]]
         word = self.attack.word(index, epoch, exclude={name})
+        others = (
+            [other for other in self.class_names if other not in (name, word)] if self.rejected == "others" else []
+        )
         return {
             "image": self.attack.draw(clean, word, index, epoch),
             "clean_image": clean,
             "chosen": self.template.replace("{}", name),
-            "rejected": [self.template.replace("{}", word)],
+            "rejected": [self.template.replace("{}", rejected) for rejected in (word, *others)],
         }
 
 
@@ -182,12 +192,19 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         return row
 
 
+class EvaluationPairs(PreferencePairs):
+    """Preference pairs of evaluation, which are always those of epoch 0: their images stay the same."""
+
+    redrawn = False
+
+
 def checked_pairs(
     preferences: Any,
     regularization: Dataset | None,
     candidate_texts: Sequence[str] | None,
     args: ContrastivePOConfig,
     name: str,
+    kind: type[PreferencePairs] = PreferencePairs,
 ) -> PreferencePairs:
     """Preference pairs whose rows were checked, all but their images.
 
@@ -197,6 +214,7 @@ def checked_pairs(
         candidate_texts: As for the trainer.
         args: Says which columns the losses need, and the seed.
         name: What messages call the preferences.
+        kind: `EvaluationPairs` for evaluation.
 
     Raises:
         ValueError, TypeError: What was found, in which row and column, and what to do.
@@ -233,7 +251,7 @@ def checked_pairs(
             check_regularization(regularization)
         source = regularization if regularization is not None else "clean_image"
     seed = args.data_seed if args.data_seed is not None else args.seed
-    pairs = PreferencePairs(preferences, source, candidate_texts, seed, name)
+    pairs = kind(preferences, source, candidate_texts, seed, name)
     if args.precompute_ref_log_probs and pairs.redrawn:
         raise ValueError(
             f"precompute_ref_log_probs=True, but the images of {name} are drawn anew each epoch. Set the attack's "
