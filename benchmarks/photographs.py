@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -20,10 +21,11 @@ from clip_po.evaluation.report import format_table, read_report, report_estimate
 from clip_po.evaluation.robustness import COLUMNS
 
 METHODS = {
-    "CE": ["--loss_type", "sft"],
-    "DPO": [],
-    "IPO": ["--loss_type", "ipo", "--beta", "0.1"],
-    "KTO": ["--loss_type", "kto_pair"],
+    "default (DPO + CE)": [],
+    "CE": ["--loss_type", "sft", "--reg_weight", "2"],
+    "DPO": ["--loss_type", "sigmoid", "--reg_weight", "2"],
+    "IPO": ["--loss_type", "ipo", "--beta", "0.1", "--reg_weight", "20"],
+    "KTO": ["--loss_type", "kto_pair", "--reg_weight", "1"],
 }
 ADAPTERS = {"full": [], "LoRA": ["--use_peft"]}
 
@@ -55,7 +57,7 @@ def main() -> None:
     for adapter in args.adapters:
         for method in args.methods:
             name = f"{method} {adapter}"
-            out = args.output_dir / name.replace(" ", "-")
+            out = args.output_dir / "-".join(re.findall(r"\w+", name))
             train = ["train", "--model_name_or_path", args.model, *data, *limit, "--output_dir", str(out)]
             quiet = ["--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no"]
             seconds, memory = run(

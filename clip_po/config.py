@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from clip_po.losses import LOSSES
+from clip_po.redaction import redacted
 
 PAPER_BATCH_SIZE = 512
 
@@ -180,6 +181,10 @@ class ContrastivePOConfig(TrainingArguments):
         for name in ("reg_weight", "desirable_weight", "undesirable_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as trackers and files get them: without secrets, at any depth."""
+        return redacted(super().to_dict())
 
     @property
     def weights(self) -> list[float]:

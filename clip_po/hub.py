@@ -14,6 +14,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 import clip_po
+from clip_po.evaluation.report import read_report, report_estimates
+from clip_po.evaluation.robustness import robustness_table
 from clip_po.redaction import redacted
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 TRAINING_ARGS_FILE = "training_args.json"
 CARD_FILE = "README.md"
+MEASURED = "## What was measured"
 PAPER = "2411.08923"
 
 METHODS = {
@@ -81,7 +84,7 @@ def model_card(
         "image, the preferred text rather than another, while KL(reference || policy) on ordinary images keeps the "
         f"rest (Afzali et al., ICLR 2025, [arXiv {PAPER}](https://arxiv.org/abs/{PAPER})).\n\n"
         f'```python\n{load}\nprocessor = CLIPProcessor.from_pretrained("{model_name}")\n```\n\n'
-        f"## What was measured\n\n{measured}\n\n"
+        f"{MEASURED}\n\n{measured}\n\n"
         f"## Settings\n\n{_table({k: json.dumps(v, default=str) for k, v in redacted(settings).items()})}\n"
     )
 
@@ -90,6 +93,28 @@ def _table(rows: Mapping[str, str]) -> str:
     if not rows:
         return ""
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _report_table(folder: Path) -> str | None:
+    """What `clip-po evaluate` wrote beside the model, as a table."""
+    if not (folder / "report.json").is_file():
+        return None
+    return robustness_table(report_estimates(read_report(folder / "report.json")))
+
+
+def put_into_card(folder: Path, table: str) -> None:
+    """Replace what a model card in the folder says was measured; without a card nothing happens.
+
+    Args:
+        folder: Of the model.
+        table: Markdown.
+    """
+    file = folder / CARD_FILE
+    if not file.is_file() or MEASURED not in (text := file.read_text()):
+        return
+    before, _, rest = text.partition(MEASURED)
+    _, heading, after = rest.partition("\n## ")
+    file.write_text(f"{before}{MEASURED}\n\n{table}\n{heading}{after}")
 
 
 CARD_SETTINGS = (
@@ -142,12 +167,13 @@ class SafePublishing(_Base):
         evaluations = [log for log in self.state.log_history if any(key.startswith("eval_") for key in log)]
         metrics = {k: float(v) for k, v in (evaluations[-1] if evaluations else {}).items() if k.startswith("eval_")}
         card = model_card(
-            model_name or folder.name,
+            self.args.hub_model_id or model_name or folder.name,
             self.args.base_model_id or model.config.name_or_path or "CLIPModel",
             self.args.loss_type,
             {name: self.args.to_dict()[name] for name in CARD_SETTINGS},
             {k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_per_second"))},
             adapter=hasattr(model, "peft_config"),
+            report=_report_table(folder),
         )
         tags = kwargs.get("tags") or []
         card.data.tags = [*card.data.tags, *([tags] if isinstance(tags, str) else tags)]
@@ -156,9 +182,6 @@ class SafePublishing(_Base):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         strategy = self.args.hub_strategy
         if strategy == HubStrategy.END:
-            return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
             return
         message = f"Training in progress, step {self.state.global_step}"
         self.push_to_hub(commit_message=message, revision=self.args.hub_revision)

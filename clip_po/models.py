@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +92,11 @@ def load_policy(
             frozen = name.startswith(TEXT_TOWER) and not args.train_text_model
             parameter.requires_grad_(not frozen and (name != "logit_scale" or args.train_logit_scale))
     _check_adapters(model, args)
+    if args.base_model_id is None and isinstance(model, PeftModel) and os.path.isdir(encoder.config.name_or_path):
+        logger.warning(
+            f"The adapters will name the folder {encoder.config.name_or_path!r} as their base model, which means "
+            "nothing on another machine. Give base_model_id, its id on the Hub."
+        )
     if args.base_model_id is not None and isinstance(model, PeftModel):
         for config in model.peft_config.values():
             config.base_model_name_or_path = args.base_model_id

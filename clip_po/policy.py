@@ -175,6 +175,10 @@ def batch_texts(candidate_texts: Sequence[str] | None, batch: Mapping[str, Any])
     return candidate_texts if candidate_texts is not None else batch["texts"]
 
 
+MOST_TEXTS = 65_536
+"""Embeddings that `FrozenTexts` keeps; a data set with a text of its own in every row would fill the memory."""
+
+
 class FrozenTexts:
     """Embeddings of texts under a frozen text tower, each text encoded once.
 
@@ -191,6 +195,8 @@ class FrozenTexts:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Unit-norm embeddings, Tensor[M, D]."""
         if self._last is None or self._last[0] is not texts:
+            if len(self._known) > MOST_TEXTS:
+                self._known.clear()
             unknown = [text for text in dict.fromkeys(texts) if text not in self._known]
             if unknown:
                 self._known.update(zip(unknown, self._encode(unknown), strict=True))

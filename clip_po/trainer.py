@@ -109,7 +109,8 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         self.candidate_texts = None if candidate_texts is None else list(candidate_texts)
         model = load_policy(model, ref_model, args, peft_config)
         processing_class = processing_class or load_processor(model, args)
-        check_processor(processing_class, model)
+        for checked in (model, ref_model) if ref_model is not None else (model,):
+            check_processor(processing_class, checked)
         self.reg_dataset = reg_dataset
         pairs: PreferencePairs | None = None
         evaluated: Any = None
@@ -170,7 +171,9 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
 
         Source: Afzali et al. 2025, arXiv 2411.08923.
         """
-        policy, reference = self.policy(model, self.encoder, inputs), self.reference(inputs)
+        policy = self.policy(model, self.encoder, inputs)
+        with self.accelerator.autocast():  # accelerate gives it to the model's own forward alone
+            reference = self.reference(inputs)
         logps = self._preferences(policy, reference, inputs)
         kl = regularization_kl(policy, reference)
         weight, reg_weight = inputs["weight"], inputs["reg_weight"]
@@ -246,7 +249,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
             No loss; the log-probabilities [B, N] and positions of the chosen texts [B] where they are asked for.
         """
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad():
             _, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return (None, None, None) if prediction_loss_only else (None, outputs["logps"], inputs["chosen"])
 
@@ -277,7 +280,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         """Let the reference see fixed images once, where it pays or the arguments say so."""
         wanted = self.args.precompute_ref_log_probs
         if pays if wanted is None else wanted:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 embed_fixed_images(
                     self.reference,
                     pairs,
@@ -310,7 +313,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
             raise ValueError("Evaluation needs an eval_dataset; pass it to the trainer or to evaluate().")
         if not isinstance(dataset, PreferencePairs):
             dataset = self._evaluation_pairs(dataset, self.args)
-        self._embed_fixed_images(dataset, pays=self.is_in_train)
+        self._embed_fixed_images(dataset, pays=False)  # embeddings of every row stay only where they are asked for
         return self._loader(dataset, self.args.eval_batch_size, seed=None, drop_last=False)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
@@ -333,7 +336,8 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
                 num_workers=self.args.dataloader_num_workers,
                 pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
                 prefetch_factor=self.args.dataloader_prefetch_factor,
-                persistent_workers=self.args.dataloader_persistent_workers,
+                # An evaluation has a loader of its own: its workers would stay for good.
+                persistent_workers=self.args.dataloader_persistent_workers and seed is not None,
                 multiprocessing_context=self.args.dataloader_multiprocessing_context,
             )
         )

@@ -301,8 +301,7 @@ def evaluate(
             attack.draw(image, word, row) for row, (image, word) in enumerate(zip(clean, words, strict=True))
         ],
         "occluded": [
-            attack.draw(image, attack.meaningless(word, row), row)
-            for row, (image, word) in enumerate(zip(clean, words, strict=True))
+            attack.draw_control(image, word, row) for row, (image, word) in enumerate(zip(clean, words, strict=True))
         ],
     }
     model.eval()

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from trl import ScriptArguments
 
-from clip_po.data.fonts import training_fonts, unseen_fonts
 from clip_po.data.loading import load_split
 from clip_po.data.typographic import TypographicAttack
+
+DEFAULT_TEMPLATE = "a photo of a {}"
 
 TASK_FILE = "clip_po_task.json"
 """Beside a checkpoint: the class names and prompt template that it was aligned with."""
@@ -62,29 +65,37 @@ class TaskArguments(ScriptArguments):
         """Refuse what can't work before anything is loaded."""
         if self.dataset_name is None:
             raise ValueError("--dataset_name is missing: a Hub id or a folder of labelled images.")
+        for name in ("attack_size", "attack_rotation"):
+            if len(getattr(self, name)) != 2:
+                raise ValueError(f"--{name} takes two numbers, the lowest and the highest, got {getattr(self, name)}.")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"--max_samples must be at least 1, got {self.max_samples}.")
         if self.dataset_streaming:
             raise ValueError("--dataset_streaming is not supported: rows are named by their number. Leave it out.")
 
     def load(self, split: str, seed: int) -> Dataset:
         """A split of the data set, cut to `max_samples`."""
         dataset = load_split(str(self.dataset_name), split, self.dataset_config)
+        if len(dataset) == 0:
+            raise ValueError(f"The split {split!r} of {self.dataset_name!r} is empty; give one with images.")
         if self.max_samples is not None and self.max_samples < len(dataset):
             dataset = dataset.shuffle(seed=seed).select(range(self.max_samples))
         return dataset
 
     def names(self, dataset: Dataset, task: Task | None = None) -> list[str]:
-        """The class names: as given, else the data set's, else the checkpoint's.
+        """The class names: as given, else the checkpoint's where it has as many classes, else the data set's.
 
         Raises:
             ValueError: None of them has any.
         """
         feature = dataset.features.get(self.label_column)
+        known = feature.names if isinstance(feature, ClassLabel) else None
         if self.class_names is not None:
             return self.class_names
-        if isinstance(feature, ClassLabel):
-            return list(feature.names)
-        if task is not None:
+        if task is not None and (known is None or len(known) == len(task.class_names)):
             return list(task.class_names)
+        if known is not None:
+            return list(known)
         raise ValueError(
             f"The column {self.label_column!r} is {feature}, which carries no class names (columns: "
             f"{dataset.column_names}). Give --class_names, one for each label, or --label_column."
@@ -118,14 +129,14 @@ class Task:
 
     @classmethod
     def load(cls, folder: str | Path) -> Task | None:
-        """Read it from a checkpoint's folder; None where there is none."""
-        file = Path(folder, TASK_FILE)
-        if not file.is_file():
+        """Read it from a checkpoint's folder or the one above, or from the Hub; None where there is none."""
+        file = next((f for f in (Path(folder, TASK_FILE), Path(folder).parent / TASK_FILE) if f.is_file()), None)
+        if file is None and not Path(folder).exists():
+            try:
+                file = Path(hf_hub_download(str(folder), TASK_FILE))
+            except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
+                return None
+        if file is None:
             return None
         found: dict[str, Any] = json.loads(file.read_text())
         return cls(class_names=list(found["class_names"]), prompt_template=str(found["prompt_template"]))
-
-
-DEFAULT_TEMPLATE = "a photo of a {}"
-
-__all__ = ["DEFAULT_TEMPLATE", "TASK_FILE", "Task", "TaskArguments", "training_fonts", "unseen_fonts"]

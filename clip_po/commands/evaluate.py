@@ -22,6 +22,7 @@ from clip_po.evaluation.robustness import (
     robustness_report,
     robustness_table,
 )
+from clip_po.hub import put_into_card
 from clip_po.models import image_size, load_model
 
 
@@ -91,7 +92,9 @@ def main(argv: Sequence[str]) -> None:
     base = "base" if "base" in models else None
     found = {name: robustness_report(answers, name, None if name == base else base) for name in models}
     print(robustness_table(found))
-    folder = Path(args.output_dir or args.model_name_or_path)
+    # Never a folder named like a Hub id: from_pretrained would look for the model in it.
+    beside = args.model_name_or_path if Path(args.model_name_or_path).is_dir() else "evaluation"
+    folder = Path(args.output_dir or beside)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(args), "attack": asdict(attack), "prompt_template": template}
     data = {"name": args.dataset_name, "split": args.dataset_test_split, "rows": len(dataset), "class_names": names}
@@ -104,8 +107,9 @@ def main(argv: Sequence[str]) -> None:
         seconds=time.time() - start,
     )
     print(f"Report: {path}")
-    if base is not None:
+    put_into_card(folder, robustness_table(found))
+    examples = [] if base is None else choose_examples(answers, "base", "aligned", seed=args.seed)
+    if examples:
         picture = folder / "before_after.png"
-        examples = choose_examples(answers, "base", "aligned", seed=args.seed)
         before_after_grid(examples, picture, picture=images.picture, subtitle=changes_line(answers, "base", "aligned"))
         print(f"Picture: {picture}")

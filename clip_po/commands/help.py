@@ -23,7 +23,14 @@ from clip_po.commands.train import DEFAULTS, TrainArguments
 from clip_po.config import ContrastivePOConfig
 
 WIDTH = 100
-UNUSED = {"dataset_streaming", "ignore_bias_buffers", "lora_task_type", "lora_target_parameters"}
+UNUSED = {
+    "dataset_streaming",
+    "ignore_bias_buffers",
+    "lora_task_type",
+    "lora_target_parameters",
+    "load_in_8bit",
+    "load_in_4bit",
+}
 """Fields of TRL's classes that mean nothing here."""
 
 EXAMPLES = {
@@ -43,7 +50,11 @@ clip-po demo --output_dir demo_output""",
 def own_fields(cls: type, *without: type) -> list[dataclasses.Field[Any]]:
     """The fields of a dataclass that those it is derived from don't have."""
     inherited = {field.name for base in without for field in dataclasses.fields(base)}
-    return [f for f in dataclasses.fields(cls) if f.name not in inherited and f.name not in UNUSED and f.init]
+    return [
+        field
+        for field in dataclasses.fields(cls)
+        if field.name not in inherited | UNUSED and not field.name.startswith(("bnb_", "use_bnb_")) and field.init
+    ]
 
 
 def describe(field: dataclasses.Field[Any], default: Any) -> str:

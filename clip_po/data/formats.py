@@ -21,6 +21,8 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Image, List, Value
 from PIL import Image as PILImage
 
+from clip_po.losses import SINGLE_REJECTED
+
 Row = dict[str, Any]
 
 IMAGE_COLUMNS = ("image", "clean_image")
@@ -125,6 +127,12 @@ def check_preferences(
             raise ValueError(
                 f"{name} row {index}: column {rejected!r} is empty, but loss_type={sorted(loss_types)} needs a "
                 "rejected text in every row. Drop the row or fill it in."
+            )
+        single = SINGLE_REJECTED & set(loss_types)
+        if single and len(as_list(row[rejected])) > 1:
+            raise ValueError(
+                f"{name} row {index}: column {rejected!r} has {len(row[rejected])} entries, but {sorted(single)} "
+                "compare the chosen text with one. Keep one a row, or use 'sigmoid' (S-DPO)."
             )
 
 
@@ -266,11 +274,12 @@ def read_row(dataset: Any, index: int, name: str) -> Row:
             f"({type(error).__name__}: {error}). Mend the file or leave the row out, for instance with "
             f"`dataset.select`."
         ) from error
-    if row.get("image") is None:
-        raise ValueError(
-            f"{name} row {index}: column 'image' holds no image. Leave the row out, for instance with "
-            "`dataset.select`."
-        )
+    for column in IMAGE_COLUMNS:
+        if column in row and row[column] is None:
+            raise ValueError(
+                f"{name} row {index}: column {column!r} holds no image. Leave the row out, for instance with "
+                "`dataset.select`."
+            )
     return row
 
 

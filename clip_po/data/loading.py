@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, get_dataset_split_names, load_dataset, load_from_disk
-
-
-def split_names(name: str, config: str | None = None) -> list[str]:
-    """The splits of a data set.
-
-    Args:
-        name: As for `load_split`.
-        config: As for `load_split`.
-    """
-    saved = _saved(name)
-    if saved is None:
-        return list(get_dataset_split_names(name, config))
-    return list(saved) if isinstance(saved, DatasetDict) else ["train"]
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 
 def load_split(name: str, split: str, config: str | None = None) -> Dataset:
@@ -26,19 +13,22 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
     Args:
         name: Id on the Hub; or a folder: one written by `save_to_disk`, one of Parquet files (`train-*.parquet`),
             or one of images (`train/<class>/*.jpg`).
-        split: Name of the split, or a slice of it such as "train[:1000]".
+        split: Name of the split; from the Hub, Parquet or images also a slice of it such as "train[:1000]". A single
+            data set written by `save_to_disk` is the split "train".
         config: Name of the configuration, for data sets that have several.
 
     Raises:
         ValueError: There is no such data set or split; the message says what there is.
     """
     saved = _saved(name)
-    if isinstance(saved, Dataset):
-        return saved
     if saved is not None:
-        if split not in saved:
-            raise ValueError(f"{name!r} has no split {split!r}; it has {list(saved)}.")
-        return saved[split]
+        splits = {"train": saved} if isinstance(saved, Dataset) else saved
+        if split not in splits:
+            raise ValueError(
+                f"{name!r} has no split {split!r}; it has {list(splits)}, and no slices. Give one of them by "
+                "--dataset_train_split or --dataset_test_split."
+            )
+        return splits[split]
     try:
         return load_dataset(name, config, split=split)
     except (ValueError, FileNotFoundError, ConnectionError) as error:

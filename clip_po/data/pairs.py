@@ -14,6 +14,7 @@ from clip_po.config import ContrastivePOConfig
 from clip_po.data.formats import Row, check_preferences, check_regularization, read_row, to_texts
 from clip_po.data.labelled import read_image, read_images, read_labels
 from clip_po.data.typographic import TypographicAttack
+from clip_po.losses import SINGLE_REJECTED
 from clip_po.sampling import RowKey, permutation
 
 
@@ -84,9 +85,13 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
     def __getitem__(self, index: int) -> Row:
         return self.row(index, epoch=0)
 
+    def clean(self, index: int) -> Image.Image:
+        """The image of row `index` before the attack."""
+        return read_image(self.images, self.image_column, index)
+
     def row(self, index: int, epoch: int) -> Row:
         """The preference of row `index` as drawn in `epoch`."""
-        clean = read_image(self.images, self.image_column, index)
+        clean = self.clean(index)
         name = self.class_names[self.labels[index]]
         word = self.attack.word(index, epoch, exclude={name})
         others = (
@@ -105,8 +110,8 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
 
     Args:
         preferences: A `datasets.Dataset` in a preference format, or rows that differ by epoch: an object with
-            `row(index, epoch)`, `redrawn`, `texts`, `column_names` and a length, such as
-            `TypographicPreferences`.
+            `row(index, epoch)`, `clean(index)`, `redrawn`, `texts`, `rejected`, `column_names` and a length, such
+            as `TypographicPreferences`.
         regularization: Ordinary images in a column `image`, "clean_image" for that column of each row, or None
             for none.
         candidate_texts: The candidate texts of every row, or None where each row names its own.
@@ -128,6 +133,7 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         self.seed = seed
         self.name = name
         self.reference: Mapping[str, Tensor] = {}
+        self._columns: dict[str, Dataset] = {}
 
     def __len__(self) -> int:
         return len(self.preferences)
@@ -135,13 +141,14 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
     @property
     def redrawn(self) -> bool:
         """Whether the images of the preferences differ from epoch to epoch."""
-        return getattr(self.preferences, "redrawn", False)
+        return getattr(self.preferences, "redrawn", False) or _transformed(self.preferences)
 
     @property
     def fixed_images(self) -> tuple[str, ...]:
         """Which of `image` and `reg_image` are the same in every epoch, so that they need be seen only once."""
         image = () if self.redrawn else ("image",)
-        return image if self.regularization is None else (*image, "reg_image")
+        source = self.preferences if self.regularization == "clean_image" else self.regularization
+        return image if source is None or _transformed(source) else (*image, "reg_image")
 
     def image_count(self, column: str) -> int:
         """How many images `image` or `reg_image` has."""
@@ -153,7 +160,12 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         """An image of `fixed_images`."""
         if column == "reg_image" and isinstance(self.regularization, Dataset):
             return read_row(self.regularization, index, "reg_dataset")["image"]
-        return self._preference(index, 0)["image" if column == "image" else "clean_image"]
+        name = "image" if column == "image" else "clean_image"
+        if hasattr(self.preferences, "row"):
+            return self.preferences.clean(index) if name == "clean_image" else self.preferences.row(index, 0)[name]
+        if name not in self._columns:
+            self._columns[name] = self.preferences.select_columns([name])  # so that one image is decoded, not two
+        return read_row(self._columns[name], index, self.name)[name]
 
     def attach_reference(self, embeds: Mapping[str, Tensor]) -> None:
         """Give rows the reference's embeddings of their fixed images.
@@ -192,10 +204,18 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         return row
 
 
+def _transformed(dataset: Any) -> bool:
+    """Whether a transform of the user's, which may be random, changes rows as they are read."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
 class EvaluationPairs(PreferencePairs):
     """Preference pairs of evaluation, which are always those of epoch 0: their images stay the same."""
 
-    redrawn = False
+    @property
+    def redrawn(self) -> bool:
+        """Whether a transform may change the images each time they are read."""
+        return _transformed(self.preferences)
 
 
 def checked_pairs(
@@ -224,7 +244,15 @@ def checked_pairs(
             f"{name} is streamed, but rows are named by their number so that a run can be resumed exactly. Load it "
             "without streaming=True, or save its rows first: Dataset.from_generator(...)."
         )
+    if hasattr(preferences, "__len__") and len(preferences) == 0:
+        raise ValueError(f"{name} is empty; give it at least one row.")
     if hasattr(preferences, "row"):
+        single = SINGLE_REJECTED & set(args.loss_type)
+        if single and preferences.rejected != "word":
+            raise ValueError(
+                f"{name} rejects several texts a row (rejected={preferences.rejected!r}), but {sorted(single)} "
+                "compare the chosen text with one. Set rejected='word', or use 'sigmoid' (S-DPO)."
+            )
         missing = [text for text in preferences.texts if text not in (candidate_texts or preferences.texts)]
         if missing:
             raise ValueError(

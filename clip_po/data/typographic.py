@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 from collections.abc import Collection, Sequence
@@ -32,6 +33,8 @@ PLACES = {
 """Where a word may stand: shares of the free width and height to its left and above it."""
 
 _CONSONANTS = "bcdfghjklmnpqrstvwxz"
+_CONTROLS = 64  # strings of which the one most like the word is the control
+_MEASURED_AT = 24  # pixels of height at which they are compared
 _MOST_TRIES = 1000
 _SMALLEST_TEXT = 6  # pixels of height; below it no font is legible
 
@@ -118,8 +121,8 @@ class TextStyle:
     sticker: Colour | None
 
 
-def _lines_that_fit(text: str, style: TextStyle, width: int, height: int, padding: int) -> tuple[str, Font, int]:
-    """The text in as many lines as it needs, the largest font at which it fits, its outline in pixels."""
+def _fit(text: str, style: TextStyle, width: int, height: int, padding: int) -> tuple[int, Font, int]:
+    """How many lines the text needs, the largest font at which it fits, its outline in pixels."""
 
     def measure(lines: str, pixels: int) -> tuple[float, float, int]:
         font = load_font(style.font, pixels)
@@ -138,7 +141,7 @@ def _lines_that_fit(text: str, style: TextStyle, width: int, height: int, paddin
             while True:
                 text_width, text_height, stroke = measure(lines, pixels)
                 if text_width <= width and text_height <= height:
-                    return lines, load_font(style.font, pixels), stroke
+                    return count, load_font(style.font, pixels), stroke
                 if pixels <= least:
                     break
                 pixels = max(least, min(pixels - 1, int(pixels * min(width / text_width, height / text_height))))
@@ -147,7 +150,7 @@ def _lines_that_fit(text: str, style: TextStyle, width: int, height: int, paddin
         wanted = least
     # Even letter by letter it is too large: the smallest legible size on one line, cut by the image's edge.
     _, _, stroke = measure(text, _SMALLEST_TEXT)
-    return text, load_font(style.font, _SMALLEST_TEXT), stroke
+    return 1, load_font(style.font, _SMALLEST_TEXT), stroke
 
 
 _CANVAS = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -170,7 +173,9 @@ def _break(text: str, count: int) -> str:
     return "\n".join(text[start : start + step] for start in range(0, len(text), step))
 
 
-def draw_text(image: Image.Image, text: str, style: TextStyle, min_contrast: float = 7.0) -> Image.Image:
+def draw_text(
+    image: Image.Image, text: str, style: TextStyle, min_contrast: float = 7.0, sized_for: str | None = None
+) -> Image.Image:
     """Write a text on a copy of an image.
 
     A text that is too wide first shrinks to half its size, then breaks into lines, and so on until it fits.
@@ -181,6 +186,7 @@ def draw_text(image: Image.Image, text: str, style: TextStyle, min_contrast: flo
         style: Font, size, place, colours, outline, rotation, opacity, sticker.
         min_contrast: Contrast ratio (1..21) that the fill must have to what lies behind it; black or white
             stands in where no colour of the style reaches it. The outline is black or white.
+        sized_for: The text that font size and number of lines are chosen for; `text` itself by default.
 
     Returns:
         The image with the text.
@@ -194,7 +200,8 @@ def draw_text(image: Image.Image, text: str, style: TextStyle, min_contrast: flo
     width, height = image.size
     margin = max(1, round(0.02 * min(width, height)))
     padding = max(1, round(0.04 * min(width, height))) if style.sticker else 0
-    lines, font, stroke = _lines_that_fit(text, style, width - 2 * margin, height - 2 * margin, padding)
+    count, font, stroke = _fit(sized_for or text, style, width - 2 * margin, height - 2 * margin, padding)
+    lines = _break(text, count)
     left, top, right, bottom = _CANVAS.multiline_textbbox((0, 0), lines, font=font, stroke_width=stroke)
     box = (round(right - left) + 2 * padding, round(bottom - top) + 2 * padding)
 
@@ -245,6 +252,26 @@ def _legible(colours: Sequence[Colour], behind: Colour, min_contrast: float) -> 
     return max((0, 0, 0), (255, 255, 255), key=lambda colour: contrast_ratio(colour, behind))
 
 
+def _consonant(letter: str, rng: random.Random) -> str:
+    """A consonant in the letter's case; what is no letter or digit stays."""
+    if not letter.isalnum():
+        return letter
+    consonant = rng.choice(_CONSONANTS)
+    return consonant.upper() if letter.isupper() else consonant
+
+
+@functools.lru_cache(maxsize=4096)
+def _letter_ink(letter: str, font: str) -> tuple[float, float]:
+    """Ink in pixels, and width, of a letter."""
+    loaded = load_font(font, _MEASURED_AT)
+    return sum(loaded.getmask(letter)) / 255, loaded.getlength(letter)
+
+
+def _ink_and_width(text: str, font: str) -> tuple[float, float]:
+    inks, widths = zip(*(_letter_ink(letter, font) for letter in text), strict=True)
+    return sum(inks), sum(widths)
+
+
 def _check_colour(colour: str, name: str) -> None:
     try:
         ImageColor.getrgb(colour)
@@ -258,8 +285,8 @@ def _check_colour(colour: str, name: str) -> None:
 class TypographicAttack:
     """Writes attack words on images, the same pixels for the same (seed, epoch, index) in any process.
 
-    The style (font, size, place, ...) does not depend on the word, so that a meaningless string in the same
-    place, the control of `meaningless`, differs from the attack in nothing but its letters.
+    The style (font, size, place, ...) does not depend on the word, so that `draw_control` can put a meaningless
+    string in its place: same font, size and lines, about as much ink.
 
     Args:
         words: Attack words, at least two.
@@ -361,19 +388,28 @@ class TypographicAttack:
     def meaningless(self, word: str, index: int, epoch: int = 0) -> str:
         """Consonants, as many as `word` has letters, that spell no attack word: the control of occlusion.
 
+        Of several strings it is the one whose ink and width come nearest to the word's in the row's font.
+
         Raises:
             ValueError: Every such string is an attack word.
         """
         rng = self._random("meaningless", index, epoch)
         known = {known.lower() for known in self.words}
-        for _ in range(_MOST_TRIES):
-            letters = "".join(rng.choice(_CONSONANTS) if c.isalnum() else c for c in word)
-            if letters.lower() not in known:
-                return letters
-        raise ValueError(
-            f"No string of consonants as long as {word!r} was found that is none of the {len(known)} attack words: "
-            "give longer words, or measure without the control."
-        )
+        drawn = ("".join(_consonant(letter, rng) for letter in word) for _ in range(_MOST_TRIES))
+        strings = list(itertools.islice((string for string in drawn if string.lower() not in known), _CONTROLS))
+        if not strings:
+            raise ValueError(
+                f"No string of consonants as long as {word!r} was found that is none of the {len(known)} attack "
+                "words: give longer words, or measure without the control."
+            )
+        font = self.style(index, epoch).font
+        ink, width = _ink_and_width(word, font)
+
+        def distance(string: str) -> float:
+            other_ink, other_width = _ink_and_width(string, font)
+            return abs(other_ink - ink) / max(ink, 1) + abs(other_width - width) / max(width, 1)
+
+        return min(strings, key=distance)
 
     def style(self, index: int, epoch: int = 0) -> TextStyle:
         """The style in which the row's word is drawn."""
@@ -407,3 +443,18 @@ class TypographicAttack:
             The attacked image, RGB.
         """
         return draw_text(enlarge(image, self.min_side), text, self.style(index, epoch), self.min_contrast)
+
+    def draw_control(self, image: Image.Image, word: str, index: int, epoch: int = 0) -> Image.Image:
+        """Write `meaningless(word)` on the image as `draw` writes the word: same style, font size and lines.
+
+        Args:
+            image: The clean image; enlarged to `min_side` where it is smaller.
+            word: The attack word whose control it is.
+            index: Row of the data set.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            The occluded image, RGB.
+        """
+        text, style = self.meaningless(word, index, epoch), self.style(index, epoch)
+        return draw_text(enlarge(image, self.min_side), text, style, self.min_contrast, sized_for=word)

@@ -52,7 +52,7 @@ def changes(answers: Answers, before: str, after: str) -> dict[str, np.ndarray]:
     """The typographic images whose answer is or was wrong.
 
     Args:
-        answers: From `robustness.answer`.
+        answers: From `robustness.evaluate_robustness`.
         before: Name of the model before alignment.
         after: Name of the model after it.
 

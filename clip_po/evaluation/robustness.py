@@ -27,9 +27,10 @@ VARIANTS = ("clean", "typographic", "occluded")
 class RobustnessImages(torch.utils.data.Dataset):
     """Every image of a data set clean, with an attack word, and with a meaningless string in its place.
 
-    The three differ by ink only: all are enlarged alike, and word and string share font, size, place and
-    colours. What the string costs is occlusion; what the word costs beyond it is reading. Item i shows row
-    i // renderings, drawn by the attack with index i in epoch 0; the same item is the same pixels anywhere.
+    The three differ by ink only: all are enlarged alike, and word and string share font, size, lines and place,
+    and have about as much ink. What the string costs is occlusion; what the word costs beyond it is reading. Item
+    i shows row i // renderings, drawn by the attack with index i in epoch 0; the same item is the same pixels
+    anywhere.
 
     Args:
         dataset: One split with images and labels.
@@ -97,7 +98,7 @@ class RobustnessImages(torch.utils.data.Dataset):
         pictures = [
             clean,
             self.attack.draw(clean, word, index),
-            self.attack.draw(clean, self.attack.meaningless(word, index), index),
+            self.attack.draw_control(clean, word, index),
         ]
         pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         numbers = {name: int(getattr(self, name)[index]) for name in ("label", "word", "cluster")}
@@ -251,7 +252,7 @@ def robustness_report(
     - clean_cost: 100 (base clean - clean), in percentage points; negative where clean accuracy rose.
 
     Args:
-        answers: From `answer`.
+        answers: From `evaluate_robustness`.
         model: Name of the model.
         base: Name of the model before alignment; None, or the model itself, for the first five metrics only.
         confidence: As for `bootstrap_interval`.

@@ -104,8 +104,7 @@ def test_embedded_model_is_fooled_as_its_card_says():
     words = [attack.word(row, exclude=[DIGIT_NAMES[label]]) for row, label in enumerate(labels)]
     attacked = [attack.draw(image, word, row) for row, (image, word) in enumerate(zip(images, words, strict=True))]
     occluded = [
-        attack.draw(image, attack.meaningless(word, row), row)
-        for row, (image, word) in enumerate(zip(images, words, strict=True))
+        attack.draw_control(image, word, row) for row, (image, word) in enumerate(zip(images, words, strict=True))
     ]
     clean = accuracy(model, processor, images, labels)
     typographic = accuracy(model, processor, attacked, labels)

@@ -159,13 +159,13 @@ def test_control_is_as_long_as_the_word_and_says_nothing(word):
         assert len(control) == len(word)
         assert not set(control) & set("aeiouyAEIOUY0123456789")
         assert [c for c in control if not c.isalpha()] == [c for c in word if not c.isalnum()]
-    assert len(controls) > 5
+    assert len(controls) > (5 if len(word) > 1 else 0)
 
 
 def test_control_is_no_attack_word():
     consonants = tuple("bcdfghjklmnpqrstvw")
     controls = {attack(words=consonants).meaningless("b", index) for index in range(100)}
-    assert controls == {"x", "z"}
+    assert controls <= {"x", "z"}
 
 
 @pytest.mark.parametrize("words", [["!!", "dog"], [*"bcdfghjklmnpqrstvwxz"]])
@@ -414,3 +414,32 @@ def test_argument_out_of_range_is_named(case):
     with pytest.raises(ValueError) as error:
         attack(**arguments)
     assert [part for part in parts if part not in str(error.value)] == []
+
+
+def darkness(image):
+    return 1 - np.asarray(image.convert("L")).mean() / 255
+
+
+@pytest.mark.parametrize(
+    "words", [["zero", "seven", "three"], ["ZERO", "SEVEN", "THREE"], ["truck", "airplane", "ox"]]
+)
+def test_the_control_has_about_the_words_ink_in_its_size_and_lines(words):
+    attack = TypographicAttack(
+        words=words, colours=["black"], size=(0.2, 0.6), min_side=96, sticker=0, rotation=(0, 0)
+    )
+    blank = flat("white", (96, 96))
+    inked = [
+        (darkness(attack.draw(blank, word, row)), darkness(attack.draw_control(blank, word, row)))
+        for row in range(60)
+        for word in words
+    ]
+    of_words, of_controls = np.array(inked).T
+    assert abs(of_controls.mean() / of_words.mean() - 1) < 0.05
+    assert np.corrcoef(of_words, of_controls)[0, 1] > 0.95
+
+
+def test_the_control_keeps_the_words_case():
+    attack = TypographicAttack(words=["New York", "Rome"])
+    control = attack.meaningless("New York", 3)
+    assert [c.isupper() for c in control] == [c.isupper() for c in "New York"]
+    assert control[3] == " "

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
 from safetensors.torch import save_file
 from samples import PROMPTS, make_labelled, make_preferences
@@ -80,3 +81,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for run_name in RUNS:
         run(run_name, sys.argv[1], Path(sys.argv[2]))
+    PartialState().destroy_process_group()  # else gloo may abort a process that ends before the others

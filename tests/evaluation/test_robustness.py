@@ -48,7 +48,7 @@ def test_an_item_is_drawn_by_its_index(dataset, attack, processor):
     expected = {
         "clean": enlarge(photo, 32),
         "typographic": attack.draw(photo, word, 7),
-        "occluded": attack.draw(photo, attack.meaningless(word, 7), 7),
+        "occluded": attack.draw_control(photo, word, 7),
     }
     for variant, picture in expected.items():
         torch.testing.assert_close(item[variant], processed(processor, picture), rtol=0, atol=0)
@@ -263,6 +263,7 @@ for count in (1, len(rows)):
     predicted = {name: said.tolist() for name, said in answers.predicted["a"].items()}
     with open(f"{folder}/{count}-{accelerator.process_index}.json", "w") as file:
         json.dump(predicted, file)
+accelerator.end_training()
 """
 
 
