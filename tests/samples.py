@@ -10,11 +10,11 @@ PROMPTS = [f"a photo of a {name}" for name in CLASSES]
 IMAGE_SIZE = 32
 
 
-def tiny_config(**overrides):
+def tiny_config(vision=None, **overrides):
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
     return CLIPConfig(
         text_config={**tower, "vocab_size": 64, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1},
-        vision_config={**tower, "image_size": IMAGE_SIZE, "patch_size": 8},
+        vision_config={**tower, "image_size": IMAGE_SIZE, "patch_size": 8, **(vision or {})},
         projection_dim=16,
         **overrides,
     )

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences
+from samples import CLASSES, PROMPTS, make_labelled, make_preferences, tiny_config
 from transformers import CLIPModel, CLIPProcessor, TrainerCallback
 
 from clip_po.config import ContrastivePOConfig
@@ -430,3 +430,32 @@ def test_evaluation_draws_the_attack_of_epoch_0_always(make_trainer):
 def test_a_data_set_smaller_than_a_batch_is_not_filled_up(make_trainer):
     trainer = make_trainer(make_preferences(5), per_device_train_batch_size=512)
     assert [len(batch["weight"]) for batch in trainer.get_train_dataloader()] == [5]
+
+
+def test_images_under_a_transform_are_not_taken_for_fixed(make_trainer):
+    rows = make_preferences(8).with_transform(lambda batch: batch)
+    trainer = make_trainer(rows, max_steps=5)
+    trainer.train()
+    assert trainer.train_dataset.reference == {}
+
+
+def test_what_trackers_get_holds_no_token(tmp_path):
+    args = ContrastivePOConfig(str(tmp_path), model_init_kwargs={"token": "hf_mine"}, hub_token="hf_mine")
+    assert "hf_mine" not in args.to_json_string() + repr(args.to_dict())
+    assert args.hub_token == "hf_mine"
+
+
+def test_a_reference_of_another_size_is_refused(make_trainer):
+    other = CLIPModel(tiny_config(vision={"image_size": 64}))
+    with pytest.raises(ValueError, match="reads 64"):
+        make_trainer(make_preferences(4), ref_model=other)
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "kto_pair"])
+def test_several_rejected_texts_are_refused_at_the_start_where_a_loss_takes_one(make_trainer, loss_type):
+    labelled = make_labelled(8)
+    attack = TypographicAttack(words=CLASSES, min_side=32)
+    several = TypographicPreferences(labelled, attack, rejected="others")
+    with pytest.raises(ValueError, match="rejected='word'"):
+        make_trainer(several, loss_type=loss_type)
+    assert make_trainer(several).train_dataset[0]["rejected"][1:] != []

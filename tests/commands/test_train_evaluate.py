@@ -162,3 +162,50 @@ def test_what_does_not_fit_is_refused_before_training(clip_folder, parquet, tmp_
     command = ["train", "--model_name_or_path", str(clip_folder), "--dataset_name", str(parquet)]
     assert main([*command, "--output_dir", str(tmp_path), *QUICK, *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_single_saved_data_set_is_its_train_split_and_no_test_split(tmp_path):
+    make_labelled(8).save_to_disk(tmp_path)
+    assert len(load_split(str(tmp_path), "train")) == 8
+    with pytest.raises(ValueError, match=r"no split 'test'; it has \['train'\], and no slices"):
+        load_split(str(tmp_path), "test")
+
+
+def test_the_checkpoints_own_names_and_template_win_also_in_a_checkpoint_folder(tmp_path):
+    task = Task(["a", "b", "c", "d"], "an image of a {}")
+    (tmp_path / "checkpoint-3").mkdir()
+    task.save(tmp_path)
+    assert Task.load(tmp_path / "checkpoint-3") == task
+    arguments = train.TrainArguments(dataset_name="d")
+    assert arguments.names(make_labelled(4), task) == ["a", "b", "c", "d"]
+    assert arguments.names(make_labelled(4), Task(["a", "b"], "{}")) == CLASSES
+    assert train.TrainArguments(dataset_name="d", class_names=["x"]).names(make_labelled(4), task) == ["x"]
+
+
+def test_attack_words_need_not_be_classes_and_the_card_says_what_was_measured(clip_folder, parquet, tmp_path):
+    out = tmp_path / "out"
+    data = ["--dataset_name", str(parquet)]
+    where = ["--model_name_or_path", str(clip_folder), "--output_dir", str(out)]
+    words = ["--attack_words", "hello", "world", "dog"]
+    assert main(["train", *where, *data, *words, "--max_steps", "2", *QUICK]) == 0
+    assert "Nothing was measured yet." in (out / "README.md").read_text()
+    assert main(["evaluate", "--model_name_or_path", str(out), *data, *words]) == 0
+    card = (out / "README.md").read_text()
+    assert "Nothing was measured yet." not in card
+    assert "| aligned" in card
+    assert "## Settings" in card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max_samples", "0"], "--max_samples"),
+        (["--attack_size", "0.3"], "two numbers"),
+        (["--loss_type", "ipo", "--rejected", "others"], "S-DPO"),
+        (["--load_in_4bit", "true"], "load_in_4bit"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_at_the_start(clip_folder, parquet, tmp_path, capsys, arguments, said):
+    command = ["train", "--model_name_or_path", str(clip_folder), "--dataset_name", str(parquet)]
+    assert main([*command, "--output_dir", str(tmp_path), *QUICK, *arguments]) == 2
+    assert said in capsys.readouterr().err
