@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-import clip_po
 from clip_po.evaluation.report import read_report, report_estimates
 from clip_po.evaluation.robustness import robustness_table
 from clip_po.redaction import redacted
@@ -80,7 +80,7 @@ def model_card(
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# {model_name}\n\n"
-        f"`{base_model}`, aligned by preference optimization ({method}) with clip_po {clip_po.__version__}: for an "
+        f"`{base_model}`, aligned by preference optimization ({method}) with clip_po {version('clip_po')}: for an "
         "image, the preferred text rather than another, while KL(reference || policy) on ordinary images keeps the "
         f"rest (Afzali et al., ICLR 2025, [arXiv {PAPER}](https://arxiv.org/abs/{PAPER})).\n\n"
         f'```python\n{load}\nprocessor = CLIPProcessor.from_pretrained("{model_name}")\n```\n\n'

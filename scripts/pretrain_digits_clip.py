@@ -37,8 +37,9 @@ from clip_po.data.digits import (
     render_digit,
     split_digits,
 )
+from clip_po.data.drawing import PILLOW_FONT
 from clip_po.data.fonts import font_files
-from clip_po.data.typographic import PILLOW_FONT, TypographicAttack
+from clip_po.data.typographic import TypographicAttack
 
 OTHER_WORDS = (
     "apple", "bird", "blue", "boat", "book", "cake", "cat", "chair", "cup", "dog",

@@ -32,19 +32,18 @@ from clip_po.trainer import ContrastivePOTrainer
 BASE = "before"
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "CE": {"loss_type": ["sft"]},
-    "DPO": {"loss_type": ["sigmoid"], "beta": 1.0},
-    "IPO": {"loss_type": ["ipo"], "beta": 0.05},
-    "KTO": {"loss_type": ["kto_pair"], "beta": 1.0},
+    "CE": {"loss_type": ["sft"], "reg_weight": 1.0},
+    "DPO": {"loss_type": ["sigmoid"], "beta": 1.0, "reg_weight": 1.0},
+    "IPO": {"loss_type": ["ipo"], "beta": 0.1, "reg_weight": 10.0},
+    "KTO": {"loss_type": ["kto_pair"], "beta": 1.0, "reg_weight": 0.5},
 }
 """What is compared, with settings found on validation digits; all share `TRAINING`."""
 
 TRAINING: Mapping[str, Any] = {
-    "reg_weight": 1.0,
     "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
-    "num_train_epochs": 3,
+    "num_train_epochs": 5,
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 250,
     "save_strategy": "no",
@@ -62,7 +61,7 @@ class DemoArguments:
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": "What to compare.", "choices": list(METHODS)}
     )
-    train_renderings: int = field(default=4, metadata={"help": "How often each training digit is drawn."})
+    train_renderings: int = field(default=1, metadata={"help": "How often each training digit is drawn."})
     renderings: int = field(default=10, metadata={"help": "How often each of the 500 digits of the table is drawn."})
     seed: int = field(default=0, metadata={"help": "Seed of data, attacks and training."})
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from clip_po.data.drawing import PILLOW_FONT
 from clip_po.data.fonts import font_files
-from clip_po.data.typographic import PILLOW_FONT, TypographicAttack
+from clip_po.data.typographic import TypographicAttack
 
 if TYPE_CHECKING:
     from datasets import Dataset

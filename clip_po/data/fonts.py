@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_po.data.typographic import PILLOW_FONT
+from clip_po.data.drawing import PILLOW_FONT
 
 
 @functools.cache

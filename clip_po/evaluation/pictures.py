@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from clip_po.data.typographic import PILLOW_FONT, Colour, Font, load_font
+from clip_po.data.drawing import PILLOW_FONT, Colour, Font, load_font
 from clip_po.evaluation.robustness import Answers
 
 CHANGES = ("mended", "still wrong", "newly broken")

@@ -13,8 +13,9 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
+from clip_po.data.drawing import enlarge
 from clip_po.data.labelled import read_image, read_images, read_labels
-from clip_po.data.typographic import TypographicAttack, enlarge
+from clip_po.data.typographic import TypographicAttack
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.report import format_table
 from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers

@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_po.data.typographic import (
-    PLACES,
-    TextStyle,
-    TypographicAttack,
-    contrast_ratio,
-    draw_text,
-    enlarge,
-    load_font,
-    relative_luminance,
-)
+from clip_po.data.drawing import TextStyle, contrast_ratio, draw_text, enlarge, load_font, relative_luminance
+from clip_po.data.typographic import PLACES, TypographicAttack
 
 WORDS = ("cat", "dog", "bird", "hot dog")
 GREY = (128, 128, 128)

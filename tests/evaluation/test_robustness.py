@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from clip_po.data.typographic import TypographicAttack, enlarge
+from clip_po.data.drawing import enlarge
+from clip_po.data.typographic import TypographicAttack
 from clip_po.evaluation.robustness import (
     VARIANTS,
     RobustnessImages,

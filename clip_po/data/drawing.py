@@ -1,0 +1,250 @@
+"""Words drawn on images: fonts, legible colours, sizes that fit."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont, ImageStat
+
+Colour = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+PILLOW_FONT = "pillow"
+"""The name of the font that Pillow carries itself."""
+
+SMALLEST_TEXT = 6  # pixels of height; below it no font is legible
+_MEASURED_AT = 24  # pixels of height at which inks are compared
+
+
+def relative_luminance(colour: Colour) -> float:
+    """Brightness of a colour as an eye sees it.
+
+    Args:
+        colour: Red, green, blue in 0..255.
+
+    Returns:
+        Relative luminance in 0..1.
+
+    Source: WCAG 2.2, "relative luminance".
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast_ratio(first: Colour, second: Colour) -> float:
+    """Contrast of two colours, 1 (equal) to 21 (black on white).
+
+    Source: WCAG 2.2, "contrast ratio".
+    """
+    high, low = sorted((relative_luminance(first), relative_luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@functools.lru_cache(maxsize=512)
+def load_font(name: str, pixels: int) -> Font:
+    """The font `name` at a size in pixels.
+
+    Args:
+        name: "pillow" for the font that Pillow carries, else the path of a TrueType or OpenType file.
+        pixels: Size of the font's em square, >= 1.
+
+    Raises:
+        ValueError: The file is no font that Pillow can read.
+    """
+    if name == PILLOW_FONT:
+        return ImageFont.load_default(pixels)
+    try:
+        return ImageFont.truetype(name, pixels)
+    except OSError as error:
+        raise ValueError(
+            f"fonts: {name!r} can't be read as a font ({error}). Give the path of a .ttf or .otf file, "
+            f"or {PILLOW_FONT!r} for the font that Pillow carries."
+        ) from error
+
+
+def enlarge(image: Image.Image, min_side: int) -> Image.Image:
+    """The image with a short side of at least `min_side` pixels, in RGB; a larger one keeps its size."""
+    image = image.convert("RGB")
+    short = min(image.size)
+    if short >= min_side:
+        return image
+    scale = min_side / short
+    width, height = (max(min_side, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class TextStyle:
+    """How one word is drawn; drawn by `TypographicAttack.style`, the same for any word.
+
+    Attributes:
+        font: As for `load_font`.
+        size: Height of the text as a share of the image's short side.
+        place: Shares (x, y) of the free width and height to the left of and above the text, each 0..1.
+        colours: Colours of the fill in order of preference; the first legible one is taken.
+        outline: Width of the outline as a share of the text's height.
+        rotation: Degrees, counter-clockwise.
+        opacity: 0 (invisible) to 1.
+        sticker: Colour of the box behind the text, or None for bare text.
+    """
+
+    font: str
+    size: float
+    place: tuple[float, float]
+    colours: tuple[Colour, ...]
+    outline: float
+    rotation: float
+    opacity: float
+    sticker: Colour | None
+
+
+def _fit(text: str, style: TextStyle, width: int, height: int, padding: int) -> tuple[int, Font, int]:
+    """How many lines the text needs, the largest font at which it fits, its outline in pixels."""
+
+    def measure(lines: str, pixels: int) -> tuple[float, float, int]:
+        font = load_font(style.font, pixels)
+        stroke = round(style.outline * pixels)
+        left, top, right, bottom = _CANVAS.multiline_textbbox((0, 0), lines, font=font, stroke_width=stroke)
+        across, down = right - left + 2 * padding, bottom - top + 2 * padding
+        return across * cosine + down * sine, across * sine + down * cosine, stroke
+
+    sine, cosine = abs(math.sin(math.radians(style.rotation))), abs(math.cos(math.radians(style.rotation)))
+    wanted = max(SMALLEST_TEXT, round(style.size * min(width, height)))
+    while True:
+        least = max(SMALLEST_TEXT, wanted // 2)
+        for count in range(1, len(text) + 1):
+            lines = _break(text, count)
+            pixels = wanted
+            while True:
+                text_width, text_height, stroke = measure(lines, pixels)
+                if text_width <= width and text_height <= height:
+                    return count, load_font(style.font, pixels), stroke
+                if pixels <= least:
+                    break
+                pixels = max(least, min(pixels - 1, int(pixels * min(width / text_width, height / text_height))))
+        if wanted <= SMALLEST_TEXT:
+            break
+        wanted = least
+    # Even letter by letter it is too large: the smallest legible size on one line, cut by the image's edge.
+    _, _, stroke = measure(text, SMALLEST_TEXT)
+    return 1, load_font(style.font, SMALLEST_TEXT), stroke
+
+
+_CANVAS = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+
+def _break(text: str, count: int) -> str:
+    """The text in `count` lines of about equal length, at spaces where it has enough of them."""
+    words = text.split()
+    if 1 < count <= len(words):
+        target, lines = len(text) / count, [""]
+        for position, word in enumerate(words):
+            left = len(words) - position
+            room = count - len(lines)
+            if lines[-1] and room and (len(lines[-1]) + len(word) / 2 >= target or left <= room):
+                lines.append(word)
+            else:
+                lines[-1] = f"{lines[-1]} {word}".strip()
+        return "\n".join(lines)
+    step = -(-len(text) // count)
+    return "\n".join(text[start : start + step] for start in range(0, len(text), step))
+
+
+def draw_text(
+    image: Image.Image, text: str, style: TextStyle, min_contrast: float = 7.0, sized_for: str | None = None
+) -> Image.Image:
+    """Write a text on a copy of an image.
+
+    A text that is too wide first shrinks to half its size, then breaks into lines, and so on until it fits.
+
+    Args:
+        image: Any PIL image; the result is RGB of the same size.
+        text: What is written; not empty.
+        style: Font, size, place, colours, outline, rotation, opacity, sticker.
+        min_contrast: Contrast ratio (1..21) that the fill must have to what lies behind it; black or white
+            stands in where no colour of the style reaches it. The outline is black or white.
+        sized_for: The text that font size and number of lines are chosen for; `text` itself by default.
+
+    Returns:
+        The image with the text.
+
+    Raises:
+        ValueError: The text is empty.
+    """
+    if not text.strip():
+        raise ValueError(f"A word to write must not be empty, got {text!r}.")
+    image = image.convert("RGB")
+    width, height = image.size
+    margin = max(1, round(0.02 * min(width, height)))
+    padding = max(1, round(0.04 * min(width, height))) if style.sticker else 0
+    count, font, stroke = _fit(sized_for or text, style, width - 2 * margin, height - 2 * margin, padding)
+    lines = _break(text, count)
+    left, top, right, bottom = _CANVAS.multiline_textbbox((0, 0), lines, font=font, stroke_width=stroke)
+    box = (round(right - left) + 2 * padding, round(bottom - top) + 2 * padding)
+
+    def corner(size: tuple[int, int]) -> tuple[int, int]:
+        free = (width - 2 * margin - size[0], height - 2 * margin - size[1])
+        x, y = (margin + round(share * max(0, space)) for share, space in zip(style.place, free, strict=True))
+        return x, y
+
+    if style.sticker:
+        behind = style.sticker
+    else:
+        covered = Image.new("L", box, 255).rotate(style.rotation, expand=True)
+        x, y = corner(covered.size)
+        inside = (min(covered.width, width - x), min(covered.height, height - y))
+        behind = _mean_colour(image.crop((x, y, x + inside[0], y + inside[1])), covered.crop((0, 0, *inside)))
+    fill = _legible(style.colours, behind, min_contrast)
+    edge = _legible((), fill, 1.0)
+
+    layer = Image.new("RGBA", box, (*(style.sticker or fill), 255 if style.sticker else 0))
+    draw = ImageDraw.Draw(layer)
+    draw.multiline_text(
+        (padding - left, padding - top),
+        lines,
+        fill=fill,
+        font=font,
+        align="center",
+        stroke_width=stroke,
+        stroke_fill=edge,
+    )
+    if style.rotation:
+        layer = layer.rotate(style.rotation, Image.Resampling.BICUBIC, expand=True)
+    if style.opacity < 1:
+        layer.putalpha(layer.getchannel("A").point([round(a * style.opacity) for a in range(256)]))
+    result = image.copy()
+    result.paste(layer, corner(layer.size), layer)
+    return result
+
+
+def _mean_colour(image: Image.Image, mask: Image.Image) -> Colour:
+    red, green, blue = (round(value) for value in ImageStat.Stat(image, mask).mean)
+    return red, green, blue
+
+
+def _legible(colours: Sequence[Colour], behind: Colour, min_contrast: float) -> Colour:
+    for colour in colours:
+        if contrast_ratio(colour, behind) >= min_contrast:
+            return colour
+    return max((0, 0, 0), (255, 255, 255), key=lambda colour: contrast_ratio(colour, behind))
+
+
+@functools.lru_cache(maxsize=4096)
+def _letter_ink(letter: str, font: str) -> tuple[float, float]:
+    """Ink in pixels, and width, of a letter."""
+    loaded = load_font(font, _MEASURED_AT)
+    return sum(loaded.getmask(letter)) / 255, loaded.getlength(letter)
+
+
+def ink_and_width(text: str, font: str) -> tuple[float, float]:
+    """How much ink a text has and how wide it is, in pixels, at one size for all texts.
+
+    Args:
+        text: Not empty.
+        font: As for `load_font`.
+    """
+    inks, widths = zip(*(_letter_ink(letter, font) for letter in text), strict=True)
+    return sum(inks), sum(widths)
