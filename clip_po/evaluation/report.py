@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def write_report(
         "schema_version": SCHEMA_VERSION,
         "clip_po_version": _version("clip_po"),
         "command": command,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "models": {
             model: {metric: estimate.as_dict() for metric, estimate in metrics.items()}
             for model, metrics in models.items()
