@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CLIPModel, CLIPProcessor, PrinterCallback
+from transformers.utils import logging
 from trl import TrlParser
 
 from clip_po.commands.arguments import Task
@@ -43,7 +44,7 @@ TRAINING: Mapping[str, Any] = {
     "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
-    "num_train_epochs": 5,
+    "num_train_epochs": 4,
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 250,
     "save_strategy": "no",
@@ -106,6 +107,7 @@ def main(argv: Sequence[str]) -> None:
     """Train, measure, print the table, and write report, picture and the best checkpoint."""
     (args,) = TrlParser([DemoArguments], prog="clip-po demo").parse_args_and_config(list(argv))
     start = time.time()
+    logging.disable_progress_bar()  # of loading and saving the few megabytes of the model
     processor = CLIPProcessor.from_pretrained(MODEL_PATH)
     digits = load_digits_dataset("train", args.train_renderings, seed=args.seed)
     rows = TypographicPreferences(digits, digit_attack("training", seed=args.seed), DIGIT_NAMES, PROMPT_TEMPLATE)
