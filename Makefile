@@ -5,12 +5,14 @@ CONSTRAINTS ?= requirements/tested.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint help wheel lower-bounds clean
+.PHONY: demo test suite lint help wheel lower-bounds clean
 
 demo: $(STAMP)
 	$(BIN)/clip-po demo --output_dir demo_output
 
-test: $(STAMP) lint
+test: lint suite
+
+suite: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 lint: $(STAMP)
@@ -27,7 +29,7 @@ wheel: $(STAMP)
 
 # The suite on the oldest versions that pyproject.toml promises.
 lower-bounds:
-	$(MAKE) test VENV=.venv-lower CONSTRAINTS=requirements/lower.txt
+	$(MAKE) suite VENV=.venv-lower CONSTRAINTS=requirements/lower.txt
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

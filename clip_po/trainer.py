@@ -176,13 +176,13 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
             reference = self.reference(inputs)
         logps = self._preferences(policy, reference, inputs)
         kl = regularization_kl(policy, reference)
-        weight, reg_weight = inputs["weight"], inputs["reg_weight"]
-        total, reg_total = self._totals(inputs) if num_items_in_batch is None else num_items_in_batch
+        weight, clean = inputs["weight"], inputs["reg_row_weight"]  # of each row; 0 for padding
+        total, clean_total = self._totals(inputs) if num_items_in_batch is None else num_items_in_batch
 
         losses = preference_loss(
-            logps, self.args.loss_type, self.args.weights, self.loss_settings, self._reference_point(kl, reg_weight)
+            logps, self.args.loss_type, self.args.weights, self.loss_settings, self._reference_point(kl, clean)
         )
-        loss = (weight * losses).sum() / total + self.args.reg_weight * (reg_weight * kl).sum() / reg_total
+        loss = (weight * losses).sum() / total + self.args.reg_weight * (clean * kl).sum() / clean_total
 
         self._log_rows(logps, losses, kl, inputs)
         if num_items_in_batch is not None:  # processes average their gradients, but the sums above are to be added
@@ -226,7 +226,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         self._means[self.model.training].add(
             {
                 **preference_metrics(logps, losses, self.args.beta, inputs["weight"]),
-                **{name: (value.detach(), inputs["reg_weight"]) for name, value in reg.items()},
+                **{name: (value.detach(), inputs["reg_row_weight"]) for name, value in reg.items()},
             }
         )
 

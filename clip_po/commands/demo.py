@@ -33,10 +33,10 @@ from clip_po.trainer import ContrastivePOTrainer
 BASE = "before"
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "CE": {"loss_type": ["sft"], "reg_weight": 1.0},
-    "DPO": {"loss_type": ["sigmoid"], "beta": 1.0, "reg_weight": 1.0},
+    "CE": {"loss_type": ["sft"], "reg_weight": 2.0},
+    "DPO": {"loss_type": ["sigmoid"], "beta": 1.0, "reg_weight": 2.0},
     "IPO": {"loss_type": ["ipo"], "beta": 0.1, "reg_weight": 10.0},
-    "KTO": {"loss_type": ["kto_pair"], "beta": 1.0, "reg_weight": 0.5},
+    "KTO": {"loss_type": ["kto_pair"], "beta": 1.0, "reg_weight": 1.0},
 }
 """What is compared, with settings found on validation digits; all share `TRAINING`."""
 

@@ -30,7 +30,8 @@ class DataCollatorForContrastivePreference:
     reg_pixel_values      Tensor[B,C,H,W]    ordinary images, where rows have them
     chosen                Tensor[B]          position of the chosen text among the row's candidates
     rejected              Tensor[B, R]       positions of the rejected texts, -1 for none
-    weight, reg_weight    Tensor[B]          weight of the preference and of the ordinary image; 0 for padding
+    weight                Tensor[B]          weight of the preference; 0 for padding
+    reg_row_weight        Tensor[B]          1 where a row comes with an ordinary image, 0 for padding
     texts                 list of M texts    the batch's texts, each once; absent where candidate_texts are given
     candidates            Tensor[B, N]       positions in `texts`, -1 for none; absent likewise
     ref_image_embeds,     Tensor[B, D]       the reference's embeddings, where they are known already
@@ -46,7 +47,7 @@ class DataCollatorForContrastivePreference:
         batch: dict[str, Any] = {"pixel_values": self._pixels([row["image"] for row in rows])}
         if "reg_image" in rows[0]:
             batch["reg_pixel_values"] = self._pixels([row["reg_image"] for row in rows])
-        for name in ("weight", "reg_weight"):
+        for name in ("weight", "reg_row_weight"):
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         for name in ("ref_image_embeds", "ref_reg_image_embeds"):
             if name in rows[0]:
@@ -82,4 +83,4 @@ def _ragged(rows: Sequence[Sequence[int]]) -> Tensor:
 
 def row_weights(batch: Mapping[str, Any]) -> Tensor:
     """Tensor[2]: the sum of the weights of a batch's preferences, and of its ordinary images."""
-    return torch.stack([batch["weight"].sum(), batch["reg_weight"].sum()])
+    return torch.stack([batch["weight"].sum(), batch["reg_row_weight"].sum()])

@@ -192,7 +192,7 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         row = self._preference(index, epoch)
         padding = position >= len(self)
         row["weight"] = 0.0 if padding else row.get("weight", 1.0)
-        row["reg_weight"] = 0.0 if padding or self.regularization is None else 1.0
+        row["reg_row_weight"] = 0.0 if padding or self.regularization is None else 1.0
         if "image" in self.reference:
             row["ref_image_embeds"] = self.reference["image"][index]
         if self.regularization is not None:

@@ -13,7 +13,7 @@ def row(chosen, rejected, number=0, **more):
         "chosen": chosen,
         "rejected": rejected,
         "weight": 1.0,
-        "reg_weight": 1.0,
+        "reg_row_weight": 1.0,
         **more,
     }
 

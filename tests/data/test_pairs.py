@@ -155,7 +155,7 @@ def test_positions_beyond_the_last_row_weigh_nothing(preferences):
     pairs = PreferencePairs(preferences, "clean_image")
     rows = [pairs[key] for key in EpochSampler(len(preferences), 8, seed=0)]
     assert [row["weight"] for row in rows] == [1.0] * 13 + [0.0] * 3
-    assert [row["reg_weight"] for row in rows] == [1.0] * 13 + [0.0] * 3
+    assert [row["reg_row_weight"] for row in rows] == [1.0] * 13 + [0.0] * 3
 
 
 def test_rows_keep_their_own_weight_except_as_padding(preferences):
@@ -165,7 +165,7 @@ def test_rows_keep_their_own_weight_except_as_padding(preferences):
 
 def test_without_regularization_images_there_is_nothing_to_weigh(preferences):
     row = PreferencePairs(preferences)[0]
-    assert row["reg_weight"] == 0.0
+    assert row["reg_row_weight"] == 0.0
     assert "reg_image" not in row
 
 
