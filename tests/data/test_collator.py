@@ -89,7 +89,7 @@ def test_without_regularization_images_there_are_no_pixels_of_them(own):
 
 
 def test_weights_are_carried_and_summed(own):
-    batch = own([row("a", ["b"], weight=2.0), row("a", ["b"], weight=0.0, reg_weight=0.0)])
+    batch = own([row("a", ["b"], weight=2.0), row("a", ["b"], weight=0.0, reg_row_weight=0.0)])
     assert batch["weight"].tolist() == [2.0, 0.0]
     assert row_weights(batch).tolist() == [2.0, 1.0]
 
