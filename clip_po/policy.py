@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,6 @@ from torch.nn import functional as F
 from transformers import CLIPModel, ProcessorMixin
 
 from clip_po.losses import PreferenceLogps, kl_regularization
-
-TextEncoder = Callable[[Sequence[str]], Tensor]
-"""Texts to unit-norm embeddings, Tensor[M, D]."""
 
 
 def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
+from clip_po.data.collator import to_pixels
 from clip_po.data.pairs import PreferencePairs
 from clip_po.policy import (
     BatchLogps,
@@ -93,10 +94,6 @@ class _Images(torch.utils.data.Dataset[Any]):
         return self.pairs.fixed_image(self.column, index)
 
 
-def _pixels(processor: ProcessorMixin, images: list[Any]) -> Tensor:
-    return processor.image_processor(images, return_tensors="pt")["pixel_values"]
-
-
 def embed_fixed_images(
     reference: ReferencePolicy,
     pairs: PreferencePairs,
@@ -129,7 +126,7 @@ def embed_fixed_images(
                 _Images(pairs, column),
                 batch_size=batch_size,
                 num_workers=num_workers,
-                collate_fn=functools.partial(_pixels, processor),
+                collate_fn=functools.partial(to_pixels, processor),
             )
         )
         batches = tqdm(

@@ -14,6 +14,11 @@ from transformers import ProcessorMixin
 from clip_po.data.formats import Row
 
 
+def to_pixels(processor: ProcessorMixin, images: Sequence[Image.Image]) -> Tensor:
+    """Images as the model reads them, Tensor[B, C, H, W]."""
+    return processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+
+
 @dataclass
 class DataCollatorForContrastivePreference:
     """Preferred and rejected texts of images as positions in their candidate texts, each text once.
@@ -72,7 +77,7 @@ class DataCollatorForContrastivePreference:
         self._positions = {text: position for position, text in enumerate(self.candidate_texts or ())}
 
     def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        return to_pixels(self.processor, images)
 
 
 def _ragged(rows: Sequence[Sequence[int]]) -> Tensor:

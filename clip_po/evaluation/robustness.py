@@ -13,6 +13,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
+from clip_po.data.collator import to_pixels
 from clip_po.data.drawing import enlarge
 from clip_po.data.labelled import read_image, read_images, read_labels
 from clip_po.data.typographic import TypographicAttack
@@ -101,7 +102,7 @@ class RobustnessImages(torch.utils.data.Dataset):
             self.attack.draw(clean, word, index),
             self.attack.draw_control(clean, word, index),
         ]
-        pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        pixels = to_pixels(self.processor, pictures)
         numbers = {name: int(getattr(self, name)[index]) for name in ("label", "word", "cluster")}
         return {**dict(zip(VARIANTS, pixels, strict=True)), **numbers}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from clip_po.data.collator import to_pixels
 from clip_po.data.labelled import check_class_names, read_image, read_images, read_labels
 from clip_po.evaluation.bootstrap import Estimate, bootstrap_interval
 from clip_po.policy import dual_encoder, encode_texts, evaluating
@@ -160,7 +161,7 @@ class _CleanImages(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         image = read_image(self.images, self.image_column, row)
-        return {"pixel_values": self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]}
+        return {"pixel_values": to_pixels(self.processor, [image])[0]}
 
 
 def collect_answers(
