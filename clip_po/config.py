@@ -60,7 +60,8 @@ class ContrastivePOConfig(TrainingArguments):
         > The losses (and `optim`, which takes `"adamax"` besides the names that TrainingArguments knows)
 
         loss_type (`list[str]`, defaults to `["sigmoid"]`): `"sigmoid"` (DPO, and S-DPO with several rejected
-            texts), `"ipo"`, `"kto_pair"`, `"sft"` (cross-entropy on the chosen text); several are summed.
+            texts), `"ipo"`, `"kto_pair"`, `"sft"` (cross-entropy on the chosen text), `"distillation"` (the
+            reference on the clean image as a soft target, without labels); several are summed.
         loss_weights (`list[float]`, *optional*): Weight of each loss type; 1 each where it is not given.
         beta (`float`, defaults to `0.1`): Strength of the pull to the reference policy, > 0; tau of IPO.
         label_smoothing (`float`, defaults to `0.0`): Probability in [0, 0.5) that a preference is the wrong way
@@ -101,7 +102,7 @@ class ContrastivePOConfig(TrainingArguments):
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Losses, summed: sigmoid (DPO, S-DPO), ipo, kto_pair, sft (cross-entropy)."},
+        metadata={"help": "Losses, summed: sigmoid (DPO, S-DPO), ipo, kto_pair, sft (cross-entropy), distillation."},
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each loss type; 1 each where it is not given."}

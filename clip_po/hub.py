@@ -35,6 +35,7 @@ METHODS = {
     "ipo": "IPO",
     "kto_pair": "KTO",
     "sft": "cross-entropy",
+    "distillation": "distillation of clean answers",
 }
 
 

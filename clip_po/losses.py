@@ -19,12 +19,17 @@ class PreferenceLogps:
         rejected: Tensor[B, R], log pi(y_l | x); -inf where a row has fewer than R rejected texts.
         ref_chosen: Tensor[B], the same under the reference policy.
         ref_rejected: Tensor[B, R]; only read where `rejected` is finite.
+        candidates: Tensor[B, N], log pi(y | x) over all candidate texts; -inf for an absent one. Only read by
+            `distillation`, as is:
+        target: Tensor[B, N], log ref(y | x_clean) over the same texts, x_clean the image before the attack.
     """
 
     chosen: Tensor
     rejected: Tensor
     ref_chosen: Tensor
     ref_rejected: Tensor
+    candidates: Tensor | None = None
+    target: Tensor | None = None
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -131,6 +136,24 @@ def sft_loss(chosen_logps: Tensor) -> Tensor:
     return -chosen_logps
 
 
+def distillation_loss(target_logps: Tensor, policy_logps: Tensor) -> Tensor:
+    """The reference on the clean image as a soft target for the policy on the attacked one; needs no label.
+
+    KL(reference on the clean image || policy on the attacked image).
+
+    Args:
+        target_logps: Tensor[B, N], log ref(y | x_clean) in nats; -inf for an absent candidate.
+        policy_logps: Tensor[B, N], log pi(y | x); -inf at the same places.
+
+    Returns:
+        Tensor[B], >= 0, one loss per image.
+
+    Source: soft targets of Hinton et al. 2015, arXiv 1503.02531, at temperature 1, with the model before
+    alignment as its own teacher on another view of the image.
+    """
+    return kl_regularization(target_logps, policy_logps)
+
+
 def kl_regularization(ref_logps: Tensor, policy_logps: Tensor) -> Tensor:
     """KL(reference || policy) over the candidate texts of each ordinary image.
 
@@ -198,8 +221,29 @@ def _sft(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> T
     return sft_loss(logps.chosen)
 
 
-LOSSES: Mapping[str, Loss] = {"sigmoid": _sigmoid, "ipo": _ipo, "kto_pair": _kto_pair, "sft": _sft}
-"""The loss types by name: TRL's names, and `kto_pair` for the paper's paired KTO."""
+def _distillation(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> Tensor:
+    if logps.target is None or logps.candidates is None:
+        raise ValueError(
+            "loss_type='distillation' needs the reference's answer on each row's clean image: give rows a column "
+            "'clean_image'."
+        )
+    return distillation_loss(logps.target, logps.candidates)
+
+
+LOSSES: Mapping[str, Loss] = {
+    "sigmoid": _sigmoid,
+    "ipo": _ipo,
+    "kto_pair": _kto_pair,
+    "sft": _sft,
+    "distillation": _distillation,
+}
+"""The loss types by name: TRL's names, `kto_pair` for the paper's paired KTO, and `distillation`."""
+
+WITHOUT_REJECTED = frozenset({"sft", "distillation"})
+"""The loss types that read no rejected text."""
+
+TARGETED = frozenset({"distillation"})
+"""The loss types that compare with the reference on the clean image of the same row."""
 
 SINGLE_REJECTED = frozenset({"ipo", "kto_pair"})
 """The loss types that take exactly one rejected text a row."""

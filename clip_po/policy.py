@@ -68,14 +68,16 @@ class BatchLogps:
     Attributes:
         preference: Tensor[B, N], on the images of the preferences.
         regularization: Tensor[B, N], on the ordinary images paired with them; None where there are none.
+        target: Tensor[B, N], on the preferences' own clean images, where the ordinary images are others.
     """
 
     preference: Tensor
     regularization: Tensor | None
+    target: Tensor | None = None
 
 
 def preference_logps(policy: BatchLogps, reference: BatchLogps, batch: Mapping[str, Any]) -> PreferenceLogps:
-    """The log-probabilities of the chosen and rejected texts of a batch.
+    """The log-probabilities of a batch as losses take them.
 
     Args:
         policy: The policy's log-probabilities.
@@ -83,7 +85,8 @@ def preference_logps(policy: BatchLogps, reference: BatchLogps, batch: Mapping[s
         batch: `chosen` (Tensor[B]) and `rejected` (Tensor[B, R], -1 for none): positions in the candidates.
 
     Returns:
-        Chosen [B] and rejected [B, R] of both.
+        Chosen [B] and rejected [B, R] of both; the policy's over all candidates and the reference's on the clean
+        images, both [B, N].
     """
     chosen, rejected = batch["chosen"].unsqueeze(-1), batch["rejected"]
     absent = rejected < 0
@@ -92,7 +95,8 @@ def preference_logps(policy: BatchLogps, reference: BatchLogps, batch: Mapping[s
         rejected_logps = logps.gather(-1, rejected.clamp(min=0)).masked_fill(absent, -torch.inf)
         return logps.gather(-1, chosen).squeeze(-1), rejected_logps
 
-    return PreferenceLogps(*pick(policy.preference), *pick(reference.preference))
+    target = reference.regularization if reference.target is None else reference.target
+    return PreferenceLogps(*pick(policy.preference), *pick(reference.preference), policy.preference, target)
 
 
 def regularization_kl(policy: BatchLogps, reference: BatchLogps) -> Tensor:

@@ -28,7 +28,7 @@ from clip_po.policy import (
 class ReferencePolicy:
     """log ref(y | x): frozen, without gradients.
 
-    Image embeddings that a batch carries (`ref_image_embeds`, `ref_reg_image_embeds`, as
+    Image embeddings that a batch carries (`ref_image_embeds`, `ref_reg_image_embeds`, `ref_target_image_embeds`, as
     `PreferencePairs.attach_reference` adds them) are taken as they are; others are computed.
 
     Args:
@@ -64,9 +64,10 @@ class ReferencePolicy:
             batch: As `DataCollatorForContrastivePreference` makes it.
 
         Returns:
-            Tensor[B, N] for the preference images, and for the regularization images where there are any.
+            Tensor[B, N] for the preference images, and for the regularization images and targets where there are
+            any.
         """
-        names = ["", "reg_"] if "reg_pixel_values" in batch else [""]
+        names = ["", *(name for name in ("reg_", "target_") if f"{name}pixel_values" in batch)]
         known = {name: batch[key] for name in names if (key := f"ref_{name}image_embeds") in batch}
         unknown = [name for name in names if name not in known]
         if unknown:
@@ -74,10 +75,11 @@ class ReferencePolicy:
             embeds = self.image_embeds(torch.cat(pixels)).split(len(pixels[0]))
             known.update(zip(unknown, embeds, strict=True))
         text_embeds = self.frozen_texts(batch_texts(self.candidate_texts, batch))
-        logps = [
-            candidate_logps(known[name], text_embeds, self.logit_scale, batch.get("candidates")) for name in names
-        ]
-        return BatchLogps(logps[0], logps[1] if len(logps) > 1 else None)
+        logps = {
+            name: candidate_logps(known[name], text_embeds, self.logit_scale, batch.get("candidates"))
+            for name in names
+        }
+        return BatchLogps(logps[""], logps.get("reg_"), logps.get("target_"))
 
 
 class _Images(torch.utils.data.Dataset[Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -193,8 +194,9 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         logps = preference_logps(policy, reference, inputs)
         if not self.args.reference_free:
             return logps
-        zero = torch.zeros_like
-        return PreferenceLogps(logps.chosen, logps.rejected, zero(logps.ref_chosen), zero(logps.ref_rejected))
+        return dataclasses.replace(
+            logps, ref_chosen=torch.zeros_like(logps.ref_chosen), ref_rejected=torch.zeros_like(logps.ref_rejected)
+        )
 
     def _reference_point(self, kl: Tensor, weight: Tensor) -> Tensor | None:
         """KTO's z0: the KL of the global micro-batch, of all processes, since it stands inside a sigmoid."""

@@ -16,6 +16,7 @@ from clip_po.losses import (
     SINGLE_REJECTED,
     LossSettings,
     PreferenceLogps,
+    distillation_loss,
     ipo_loss,
     kl_regularization,
     kto_pair_loss,
@@ -133,7 +134,14 @@ def test_an_absent_rejected_text_changes_neither_loss_nor_gradients(label_smooth
 def test_values_and_gradients_are_finite_however_far_the_policy_went(loss_type, gap):
     chosen = torch.tensor([-1.0 + min(gap, 0)], requires_grad=True)
     rejected = torch.tensor([[-1.0 - max(gap, 0)]], requires_grad=True)
-    logps = PreferenceLogps(chosen, rejected, torch.tensor([-1.0]), torch.tensor([[-1.0]]))
+    logps = PreferenceLogps(
+        chosen,
+        rejected,
+        torch.tensor([-1.0]),
+        torch.tensor([[-1.0]]),
+        candidates=torch.cat([chosen.unsqueeze(-1), rejected], dim=-1),
+        target=torch.tensor([[0.9, 0.1]]).log(),
+    )
     losses = preference_loss(logps, [loss_type], [1.0], LossSettings(beta=1.0), torch.tensor(0.1))
     losses.sum().backward()
     assert losses.isfinite().all()
@@ -177,6 +185,23 @@ def test_sft_reads_no_rejected_text():
     logps = random_logps()
     absent = PreferenceLogps(logps.chosen, logps.rejected.detach() - torch.inf, logps.ref_chosen, logps.ref_rejected)
     torch.testing.assert_close(preference_loss(absent, ["sft"], [1.0], LossSettings()), -logps.chosen)
+
+
+def test_distillation_draws_the_answers_on_the_attacked_image_to_those_on_the_clean_one():
+    target = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
+    logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    logps = PreferenceLogps(*[torch.zeros(1)] * 4, candidates=logits.log_softmax(-1), target=target)
+    losses = preference_loss(logps, ["distillation"], [1.0], LossSettings())
+    losses.sum().backward()
+    torch.testing.assert_close(losses, distillation_loss(target, torch.full((1, 3), 1 / 3).double().log()))
+    # The gradient of KL(target || softmax) by the logits: what the policy says too much of.
+    torch.testing.assert_close(logits.grad, 1 / 3 - target.exp())
+    assert distillation_loss(target, target).item() == 0
+
+
+def test_distillation_needs_the_clean_image():
+    with pytest.raises(ValueError, match=r"distillation.*clean_image"):
+        preference_loss(random_logps(), ["distillation"], [1.0], LossSettings())
 
 
 def test_losses_are_summed_with_their_weights():

@@ -106,6 +106,16 @@ def test_without_ordinary_images_there_are_no_logps_of_them(reference, preferenc
     assert reference(collate(first_rows(PreferencePairs(preferences)))).regularization is None
 
 
+def test_the_target_is_the_answer_on_the_rows_own_clean_image(reference, preferences, processor, collate):
+    others = PreferencePairs(preferences, preferences.select_columns("image"), targets="clean_image")
+    own = PreferencePairs(preferences, "clean_image", targets="clean_image")
+    batch, found = collate(first_rows(own)), reference(collate(first_rows(others)))
+    torch.testing.assert_close(found.target, reference(batch).regularization)
+    assert reference(batch).target is None
+    embed(reference, others, processor)
+    torch.testing.assert_close(reference(collate(first_rows(others))).target, found.target)
+
+
 def test_texts_of_the_policy_are_shared_where_they_are_given(model, processor, pairs, collate):
     shared = FrozenTexts(model, processor)
     other = frozen_copy(model)

@@ -33,6 +33,7 @@ class DataCollatorForContrastivePreference:
     ====================  =================  ================================================================
     pixel_values          Tensor[B,C,H,W]    images of the preferences
     reg_pixel_values      Tensor[B,C,H,W]    ordinary images, where rows have them
+    target_pixel_values   Tensor[B,C,H,W]    the rows' own clean images, where those above are others
     chosen                Tensor[B]          position of the chosen text among the row's candidates
     rejected              Tensor[B, R]       positions of the rejected texts, -1 for none
     weight                Tensor[B]          weight of the preference; 0 for padding
@@ -40,7 +41,8 @@ class DataCollatorForContrastivePreference:
     texts                 list of M texts    the batch's texts, each once; absent where candidate_texts are given
     candidates            Tensor[B, N]       positions in `texts`, -1 for none; absent likewise
     ref_image_embeds,     Tensor[B, D]       the reference's embeddings, where they are known already
-    ref_reg_image_embeds
+    ref_reg_image_embeds,
+    ref_target_image_embeds
     ====================  =================  ================================================================
     """
 
@@ -50,11 +52,12 @@ class DataCollatorForContrastivePreference:
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Make the batch; all rows have the same keys."""
         batch: dict[str, Any] = {"pixel_values": self._pixels([row["image"] for row in rows])}
-        if "reg_image" in rows[0]:
-            batch["reg_pixel_values"] = self._pixels([row["reg_image"] for row in rows])
+        for name in ("reg", "target"):
+            if f"{name}_image" in rows[0]:
+                batch[f"{name}_pixel_values"] = self._pixels([row[f"{name}_image"] for row in rows])
         for name in ("weight", "reg_row_weight"):
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
-        for name in ("ref_image_embeds", "ref_reg_image_embeds"):
+        for name in ("ref_image_embeds", "ref_reg_image_embeds", "ref_target_image_embeds"):
             if name in rows[0]:
                 batch[name] = torch.stack([row[name] for row in rows])
 

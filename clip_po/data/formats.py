@@ -10,7 +10,8 @@ regularization    image
 
 `clean_image` is the image before an attack. `weight` >= 0 scales a row's preference loss. Without
 `candidate_texts` the policy of a row chooses among its `candidates`, or else its chosen and rejected texts.
-A class-preference names positions in `candidate_texts`. `rejected` may be absent where every loss is `sft`.
+A class-preference names positions in `candidate_texts`. `rejected` may be absent where every loss is `sft` or
+`distillation`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Image, List, Value
 from PIL import Image as PILImage
 
-from clip_po.losses import SINGLE_REJECTED
+from clip_po.losses import SINGLE_REJECTED, WITHOUT_REJECTED
 
 Row = dict[str, Any]
 
 IMAGE_COLUMNS = ("image", "clean_image")
-OPTIONAL_REJECTED = frozenset({"sft"})
-"""Loss types that read no rejected text."""
 
 
 def as_list(value: Any) -> list[Any]:
@@ -96,7 +95,7 @@ def check_preferences(
     Args:
         dataset: The rows.
         candidate_texts: As for the trainer.
-        loss_types: Names of the losses: only `sft` does without rejected texts.
+        loss_types: Names of the losses: only `sft` and `distillation` do without rejected texts.
         name: What messages call the data set.
 
     Raises:
@@ -112,15 +111,15 @@ def check_preferences(
             "candidate_texts were given. Pass the class prompts, such as [f'a photo of a {c}' for c in classes]."
         )
     chosen, rejected = ("chosen", "rejected") if form == "image-preference" else ("label", "rejected_label")
-    if rejected not in dataset.column_names and not set(loss_types) <= OPTIONAL_REJECTED:
+    if rejected not in dataset.column_names and not set(loss_types) <= WITHOUT_REJECTED:
         raise ValueError(
             f"{name} has no column {rejected!r} (its columns: {dataset.column_names}), which "
-            f"loss_type={sorted(loss_types)} needs; only 'sft' learns from chosen texts alone."
+            f"loss_type={sorted(loss_types)} needs; only 'sft' and 'distillation' do without."
         )
     check_types(dataset, name)
     columns = [c for c in (chosen, rejected, "candidates", "weight") if c in dataset.column_names]
     texts = dataset.select_columns(columns).with_format(None)
-    needs_rejected = not set(loss_types) <= OPTIONAL_REJECTED
+    needs_rejected = not set(loss_types) <= WITHOUT_REJECTED
     for index, row in enumerate(texts):
         check_row(row, candidate_texts, f"{name} row {index}")
         if needs_rejected and not as_list(row[rejected]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,24 @@ def read_labels(
                 "Filter such rows out, or mend class_names."
             )
     return names, np.array(values, dtype=np.int64)
+
+
+def read_weights(dataset: Dataset, weight_column: str) -> list[float]:
+    """Weights of rows, checked: finite numbers >= 0.
+
+    Raises:
+        ValueError: The column is missing, or a weight can't be used; the message names the row.
+        TypeError: `dataset` is no single split.
+    """
+    _column(dataset, weight_column, "weight_column")
+    values = list(dataset.with_format(None)[weight_column])
+    for row, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(
+                f"Row {row}: {weight_column!r} is {value!r}, expected a finite number >= 0. Mend it, or filter the "
+                "row out."
+            )
+    return [float(value) for value in values]
 
 
 def read_images(dataset: Dataset, image_column: str) -> Dataset:

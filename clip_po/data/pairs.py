@@ -12,9 +12,9 @@ from torch import Tensor
 
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.formats import Row, check_preferences, check_regularization, read_row, to_texts
-from clip_po.data.labelled import read_image, read_images, read_labels
+from clip_po.data.labelled import read_image, read_images, read_labels, read_weights
 from clip_po.data.typographic import TypographicAttack
-from clip_po.losses import SINGLE_REJECTED
+from clip_po.losses import SINGLE_REJECTED, TARGETED
 from clip_po.sampling import RowKey, permutation
 
 
@@ -31,15 +31,17 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         template: Prompt of a class, with one `{}`.
         image_column: Name of the image column.
         label_column: Name of the class column, ClassLabel or int.
-        rejected: "word" rejects the text of the written word alone; "others" those of all other classes too, the
-            written word's among them (S-DPO): a single rejected text moves one difference of logits only.
+        rejected: "word" rejects the text of the written word alone (of each, where several are written); "others"
+            those of all other classes too (S-DPO): a single rejected text moves one difference of logits only.
+        weight_column: Name of a column of weights >= 0 of the rows, such as the confidence of `pseudo_labels`; None
+            weighs all alike.
 
     Raises:
         ValueError: Missing columns, no class names, a label out of range, a template without its one `{}`, or an
             unknown `rejected`.
     """
 
-    column_names = ("image", "clean_image", "chosen", "rejected")
+    column_names = ("image", "clean_image", "chosen", "rejected", "weight")
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         image_column: str = "image",
         label_column: str = "label",
         rejected: Literal["word", "others"] = "word",
+        weight_column: str | None = None,
     ) -> None:
         if rejected not in ("word", "others"):
             raise ValueError(f"rejected must be 'word' or 'others', got {rejected!r}.")
@@ -58,6 +61,7 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         names, labels = read_labels(dataset, label_column, class_names)
         self.class_names = list(names)
         self.labels: list[int] = labels.tolist()
+        self.weights = [1.0] * len(labels) if weight_column is None else read_weights(dataset, weight_column)
         self.image_column = image_column
         self.images = read_images(dataset, image_column)
         self.attack = attack
@@ -72,7 +76,14 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
     @property
     def texts(self) -> list[str]:
         """Every text that a row may carry."""
-        return [self.template.replace("{}", name) for name in dict.fromkeys((*self.class_names, *self.attack.words))]
+        names = dict.fromkeys((*self.class_names, *self.attack.vocabulary))
+        return [self.template.replace("{}", name) for name in names]
+
+    @property
+    def most_rejected(self) -> int:
+        """The largest number of rejected texts of a row."""
+        others = len(self.class_names) - 1 if self.rejected == "others" else 0
+        return max(self.attack.count[1], others)
 
     @property
     def redrawn(self) -> bool:
@@ -93,15 +104,14 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         """The preference of row `index` as drawn in `epoch`."""
         clean = self.clean(index)
         name = self.class_names[self.labels[index]]
-        word = self.attack.word(index, epoch, exclude={name})
-        others = (
-            [other for other in self.class_names if other not in (name, word)] if self.rejected == "others" else []
-        )
+        words = self.attack.written(index, epoch, exclude={name})
+        others = [n for n in self.class_names if n != name and n not in words] if self.rejected == "others" else []
         return {
-            "image": self.attack.draw(clean, word, index, epoch),
+            "image": self.attack.draw(clean, " ".join(words), index, epoch),
             "clean_image": clean,
             "chosen": self.template.replace("{}", name),
-            "rejected": [self.template.replace("{}", rejected) for rejected in (word, *others)],
+            "rejected": [self.template.replace("{}", rejected) for rejected in (*words, *others)],
+            "weight": self.weights[index],
         }
 
 
@@ -110,13 +120,14 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
 
     Args:
         preferences: A `datasets.Dataset` in a preference format, or rows that differ by epoch: an object with
-            `row(index, epoch)`, `clean(index)`, `redrawn`, `texts`, `rejected`, `column_names` and a length, such
-            as `TypographicPreferences`.
+            `row(index, epoch)`, `clean(index)`, `redrawn`, `texts`, `most_rejected`, `column_names` and a length,
+            such as `TypographicPreferences`.
         regularization: Ordinary images in a column `image`, "clean_image" for that column of each row, or None
             for none.
         candidate_texts: The candidate texts of every row, or None where each row names its own.
         seed: Seed of the order of the regularization images.
         name: What messages call the preferences.
+        targets: "clean_image" where a loss compares with the reference on each row's clean image.
     """
 
     def __init__(
@@ -126,12 +137,15 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         candidate_texts: Sequence[str] | None = None,
         seed: int = 0,
         name: str = "train_dataset",
+        targets: Literal["clean_image"] | None = None,
     ) -> None:
         self.preferences = preferences
         self.regularization = regularization
         self.candidate_texts = candidate_texts
         self.seed = seed
         self.name = name
+        # Where the ordinary image of a row is its own clean image, one is the other's target already.
+        self.targets = None if regularization == "clean_image" else targets
         self.reference: Mapping[str, Tensor] = {}
         self._columns: dict[str, Dataset] = {}
 
@@ -145,13 +159,14 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
 
     @property
     def fixed_images(self) -> tuple[str, ...]:
-        """Which of `image` and `reg_image` are the same in every epoch, so that they need be seen only once."""
-        image = () if self.redrawn else ("image",)
-        source = self.preferences if self.regularization == "clean_image" else self.regularization
-        return image if source is None or _transformed(source) else (*image, "reg_image")
+        """Which of `image`, `reg_image`, `target_image` are the same in every epoch: they need be seen only once."""
+        sources = {"reg_image": self.regularization, "target_image": self.targets}
+        owners = {name: self.preferences if s == "clean_image" else s for name, s in sources.items() if s is not None}
+        fixed = tuple(name for name, owner in owners.items() if not _transformed(owner))
+        return fixed if self.redrawn else ("image", *fixed)
 
     def image_count(self, column: str) -> int:
-        """How many images `image` or `reg_image` has."""
+        """How many images a column of `fixed_images` has."""
         if column == "reg_image" and isinstance(self.regularization, Dataset):
             return len(self.regularization)
         return len(self)
@@ -171,7 +186,7 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         """Give rows the reference's embeddings of their fixed images.
 
         Args:
-            embeds: By `image` and `reg_image`: Tensor[`image_count`, D].
+            embeds: By name of `fixed_images`: Tensor[`image_count`, D].
         """
         self.reference = embeds
 
@@ -195,6 +210,10 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         row["reg_row_weight"] = 0.0 if padding or self.regularization is None else 1.0
         if "image" in self.reference:
             row["ref_image_embeds"] = self.reference["image"][index]
+        if self.targets is not None:
+            row["target_image"] = row["clean_image"]
+            if "target_image" in self.reference:
+                row["ref_target_image_embeds"] = self.reference["target_image"][index]
         if self.regularization is not None:
             reg_index = self._reg_index(epoch, position, index)
             apart = isinstance(self.regularization, Dataset)
@@ -248,10 +267,10 @@ def checked_pairs(
         raise ValueError(f"{name} is empty; give it at least one row.")
     if hasattr(preferences, "row"):
         single = SINGLE_REJECTED & set(args.loss_type)
-        if single and preferences.rejected != "word":
+        if single and preferences.most_rejected > 1:
             raise ValueError(
-                f"{name} rejects several texts a row (rejected={preferences.rejected!r}), but {sorted(single)} "
-                "compare the chosen text with one. Set rejected='word', or use 'sigmoid' (S-DPO)."
+                f"{name} rejects up to {preferences.most_rejected} texts a row, but {sorted(single)} compare the "
+                "chosen text with one. Set rejected='word' and the attack's count=(1, 1), or use 'sigmoid' (S-DPO)."
             )
         missing = [text for text in preferences.texts if text not in (candidate_texts or preferences.texts)]
         if missing:
@@ -278,8 +297,14 @@ def checked_pairs(
         if regularization is not None:
             check_regularization(regularization)
         source = regularization if regularization is not None else "clean_image"
+    targeted = sorted(TARGETED & set(args.loss_type))
+    if targeted and "clean_image" not in preferences.column_names:
+        raise ValueError(
+            f"loss_type={targeted} compares with the reference on each row's clean image, but {name} has no column "
+            "'clean_image': add the images before the attack, or leave the loss out."
+        )
     seed = args.data_seed if args.data_seed is not None else args.seed
-    pairs = kind(preferences, source, candidate_texts, seed, name)
+    pairs = kind(preferences, source, candidate_texts, seed, name, "clean_image" if targeted else None)
     if args.precompute_ref_log_probs and pairs.redrawn:
         raise ValueError(
             f"precompute_ref_log_probs=True, but the images of {name} are drawn anew each epoch. Set the attack's "

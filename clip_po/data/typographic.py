@@ -65,7 +65,11 @@ class TypographicAttack:
     string in its place: same font, size and lines, about as much ink.
 
     Args:
-        words: Attack words, at least two.
+        words: Attack words, at least two; usually the class names.
+        other_words: Words that are no class, such as `words.EVERYDAY_WORDS`, for `other_share` of the written words.
+            A text that names a class in upper or lower case is never among them.
+        other_share: Share of the written words that are drawn from `other_words`, 0..1.
+        count: Lowest and highest number of words on an image, >= 1; they are different ones.
         fonts: Names as for `load_font`.
         size: Lowest and highest height of the text as a share of the image's short side, in (0, 1].
         places: Names of `PLACES`.
@@ -88,6 +92,9 @@ class TypographicAttack:
     """
 
     words: Sequence[str]
+    other_words: Sequence[str] = ()
+    other_share: float = 0.0
+    count: tuple[int, int] = (1, 1)
     fonts: Sequence[str] = (PILLOW_FONT,)
     size: Range = (0.3, 0.5)
     places: Sequence[str] = ("anywhere",)
@@ -120,6 +127,16 @@ class TypographicAttack:
                 raise ValueError(
                     f"{name} must be (lowest, highest) within [{low}, {high}], got {getattr(self, name)!r}."
                 )
+        if not 0 <= self.other_share <= 1 or (self.other_share > 0 and not self.other_words):
+            raise ValueError(
+                f"other_share is the share of the {len(self.other_words)} other_words among written words, 0 to 1, "
+                f"got {self.other_share!r}; above 0 it needs other_words."
+            )
+        if not 1 <= self.count[0] <= self.count[1] <= len(set(self.words)) - 1:
+            raise ValueError(
+                f"count must be (lowest, highest) number of words on an image, from 1 to {len(set(self.words)) - 1}, "
+                f"one less than there are words, got {self.count!r}."
+            )
         if not 0 <= self.sticker <= 1:
             raise ValueError(f"sticker is the share of attacks on a sticker, 0 to 1, got {self.sticker!r}.")
         if self.redraw not in ("every_epoch", "never"):
@@ -144,8 +161,16 @@ class TypographicAttack:
     def _random(self, purpose: str, index: int, epoch: int) -> random.Random:
         return random.Random(f"{purpose}/{self.seed}/{0 if self.redraw == 'never' else epoch}/{index}")
 
-    def word(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> str:
-        """The attack word of a row.
+    @property
+    def vocabulary(self) -> list[str]:
+        """Every word that may be written, each once."""
+        if not self.other_share:
+            return list(dict.fromkeys(self.words))
+        known = {word.casefold() for word in self.words}
+        return list(dict.fromkeys([*self.words, *(w for w in self.other_words if w.casefold() not in known)]))
+
+    def written(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> tuple[str, ...]:
+        """The attack words of a row.
 
         Args:
             index: Row of the data set.
@@ -156,10 +181,30 @@ class TypographicAttack:
             ValueError: No word is left.
         """
         excluded = {word.lower() for word in exclude}
-        words = [word for word in self.words if word.lower() not in excluded]
-        if not words:
-            raise ValueError(f"words: all of {list(self.words)!r} are excluded for row {index}; give more words.")
-        return self._random("word", index, epoch).choice(words)
+        rng = self._random("word", index, epoch)
+        classes = len(set(self.words))
+        chosen: list[str] = []
+        # The number is drawn last, so that an attack of one word draws the same word whatever `count` says.
+        while len(chosen) < self.count[1]:
+            vocabulary = self.vocabulary
+            others = self.other_share > 0 and rng.random() < self.other_share
+            pool = vocabulary[classes:] if others else list(self.words)
+            words = [word for word in pool if word.lower() not in excluded]
+            if not words:
+                raise ValueError(f"words: all of {pool!r} are excluded for row {index}; give more words.")
+            chosen.append(rng.choice(words))
+            excluded.add(chosen[-1].lower())
+        return tuple(chosen[: rng.randint(*self.count)])
+
+    def word(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> str:
+        """The attack words of a row as they are written: with spaces between them.
+
+        Args:
+            index: As for `written`.
+            epoch: As for `written`.
+            exclude: As for `written`.
+        """
+        return " ".join(self.written(index, epoch, exclude))
 
     def meaningless(self, word: str, index: int, epoch: int = 0) -> str:
         """Consonants, as many as `word` has letters, that spell no attack word: the control of occlusion.
@@ -170,7 +215,7 @@ class TypographicAttack:
             ValueError: Every such string is an attack word.
         """
         rng = self._random("meaningless", index, epoch)
-        known = {known.lower() for known in self.words}
+        known = {known.lower() for known in self.vocabulary}
         drawn = ("".join(_consonant(letter, rng) for letter in word) for _ in range(_MOST_TRIES))
         strings = list(itertools.islice((string for string in drawn if string.lower() not in known), _CONTROLS))
         if not strings:

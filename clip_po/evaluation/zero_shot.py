@@ -138,7 +138,7 @@ def zero_shot_accuracy(
     def answers(batch: dict[str, Tensor]) -> Tensor:
         return classify(model, batch["pixel_values"], text_embeds).argmax(dim=1, keepdim=True)
 
-    images = _CleanImages(read_images(dataset, image_column), image_column, processor)
+    images = CleanImages(read_images(dataset, image_column), image_column, processor)
     with evaluating(model):
         predicted = collect_answers(
             images, answers, 1, batch_size, num_workers, accelerator, disable_tqdm, "Zero-shot"
@@ -152,7 +152,9 @@ def zero_shot_accuracy(
     return ZeroShotResult(share(right), per_class, label, predicted)
 
 
-class _CleanImages(torch.utils.data.Dataset):
+class CleanImages(torch.utils.data.Dataset):
+    """The images of a data set as they are, as pixels Tensor[3, H, W] of the name `pixel_values`."""
+
     def __init__(self, images: Dataset, image_column: str, processor: Any) -> None:
         self.images, self.image_column, self.processor = images, image_column, processor
 
@@ -173,21 +175,23 @@ def collect_answers(
     accelerator: Accelerator | None = None,
     disable_tqdm: bool = False,
     title: str | None = None,
+    dtype: torch.dtype = torch.long,
 ) -> np.ndarray:
     """Apply a function to all items in batches, shared out among processes.
 
     Args:
         items: N items for the default collation.
-        answers: Maps a batch of B items to integers Tensor[B, `width`].
+        answers: Maps a batch of B items to numbers Tensor[B, `width`].
         width: Number K of answers per item.
         batch_size: Items per batch and process, >= 1.
         num_workers: Processes that load items.
         accelerator: As for `zero_shot_accuracy`.
         disable_tqdm: Shows no progress bar.
         title: Words before the progress bar.
+        dtype: Type of the numbers.
 
     Returns:
-        Array [N, K] of integers in the order of the items, in every process.
+        Array [N, K] of the numbers in the order of the items, in every process.
 
     Raises:
         ValueError: There are no items.
@@ -200,10 +204,10 @@ def collect_answers(
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     mine = Subset(items, range(rank, total, processes))
     loader: DataLoader = DataLoader(mine, batch_size=batch_size, num_workers=num_workers)
-    parts = [torch.empty(0, width, dtype=torch.long)]
+    parts = [torch.empty(0, width, dtype=dtype)]
     with tqdm(total=total, desc=title, unit="img", disable=disable_tqdm or rank > 0) as bar:
         for batch in loader:
-            parts.append(answers(batch).cpu())
+            parts.append(answers(batch).to("cpu", dtype))
             bar.update(min(len(parts[-1]) * processes, total - bar.n))
     dealt = torch.cat(parts)
     if accelerator is not None and processes > 1:

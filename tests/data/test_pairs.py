@@ -148,6 +148,31 @@ def test_an_unreadable_labelled_image_is_named_by_its_row():
         preferences[1]
 
 
+def test_every_written_word_is_rejected_and_rows_keep_their_weight(labelled):
+    weighted = labelled.add_column("confidence", [i / 16 for i in range(16)])
+    preferences = TypographicPreferences(weighted, attack(count=(2, 2)), weight_column="confidence")
+    row = preferences.row(5, 3)
+    assert len(set(row["rejected"])) == 2
+    assert row["chosen"] not in row["rejected"]
+    assert row["weight"] == 5 / 16
+    assert preferences.most_rejected == 2
+    assert TypographicPreferences(labelled, attack(), rejected="others").most_rejected == 3
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_cannot_weigh_is_named_by_its_row(labelled, value):
+    weighted = labelled.add_column("weight", [1.0] * 15 + [value])
+    with pytest.raises(ValueError, match="Row 15: 'weight' is"):
+        TypographicPreferences(weighted, attack(), weight_column="weight")
+
+
+def test_words_that_are_no_class_are_rejected_as_they_are_read(labelled):
+    words = attack(other_words=["moon", "Cat"], other_share=1.0)
+    preferences = TypographicPreferences(labelled, words)
+    assert preferences.row(0, 0)["rejected"] == ["a photo of a moon"]
+    assert preferences.texts == [*PROMPTS, "a photo of a moon"]
+
+
 # ---- Pairs with regularization images
 
 
@@ -187,6 +212,22 @@ def test_regularization_images_come_in_another_order_each_time(preferences):
     pairs = PreferencePairs(preferences, numbered(13))
     orders = [[number(pairs[epoch, position, 0]["reg_image"]) for position in range(13)] for epoch in range(3)]
     assert len({tuple(order) for order in orders}) == 3
+
+
+def test_a_target_is_the_clean_image_of_its_own_row(preferences):
+    pairs = PreferencePairs(preferences, numbered(5), targets="clean_image")
+    assert pairs.fixed_images == ("image", "reg_image", "target_image")
+    assert pairs.image_count("target_image") == 13
+    assert pairs.fixed_image("target_image", 4).tobytes() == preferences[4]["clean_image"].tobytes()
+    pairs.attach_reference({"target_image": torch.arange(13.0).unsqueeze(1)})
+    row = pairs[1, 3, 8]
+    assert row["target_image"].tobytes() == preferences[8]["clean_image"].tobytes()
+    assert row["ref_target_image_embeds"].item() == 8
+
+
+def test_no_target_is_read_where_the_ordinary_image_is_it_already(preferences):
+    assert "target_image" not in PreferencePairs(preferences, "clean_image", targets="clean_image")[0]
+    assert "target_image" in PreferencePairs(preferences, None, targets="clean_image")[0]
 
 
 def test_regularization_images_do_not_depend_on_the_rows_number(preferences):
@@ -280,6 +321,23 @@ def test_no_ordinary_images_are_needed_where_nothing_asks_for_them(preferences, 
     pairs = checked(tmp_path, preferences.remove_columns("clean_image"), reg_weight=0.0)
     assert pairs.regularization is None
     assert checked(tmp_path, preferences, numbered(2), reg_weight=0.0).regularization is None
+
+
+def test_distillation_needs_clean_images(preferences, tmp_path):
+    with pytest.raises(ValueError, match="no column 'clean_image'"):
+        checked(tmp_path, preferences.remove_columns("clean_image"), numbered(2), loss_type=["distillation"])
+    assert checked(tmp_path, preferences, numbered(2), loss_type=["distillation"]).targets == "clean_image"
+    assert checked(tmp_path, preferences, numbered(2), loss_type=["sft"]).targets is None
+
+
+def test_pairwise_losses_refuse_rows_that_may_reject_several_texts(labelled, tmp_path):
+    for rows in (
+        TypographicPreferences(labelled, attack(), rejected="others"),
+        TypographicPreferences(labelled, attack(count=(1, 2))),
+    ):
+        with pytest.raises(ValueError, match="rejects up to"):
+            checked(tmp_path, rows, loss_type=["ipo"])
+        checked(tmp_path, rows, loss_type=["sigmoid"])
 
 
 def test_clean_images_are_taken_where_no_others_are_given(preferences, tmp_path):

@@ -435,3 +435,44 @@ def test_the_control_keeps_the_words_case():
     control = attack.meaningless("New York", 3)
     assert [c.isupper() for c in control] == [c.isupper() for c in "New York"]
     assert control[3] == " "
+
+
+# ---- Several words, and words that are no class
+
+
+def test_an_attack_of_one_word_draws_the_same_word_whatever_the_count_says():
+    one, many = TypographicAttack(words=list("abcdef")), TypographicAttack(words=list("abcdef"), count=(1, 3))
+    lengths = set()
+    for index in range(60):
+        words = many.written(index)
+        assert words[0] == one.word(index)
+        assert len(set(words)) == len(words)
+        lengths.add(len(words))
+    assert lengths == {1, 2, 3}
+
+
+def test_other_words_have_their_share_and_name_no_class():
+    attack = TypographicAttack(words=["cat", "dog"], other_words=["moon", "CAT", "sugar", "moon"], other_share=0.25)
+    assert attack.vocabulary == ["cat", "dog", "moon", "sugar"]
+    words = [attack.word(index, exclude={"dog"}) for index in range(800)]
+    assert set(words) == {"cat", "moon", "sugar"}
+    assert 0.2 < sum(word != "cat" for word in words) / 800 < 0.3
+
+
+def test_without_a_share_other_words_are_never_written():
+    assert TypographicAttack(words=["cat", "dog"], other_words=["moon"]).vocabulary == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"other_share": 0.5}, "needs other_words"),
+        ({"other_share": 1.5, "other_words": ["moon"]}, "0 to 1"),
+        ({"count": (0, 1)}, "count"),
+        ({"count": (2, 1)}, "count"),
+        ({"count": (1, 3)}, "count"),
+    ],
+)
+def test_words_that_cannot_be_drawn_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        TypographicAttack(words=["cat", "dog", "bird"], **arguments)
