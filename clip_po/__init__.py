@@ -10,10 +10,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clip_po.averaging import BetaMovingAverageCallback, interpolate
+    from clip_po.callbacks import RobustnessCallback
     from clip_po.config import ContrastivePOConfig
     from clip_po.data.collator import DataCollatorForContrastivePreference
     from clip_po.data.pairs import TypographicPreferences
     from clip_po.data.typographic import TypographicAttack
+    from clip_po.evaluation.choice import choose, sweep, sweep_table
     from clip_po.evaluation.robustness import (
         RobustnessImages,
         evaluate_robustness,
@@ -21,31 +24,46 @@ if TYPE_CHECKING:
         robustness_table,
     )
     from clip_po.evaluation.zero_shot import zero_shot_accuracy
+    from clip_po.pseudo_labels import pseudo_labels
     from clip_po.trainer import ContrastivePOTrainer
 
 _HOMES = {
+    "BetaMovingAverageCallback": "clip_po.averaging",
     "ContrastivePOConfig": "clip_po.config",
     "ContrastivePOTrainer": "clip_po.trainer",
     "DataCollatorForContrastivePreference": "clip_po.data.collator",
+    "RobustnessCallback": "clip_po.callbacks",
     "RobustnessImages": "clip_po.evaluation.robustness",
     "TypographicAttack": "clip_po.data.typographic",
     "TypographicPreferences": "clip_po.data.pairs",
+    "choose": "clip_po.evaluation.choice",
     "evaluate_robustness": "clip_po.evaluation.robustness",
+    "interpolate": "clip_po.averaging",
+    "pseudo_labels": "clip_po.pseudo_labels",
     "robustness_report": "clip_po.evaluation.robustness",
     "robustness_table": "clip_po.evaluation.robustness",
+    "sweep": "clip_po.evaluation.choice",
+    "sweep_table": "clip_po.evaluation.choice",
     "zero_shot_accuracy": "clip_po.evaluation.zero_shot",
 }
 
 __all__ = [
+    "BetaMovingAverageCallback",
     "ContrastivePOConfig",
     "ContrastivePOTrainer",
     "DataCollatorForContrastivePreference",
+    "RobustnessCallback",
     "RobustnessImages",
     "TypographicAttack",
     "TypographicPreferences",
+    "choose",
     "evaluate_robustness",
+    "interpolate",
+    "pseudo_labels",
     "robustness_report",
     "robustness_table",
+    "sweep",
+    "sweep_table",
     "zero_shot_accuracy",
 ]
 

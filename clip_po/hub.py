@@ -166,7 +166,8 @@ class SafePublishing(_Base):
         folder = Path(self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         evaluations = [log for log in self.state.log_history if any(key.startswith("eval_") for key in log)]
-        metrics = {k: float(v) for k, v in (evaluations[-1] if evaluations else {}).items() if k.startswith("eval_")}
+        last = [log for log in evaluations if log["step"] == evaluations[-1]["step"]]
+        metrics = {k: float(v) for log in last for k, v in log.items() if k.startswith("eval_")}
         card = model_card(
             self.args.hub_model_id or model_name or folder.name,
             self.args.base_model_id or model.config.name_or_path or "CLIPModel",

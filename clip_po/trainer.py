@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 from transformers.utils import logging
 
 from clip_po.config import ADAMAX, ContrastivePOConfig
@@ -270,6 +270,12 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         means["loss"] = means["loss/preference"] + means.get("loss/regularization", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; as `Trainer.train`, and callbacks find in `args.resume_from_checkpoint` where a run goes on from."""
+        if isinstance(resume_from_checkpoint, str):
+            self.args.resume_from_checkpoint = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- Data ----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, ImageFont, ImageStat
 
@@ -177,52 +177,92 @@ def draw_text(
     if not text.strip():
         raise ValueError(f"A word to write must not be empty, got {text!r}.")
     image = image.convert("RGB")
-    width, height = image.size
-    margin = max(1, round(0.02 * min(width, height)))
-    padding = max(1, round(0.04 * min(width, height))) if style.sticker else 0
-    count, font, stroke = _fit(sized_for or text, style, width - 2 * margin, height - 2 * margin, padding)
-    lines = _break(text, count)
-    left, top, right, bottom = _CANVAS.multiline_textbbox((0, 0), lines, font=font, stroke_width=stroke)
-    box = (round(right - left) + 2 * padding, round(bottom - top) + 2 * padding)
-
-    def corner(size: tuple[int, int]) -> tuple[int, int]:
-        free = (width - 2 * margin - size[0], height - 2 * margin - size[1])
-        x, y = (margin + round(share * max(0, space)) for share, space in zip(style.place, free, strict=True))
-        return x, y
-
-    if style.sticker:
-        behind = style.sticker
-    else:
-        covered = Image.new("L", box, 255).rotate(style.rotation, expand=True)
-        x, y = corner(covered.size)
-        inside = (min(covered.width, width - x), min(covered.height, height - y))
-        behind = _mean_colour(image.crop((x, y, x + inside[0], y + inside[1])), covered.crop((0, 0, *inside)))
+    block = _set(text, style, image.size, sized_for or text)
+    behind = style.sticker or _colour_behind(image, block.size, style)
     fill = _legible(style.colours, behind, min_contrast)
     edge = _legible((), fill, 1.0)
 
-    layer = Image.new("RGBA", box, (*(style.sticker or fill), 255 if style.sticker else 0))
-    draw = ImageDraw.Draw(layer)
-    draw.multiline_text(
-        (padding - left, padding - top),
-        lines,
+    layer = Image.new("RGBA", block.size, (*(style.sticker or fill), 255 if style.sticker else 0))
+    ImageDraw.Draw(layer).multiline_text(
+        block.origin,
+        block.lines,
         fill=fill,
-        font=font,
+        font=block.font,
         align="center",
-        stroke_width=stroke,
+        stroke_width=block.stroke,
         stroke_fill=edge,
     )
+    return _stick(image, layer, style)
+
+
+def draw_blank(image: Image.Image, text: str, style: TextStyle) -> Image.Image:
+    """Put a box without a word where `draw_text` writes the text, as large as the text with its sticker.
+
+    Args:
+        image: Any PIL image; the result is RGB of the same size.
+        text: The text whose place is covered; not empty.
+        style: As for `draw_text`; bare text is covered by a box of the style's first colour.
+    """
+    image = image.convert("RGB")
+    style = replace(style, sticker=style.sticker or style.colours[0])
+    size = _set(text, style, image.size, text).size
+    return _stick(image, Image.new("RGBA", size, (*(style.sticker or style.colours[0]), 255)), style)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A text as it is set: its lines, font and outline, where it starts in its box, and the size of the box."""
+
+    lines: str
+    font: Font
+    stroke: int
+    origin: tuple[float, float]
+    size: tuple[int, int]
+
+
+def _set(text: str, style: TextStyle, image_size: tuple[int, int], sized_for: str) -> _Block:
+    margin, padding = _margin(image_size), 0
+    if style.sticker:
+        padding = max(1, round(0.04 * min(image_size)))
+    width, height = (side - 2 * margin for side in image_size)
+    count, font, stroke = _fit(sized_for, style, width, height, padding)
+    lines = _break(text, count)
+    left, top, right, bottom = _CANVAS.multiline_textbbox((0, 0), lines, font=font, stroke_width=stroke)
+    size = (round(right - left) + 2 * padding, round(bottom - top) + 2 * padding)
+    return _Block(lines, font, stroke, (padding - left, padding - top), size)
+
+
+def _margin(image_size: tuple[int, int]) -> int:
+    return max(1, round(0.02 * min(image_size)))
+
+
+def _corner(size: tuple[int, int], image_size: tuple[int, int], style: TextStyle) -> tuple[int, int]:
+    """Where the upper left corner of a box stands in the image."""
+    margin = _margin(image_size)
+    free = (side - 2 * margin - box for side, box in zip(image_size, size, strict=True))
+    x, y = (margin + round(share * max(0, space)) for share, space in zip(style.place, free, strict=True))
+    return x, y
+
+
+def _colour_behind(image: Image.Image, size: tuple[int, int], style: TextStyle) -> Colour:
+    """The mean colour of what a box will cover."""
+    covered = Image.new("L", size, 255).rotate(style.rotation, expand=True)
+    x, y = _corner(covered.size, image.size, style)
+    inside = (min(covered.width, image.width - x), min(covered.height, image.height - y))
+    seen = image.crop((x, y, x + inside[0], y + inside[1]))
+    red, green, blue = (round(value) for value in ImageStat.Stat(seen, covered.crop((0, 0, *inside))).mean)
+    return red, green, blue
+
+
+def _stick(image: Image.Image, layer: Image.Image, style: TextStyle) -> Image.Image:
+    """A copy of the image with a layer on it, turned and placed as the style says."""
     if style.rotation:
         layer = layer.rotate(style.rotation, Image.Resampling.BICUBIC, expand=True)
     if style.opacity < 1:
         layer.putalpha(layer.getchannel("A").point([round(a * style.opacity) for a in range(256)]))
     result = image.copy()
-    result.paste(layer, corner(layer.size), layer)
+    result.paste(layer, _corner(layer.size, image.size, style), layer)
     return result
-
-
-def _mean_colour(image: Image.Image, mask: Image.Image) -> Colour:
-    red, green, blue = (round(value) for value in ImageStat.Stat(image, mask).mean)
-    return red, green, blue
 
 
 def _legible(colours: Sequence[Colour], behind: Colour, min_contrast: float) -> Colour:

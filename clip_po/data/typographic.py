@@ -13,6 +13,7 @@ from clip_po.data.drawing import (
     PILLOW_FONT,
     SMALLEST_TEXT,
     TextStyle,
+    draw_blank,
     draw_text,
     enlarge,
     ink_and_width,
@@ -279,3 +280,17 @@ class TypographicAttack:
         """
         text, style = self.meaningless(word, index, epoch), self.style(index, epoch)
         return draw_text(enlarge(image, self.min_side), text, style, self.min_contrast, sized_for=word)
+
+    def draw_blank(self, image: Image.Image, word: str, index: int, epoch: int = 0) -> Image.Image:
+        """Cover the place where `draw` writes the word with a box without a word: pure occlusion, its ceiling.
+
+        Args:
+            image: The clean image; enlarged to `min_side` where it is smaller.
+            word: The attack word whose place is covered.
+            index: Row of the data set.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            The covered image, RGB.
+        """
+        return draw_blank(enlarge(image, self.min_side), word, self.style(index, epoch))

@@ -25,6 +25,9 @@ from clip_po.policy import evaluating
 VARIANTS = ("clean", "typographic", "occluded")
 """The three images of an item: without ink, with the attack word, with a meaningless string in its place."""
 
+BLANK = "blank"
+"""A fourth image where it is asked for: with a box without a word, which covers at least what the word does."""
+
 
 class RobustnessImages(torch.utils.data.Dataset):
     """Every image of a data set clean, with an attack word, and with a meaningless string in its place.
@@ -44,6 +47,9 @@ class RobustnessImages(torch.utils.data.Dataset):
         cluster_column: Column that names what rows have in common (scene, object, subject), for intervals;
             None where every row is on its own. Renderings of one row always belong together.
         renderings: Attacks per row, >= 1.
+        variants: `VARIANTS`, or (*VARIANTS, BLANK).
+        keep_bytes: Memory for the pixels of items, which are drawn only once where they fit: for several models
+            evaluated in turn in this process.
 
     Attributes:
         class_names: The names, as a tuple.
@@ -68,13 +74,20 @@ class RobustnessImages(torch.utils.data.Dataset):
         label_column: str = "label",
         cluster_column: str | None = None,
         renderings: int = 1,
+        variants: Sequence[str] = VARIANTS,
+        keep_bytes: int = 0,
     ) -> None:
+        if tuple(variants) not in (VARIANTS, (*VARIANTS, BLANK)):
+            raise ValueError(f"variants must be {VARIANTS}, with {BLANK!r} after them or without, got {variants!r}.")
         if renderings < 1:
             raise ValueError(f"renderings must be at least 1, got {renderings!r}.")
         self.class_names, label = read_labels(dataset, label_column, class_names)
         self.attack, self.processor = attack, processor
         self.image_column, self.renderings = image_column, renderings
+        self.variants = tuple(variants)
         self._images = read_images(dataset, image_column)
+        self._room = keep_bytes
+        self._kept: dict[int, Tensor] = {}
         self.label = np.repeat(label, renderings)
         self.cluster = np.repeat(_clusters(dataset, cluster_column), renderings)
         # A word differing in case alone is the class itself to a reader, so it is never a wrong word.
@@ -95,16 +108,23 @@ class RobustnessImages(torch.utils.data.Dataset):
         return self.attack.draw(self._read(index), str(self.written[index]), index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Pixels Tensor[3, H, W] under each name of `VARIANTS`, and label, word and cluster as integers."""
-        clean, word = enlarge(self._read(index), self.attack.min_side), str(self.written[index])
-        pictures = [
-            clean,
-            self.attack.draw(clean, word, index),
-            self.attack.draw_control(clean, word, index),
-        ]
-        pixels = to_pixels(self.processor, pictures)
+        """Pixels Tensor[3, H, W] under each name of `variants`, and label, word and cluster as integers."""
+        pixels = self._kept.get(index)
+        if pixels is None:
+            pixels = self._draw(index)
+            size = pixels.numel() * pixels.element_size()
+            if size <= self._room:
+                self._kept[index] = pixels
+                self._room -= size
         numbers = {name: int(getattr(self, name)[index]) for name in ("label", "word", "cluster")}
-        return {**dict(zip(VARIANTS, pixels, strict=True)), **numbers}
+        return {**dict(zip(self.variants, pixels, strict=True)), **numbers}
+
+    def _draw(self, index: int) -> Tensor:
+        clean, word = enlarge(self._read(index), self.attack.min_side), str(self.written[index])
+        pictures = [clean, self.attack.draw(clean, word, index), self.attack.draw_control(clean, word, index)]
+        if BLANK in self.variants:
+            pictures.append(self.attack.draw_blank(clean, word, index))
+        return to_pixels(self.processor, pictures)
 
     def _read(self, index: int) -> Image.Image:
         return read_image(self._images, self.image_column, index // self.renderings)
@@ -132,7 +152,7 @@ class Answers:
         word: Array [N], the class that the written word names; -1 where it names none.
         written: Array [N] of the written words.
         cluster: Array [N] of cluster numbers.
-        predicted: By model and by variant (`VARIANTS`), array [N] of answered classes.
+        predicted: By model and by variant, array [N] of answered classes.
     """
 
     class_names: tuple[str, ...]
@@ -158,6 +178,7 @@ def evaluate_robustness(
     images: RobustnessImages,
     templates: Sequence[str],
     *,
+    class_embeds: Mapping[str, Tensor] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     accelerator: Accelerator | None = None,
@@ -170,6 +191,7 @@ def evaluate_robustness(
             `images`.
         images: The images.
         templates: Prompts with one `{}`, as for `class_embeddings`.
+        class_embeds: By model, Tensor[C, D], unit-norm: what stands for the classes in place of the templates.
         batch_size: Items per batch and process, >= 1; a model sees as many images at a time.
         num_workers: Processes that draw images, 0 for none besides this one.
         accelerator: Shares the items out among its processes; every process gets all answers, the same for
@@ -177,7 +199,7 @@ def evaluate_robustness(
         disable_tqdm: Shows no progress bar.
 
     Returns:
-        The answers to the three variants of every item.
+        The answers to the variants of every item.
 
     Raises:
         ValueError: No models; an image can't be read; templates as for `class_embeddings`.
@@ -185,8 +207,11 @@ def evaluate_robustness(
     """
     if not models:
         raise ValueError("models is empty; give at least one model by its name.")
+    given = class_embeds or {}
     texts = {
-        name: class_embeddings(model, images.processor, images.class_names, templates)
+        name: given[name]
+        if name in given
+        else class_embeddings(model, images.processor, images.class_names, templates)
         for name, model in models.items()
     }
 
@@ -194,18 +219,18 @@ def evaluate_robustness(
         columns = [
             classify(model, batch[variant], texts[name]).argmax(dim=1).cpu()
             for name, model in models.items()
-            for variant in VARIANTS
+            for variant in images.variants
         ]
         return torch.stack(columns, dim=1)
 
     with evaluating(*models.values()):
-        width = len(models) * len(VARIANTS)
+        width = len(models) * len(images.variants)
         table = collect_answers(
             images, answers, width, batch_size, num_workers, accelerator, disable_tqdm, "Robustness"
         )
-    by_model = table.reshape(len(images), len(models), len(VARIANTS))
+    by_model = table.reshape(len(images), len(models), len(images.variants))
     predicted = {
-        name: {variant: by_model[:, position, place] for place, variant in enumerate(VARIANTS)}
+        name: {variant: by_model[:, position, place] for place, variant in enumerate(images.variants)}
         for position, name in enumerate(models)
     }
     return Answers(images.class_names, images.label, images.word, images.written, images.cluster, predicted)
@@ -227,6 +252,10 @@ _METRICS: dict[str, Statistic] = {
     "occluded_accuracy": lambda means: means["occluded"],
     "fooled": _fooled,
     "reading_effect": lambda means: means["occluded"] - means["typographic"],
+    "kept_answers": lambda means: means["kept"],
+}
+_METRICS_IF_BLANK: dict[str, Statistic] = {
+    "blank_accuracy": lambda means: means["blank"],
 }
 _METRICS_AGAINST_BASE: dict[str, Statistic] = {
     "recovery": _recovery,
@@ -249,6 +278,8 @@ def robustness_report(
     - fooled: share of the typographic images answered by the written word's class, among those whose word
       names a class, 0..1; nan where none does.
     - reading_effect: occluded minus typographic accuracy, what the word's meaning costs beyond its ink.
+    - kept_answers: share of the typographic images answered as the same model answers the clean image.
+    - blank_accuracy: share of right answers with a box without a word, where the images had that variant.
     - recovery: (typographic - base typographic) / (base clean - base typographic), the share of the loss
       that was won back: 0 none, 1 all; nan where the words cost the base nothing.
     - clean_cost: 100 (base clean - clean), in percentage points; negative where clean accuracy rose.
@@ -256,7 +287,7 @@ def robustness_report(
     Args:
         answers: From `evaluate_robustness`.
         model: Name of the model.
-        base: Name of the model before alignment; None, or the model itself, for the first five metrics only.
+        base: Name of the model before alignment; None, or the model itself, for the metrics of one model only.
         confidence: As for `bootstrap_interval`.
         resamples: As for `bootstrap_interval`.
         seed: As for `bootstrap_interval`.
@@ -270,11 +301,15 @@ def robustness_report(
     Source: clean and typographic accuracy before and after alignment, as Afzali et al. 2025, arXiv
     2411.08923, report them; recovery and clean cost put the four into two numbers.
     """
-    columns = {variant: got == answers.label for variant, got in answers.of(model).items()}
+    said = answers.of(model)
+    columns = {variant: got == answers.label for variant, got in said.items()}
     names_class = answers.word >= 0
     columns["word_is_class"] = names_class
-    columns["fooled"] = names_class & (answers.of(model)["typographic"] == answers.word)
+    columns["fooled"] = names_class & (said["typographic"] == answers.word)
+    columns["kept"] = said["typographic"] == said["clean"]
     metrics = dict(_METRICS)
+    if BLANK in said:
+        metrics |= _METRICS_IF_BLANK
     if base is not None and base != model:
         columns |= {f"base_{variant}": got == answers.label for variant, got in answers.of(base).items()}
         metrics |= _METRICS_AGAINST_BASE

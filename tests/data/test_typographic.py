@@ -9,7 +9,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from clip_po.data.drawing import TextStyle, contrast_ratio, draw_text, enlarge, load_font, relative_luminance
 from clip_po.data.typographic import PLACES, TypographicAttack
@@ -64,7 +64,7 @@ def style(**changes):
 
 DIGEST = """
 import hashlib
-from PIL import Image
+from PIL import Image, ImageFilter
 from clip_po.data.typographic import TypographicAttack
 attack = TypographicAttack(["cat", "dog", "bird"], min_side=64, rotation=(-30, 30), sticker=0.5, seed=3)
 image = Image.linear_gradient("L").convert("RGB")
@@ -476,3 +476,20 @@ def test_without_a_share_other_words_are_never_written():
 def test_words_that_cannot_be_drawn_are_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
         TypographicAttack(words=["cat", "dog", "bird"], **arguments)
+
+
+@pytest.mark.parametrize("sticker", [0.0, 1.0])
+def test_a_blank_box_covers_every_pixel_of_the_word_and_says_nothing(sticker):
+    attack = TypographicAttack(words=["cat", "dog"], min_side=64, sticker=sticker, rotation=(-20, 20))
+    grey = Image.new("RGB", (64, 64), (120, 90, 150))
+    for index in range(8):
+        word, blank = (
+            np.any(np.asarray(picture) != np.asarray(grey), axis=-1)
+            for picture in (attack.draw(grey, "cat", index), attack.draw_blank(grey, "cat", index))
+        )
+        # Edges of turned letters are smoothed: one pixel around the box may be tinged.
+        grown = np.asarray(Image.fromarray(blank).filter(ImageFilter.MaxFilter(3)))
+        assert (grown | ~word).all()
+        inside = np.asarray(attack.draw_blank(grey, "cat", index))[blank]
+        assert len(np.unique(np.median(inside, axis=0).reshape(1, 3), axis=0)) == 1
+        assert (np.abs(inside - np.median(inside, axis=0)).max(axis=-1) < 8).mean() > 0.7

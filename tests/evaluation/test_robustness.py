@@ -12,12 +12,14 @@ import torch
 from clip_po.data.drawing import enlarge
 from clip_po.data.typographic import TypographicAttack
 from clip_po.evaluation.robustness import (
+    BLANK,
     VARIANTS,
     RobustnessImages,
     evaluate_robustness,
     robustness_report,
     robustness_table,
 )
+from clip_po.evaluation.zero_shot import class_embeddings
 
 NAMES = ("cat", "dog", "car")
 TEMPLATES = ["a photo of a {}"]
@@ -55,6 +57,36 @@ def test_an_item_is_drawn_by_its_index(dataset, attack, processor):
         torch.testing.assert_close(item[variant], processed(processor, picture), rtol=0, atol=0)
     assert (item["label"], images.written[7], item["cluster"]) == (0, word, 3)
     assert images.picture(7).tobytes() == expected["typographic"].tobytes()
+
+
+def test_a_blank_box_is_a_fourth_variant_where_it_is_asked_for(dataset, attack, processor, model):
+    images = RobustnessImages(dataset, attack, processor, variants=(*VARIANTS, BLANK))
+    covered = attack.draw_blank(dataset[3]["image"], str(images.written[3]), 3)
+    torch.testing.assert_close(images[3][BLANK], processed(processor, covered), rtol=0, atol=0)
+    answers = ask({"a": model}, images, processor)
+    right = (answers.of("a")[BLANK] == answers.label).mean()
+    assert robustness_report(answers, "a")["blank_accuracy"].value == pytest.approx(right)
+    with pytest.raises(ValueError, match="variants must be"):
+        RobustnessImages(dataset, attack, processor, variants=("clean", BLANK))
+
+
+def test_items_are_drawn_once_as_far_as_memory_is_given(dataset, attack, processor, monkeypatch):
+    item = 3 * 3 * 32 * 32 * 4
+    images = RobustnessImages(dataset, attack, processor, keep_bytes=2 * item)
+    first = [images[index] for index in range(3)]
+    calls = []
+    draw = type(images)._draw
+    monkeypatch.setattr(type(images), "_draw", lambda self, index: calls.append(index) or draw(self, index))
+    for one, again in zip(first, [images[index] for index in range(3)], strict=True):
+        assert all(torch.equal(one[variant], again[variant]) for variant in VARIANTS)
+    assert calls == [2]
+
+
+def test_other_embeddings_may_stand_for_the_classes(images, processor, model):
+    swapped = class_embeddings(model, processor, NAMES, TEMPLATES)[[1, 0, 2]]
+    plain = ask({"a": model}, images, processor).of("a")["clean"]
+    found = ask({"a": model}, images, processor, class_embeds={"a": swapped}).of("a")["clean"]
+    assert (found == np.array([1, 0, 2])[plain]).all()
 
 
 def test_two_renderings_of_a_row_differ(dataset, attack, processor):
@@ -175,6 +207,7 @@ def test_metrics_of_one_model_by_hand(answers):
             "occluded_accuracy": 3 / 5,
             "fooled": 3 / 4,  # the fifth word names no class
             "reading_effect": 3 / 5 - 1 / 5,
+            "kept_answers": 1 / 5,  # only the third image
         }
     )
 
@@ -188,6 +221,7 @@ def test_metrics_against_a_base_by_hand(answers):
             "occluded_accuracy": 5 / 5,
             "fooled": 1 / 4,
             "reading_effect": 2 / 5,
+            "kept_answers": 2 / 5,  # the first and the third
             "recovery": (3 / 5 - 1 / 5) / (5 / 5 - 1 / 5),
             "clean_cost": 20.0,
         }

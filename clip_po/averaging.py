@@ -1,0 +1,241 @@
+"""Between weights: interpolation of two models, and the average of the weights that a training passes through."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from clip_po.policy import dual_encoder
+
+AVERAGE_FILE = "moving_average.safetensors"
+"""What `BetaMovingAverageCallback` adds to every checkpoint."""
+
+
+@torch.no_grad()
+def interpolate(base: nn.Module, aligned: nn.Module, alpha: float) -> CLIPModel:
+    """A new model with the weights (1 - alpha) * base + alpha * aligned.
+
+    Between a model and what was trained from it, alpha trades what the base knew for what the training taught.
+    Beyond [0, 1] it extrapolates: above 1 it goes farther the way that training went, below 0 the opposite way;
+    neither end says what to expect there. Weights that are the same in both, such as a frozen tower's, stay so
+    bit for bit.
+
+    Args:
+        base: CLIPModel (or PeftModel around one) before alignment. It stays as it is.
+        aligned: The same after alignment, trained from `base`, on any device. It stays as it is.
+        alpha: Any finite number; 0 gives the weights of `base` and 1 those of `aligned`, bit for bit.
+
+    Returns:
+        A plain CLIPModel on the device of `base`, in evaluation mode, with adapters merged. It is computed in
+        float32 at least and has the wider of both models' dtypes.
+
+    Raises:
+        ValueError: `alpha` is not finite, or the models differ in more than their weights.
+        TypeError: As for `clip_po.policy.dual_encoder`.
+
+    Source: Wortsman et al. 2022 (WiSE-FT), arXiv 2109.01903, Sec. 3; Ilharco et al. 2022 (PAINT), arXiv
+    2208.05592, Sec. 2.
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha!r}; 0 is the base, 1 the aligned model.")
+    mixed, target = _plain_copy(base, "base"), _plain(aligned, "aligned")
+    _check_same_architecture(mixed, target)
+    mixed = mixed.to(torch.promote_types(mixed.dtype, target.dtype)).requires_grad_(True).eval()
+    theirs = target.state_dict()
+    for name, weight in mixed.state_dict().items():
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        # lerp, and not the formula as it stands: that would round weights which are the same in both.
+        weight.copy_(torch.lerp(weight.to(wide), theirs[name].to(weight.device, wide), alpha))
+    return mixed
+
+
+def _plain_copy(model: nn.Module, name: str) -> CLIPModel:
+    dual_encoder(model, name)
+    copied = copy.deepcopy(model)
+    return copied.merge_and_unload() if isinstance(copied, PeftModel) else copied
+
+
+def _plain(model: nn.Module, name: str) -> CLIPModel:
+    return _plain_copy(model, name) if isinstance(model, PeftModel) else dual_encoder(model, name)
+
+
+def _check_same_architecture(base: CLIPModel, aligned: CLIPModel) -> None:
+    shapes = [{name: tuple(weight.shape) for name, weight in m.state_dict().items()} for m in (base, aligned)]
+    names = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+    found = [f"{name} ({shapes[0].get(name)} and {shapes[1].get(name)})" for name in names]
+    # What the weights don't show, and what makes them mean something else.
+    for tower in ("text_config", "vision_config"):
+        for setting in ("hidden_act", "num_attention_heads"):
+            values = [getattr(getattr(model.config, tower), setting) for model in (base, aligned)]
+            if values[0] != values[1]:
+                found.append(f"{tower}.{setting} ({values[0]!r} and {values[1]!r})")
+    if found:
+        rest = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ValueError(
+            f"base and aligned are of different architectures: {', '.join(found[:5])}{rest}. Interpolate a model "
+            "with the one that it was trained from."
+        )
+
+
+class BetaMovingAverageCallback(TrainerCallback):
+    """The average of the weights along a training, which the model gets when the training ends.
+
+    The weights after step t of T (t = 0: as training starts) count with the density of Beta(beta, beta) at
+    (t + 0.5) / (T + 1), and a running mean of the trainable parameters is kept in float32 on their device.
+    Nothing else changes: training and its evaluations run on the weights as they are, and so do checkpoints, each
+    of which also gets the mean so far (`moving_average.safetensors`), so that a resumed run ends with the same
+    average bit for bit. A run that is stopped early ends with the mean so far. With LoRA the factors A and B are
+    averaged, each on its own, and not their product.
+
+    T is known beforehand, so the weight at the start and at the end can be raised (beta < 1: zero-shot and
+    fine-tuned weights count most) or lowered (beta > 1); beta = 1 is the plain mean.
+
+    Example:
+
+        trainer = ContrastivePOTrainer(..., callbacks=[BetaMovingAverageCallback()])
+        trainer.train()
+        trainer.save_model()  # the averaged weights
+
+    Args:
+        beta: Both parameters of the Beta distribution, finite and > 0.
+
+    Raises:
+        ValueError: `beta` is out of range. From the trainer: `load_best_model_at_end=True`, which asks for
+            one step's weights instead; a resumed run that is to be averaged over other steps, parameters or with
+            another beta than before.
+        FileNotFoundError: From the trainer: the checkpoint to resume from has no `moving_average.safetensors`.
+
+    Source: Shu et al. 2023 (CLIPood), arXiv 2302.00864, Sec. 3.3 (there beta = 0.5); Afzali et al. 2025, arXiv
+    2411.08923.
+    """
+
+    def __init__(self, beta: float = 0.7) -> None:
+        if not 0 < beta < math.inf:
+            raise ValueError(f"beta must be a finite number > 0, got {beta!r}; 1 is the plain mean.")
+        self.beta = beta
+        self._average: dict[str, Tensor] = {}
+        self._weight_sum = 0.0
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse arguments that would lose the average."""
+        _refuse_best_model(args)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Start with the weights as they are, or with the mean in the checkpoint that training resumes from."""
+        _refuse_best_model(args)
+        self._average = {
+            name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            for name, parameter in _trainable(model).items()
+        }
+        if state.global_step:
+            self._restore(_resumed_from(args, state), state)
+        else:
+            self._weight_sum = self._weight(state)
+
+    @torch.no_grad()
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Add the weights after an optimizer step to the mean."""
+        weight = self._weight(state)
+        if not weight:
+            return
+        self._weight_sum += weight
+        for name, parameter in _trainable(model).items():
+            average = self._average[name]
+            average.lerp_(parameter.to(average.dtype), weight / self._weight_sum)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the mean so far to the checkpoint that was just written."""
+        if not args.should_save:
+            return
+        file = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", AVERAGE_FILE)
+        metadata = {**self._key(state), "weight_sum": repr(self._weight_sum)}
+        partial = file.with_suffix(".partial")
+        save_file({name: average.contiguous() for name, average in self._average.items()}, partial, metadata)
+        os.replace(partial, file)
+
+    @torch.no_grad()
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Put the mean into the model."""
+        for name, parameter in _trainable(model).items():
+            parameter.copy_(self._average[name])
+        self._average = {}
+
+    def _weight(self, state: TrainerState) -> float:
+        """The density of Beta(beta, beta) at this step over that in the middle; 0 after the last step."""
+        place = (state.global_step + 0.5) / (state.max_steps + 1)
+        return (4 * place * (1 - place)) ** (self.beta - 1) if place < 1 else 0.0
+
+    def _key(self, state: TrainerState) -> dict[str, str]:
+        """What a file must agree with, so that its mean can be gone on with."""
+        return {"beta": repr(float(self.beta)), "step": str(state.global_step), "steps": str(state.max_steps)}
+
+    def _restore(self, file: Path, state: TrainerState) -> None:
+        with safe_open(file, framework="pt") as stored:
+            metadata, names = stored.metadata() or {}, set(stored.keys())
+            wanted = self._key(state)
+            if (found := {name: metadata.get(name) for name in wanted}) != wanted:
+                raise ValueError(
+                    f"{file} holds the mean of weights for {found}, but this run is at {wanted}: the weights of all "
+                    "steps depend on beta and on the number of steps. Resume with the settings of the run that was "
+                    "interrupted, or start anew."
+                )
+            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
+            if shapes != {name: tuple(average.shape) for name, average in self._average.items()}:
+                differ = sorted(names.symmetric_difference(self._average)) or sorted(names)
+                raise ValueError(
+                    f"{file} holds the mean of other parameters than those that train now (such as {differ[0]!r}). "
+                    "Resume with the same model, adapters and trained parts as before, or start anew."
+                )
+            for name, average in self._average.items():
+                average.copy_(stored.get_tensor(name))
+        self._weight_sum = float(metadata["weight_sum"])
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    plain = extract_model_from_parallel(model, keep_torch_compile=False)
+    return {name: parameter for name, parameter in plain.named_parameters() if parameter.requires_grad}
+
+
+def _refuse_best_model(args: TrainingArguments) -> None:
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end=True with BetaMovingAverageCallback: the model can end with the weights of the "
+            "best checkpoint or with the average over all steps, not with both. Set load_best_model_at_end=False, "
+            "or leave the callback out."
+        )
+
+
+def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
+    """The mean in the checkpoint that training resumes from, whose folder Trainer does not tell callbacks."""
+    files = [Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", AVERAGE_FILE)]
+    given = args.resume_from_checkpoint
+    if isinstance(given, (str, os.PathLike)) and Path(given).is_dir():
+        files.insert(0, Path(given, AVERAGE_FILE))
+    for file in files:
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        f"BetaMovingAverageCallback found no mean of the first {state.global_step} steps: there is no "
+        f"{' and no '.join(map(str, files))}. If the checkpoint was written without this callback, or was "
+        "cut off, resume from an earlier one, resume without the callback, or start anew."
+    )
