@@ -21,7 +21,10 @@ def make(folder, **arguments):
 WRONG = {
     "unknown-loss": ({"loss_type": "dpo"}, "loss_type must name", "['dpo']", "DPO is 'sigmoid'"),
     "one-unknown-loss": ({"loss_type": ["sigmoid", "kto"]}, "loss_type must name", "KTO on pairs 'kto_pair'"),
-    "no-loss": ({"loss_type": []}, "loss_type must name one or more of ['distillation', 'ipo', 'kto_pair', 'sft', 'sigmoid']"),
+    "no-loss": (
+        {"loss_type": []},
+        "loss_type must name one or more of ['distillation', 'ipo', 'kto_pair', 'sft', 'sigmoid']",
+    ),
     "too-few-weights": (
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]},
         "loss_weights must hold one weight for each of the 2 loss types",

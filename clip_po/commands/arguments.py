@@ -15,6 +15,7 @@ from trl import ScriptArguments
 
 from clip_po.data.loading import load_split
 from clip_po.data.typographic import TypographicAttack
+from clip_po.data.words import EVERYDAY_WORDS
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 
@@ -39,6 +40,17 @@ class TaskArguments(ScriptArguments):
     )
     attack_words: list[str] | None = field(
         default=None, metadata={"help": "Words that are written on images; default: the class names."}
+    )
+    attack_other_words: list[str] | None = field(
+        default=None,
+        metadata={"help": "Words that are no class, for attack_other_share; default: 173 everyday nouns."},
+    )
+    attack_other_share: float = field(
+        default=0.0, metadata={"help": "Share of the written words that are drawn from attack_other_words, 0 to 1."}
+    )
+    attack_count: list[int] = field(
+        default_factory=lambda: list(TypographicAttack.count),
+        metadata={"help": "Lowest and highest number of words on an image."},
     )
     attack_fonts: list[str] | None = field(
         default=None,
@@ -65,7 +77,11 @@ class TaskArguments(ScriptArguments):
         """Refuse what can't work before anything is loaded."""
         if self.dataset_name is None:
             raise ValueError("--dataset_name is missing: a Hub id or a folder of labelled images.")
-        for name in ("attack_size", "attack_rotation"):
+        self.check()
+
+    def check(self) -> None:
+        """Refuse numbers that can't work."""
+        for name in ("attack_size", "attack_rotation", "attack_count"):
             if len(getattr(self, name)) != 2:
                 raise ValueError(f"--{name} takes two numbers, the lowest and the highest, got {getattr(self, name)}.")
         if self.max_samples is not None and self.max_samples < 1:
@@ -106,6 +122,9 @@ class TaskArguments(ScriptArguments):
         low, high = self.attack_size
         return TypographicAttack(
             words=self.attack_words or list(words),
+            other_words=self.attack_other_words or EVERYDAY_WORDS,
+            other_share=self.attack_other_share,
+            count=(self.attack_count[0], self.attack_count[1]),
             fonts=self.attack_fonts or list(fonts),
             size=(low, high),
             places=self.attack_places,

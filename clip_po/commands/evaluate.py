@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from peft import PeftConfig, PeftModel
@@ -13,9 +14,11 @@ from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
 from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments
+from clip_po.commands.suite import chosen_suite, run_suite
 from clip_po.data.fonts import unseen_fonts
+from clip_po.evaluation.page import report_page, write_page
 from clip_po.evaluation.pictures import before_after_grid, changes_line, choose_examples
-from clip_po.evaluation.report import write_report
+from clip_po.evaluation.report import read_report, write_report
 from clip_po.evaluation.robustness import (
     RobustnessImages,
     evaluate_robustness,
@@ -34,11 +37,31 @@ class EvaluateArguments(TaskArguments):
     base_model_name_or_path: str | None = field(
         default=None, metadata={"help": "What it is compared with: the model before alignment."}
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Where report.json and before_after.png go."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where report.json, report.html and before_after.png go."}
+    )
     renderings: int = field(default=1, metadata={"help": "How often each image is attacked."})
     batch_size: int = field(default=128, metadata={"help": "Images a forward."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read and draw images."})
     seed: int = field(default=0, metadata={"help": "Seed of the attacks."})
+    suite: str | None = field(
+        default=None,
+        metadata={
+            "help": "Measure a suite instead: typographic, retention, retrieval or a YAML file; with --dataset_name "
+            "what the suite measures on that data set."
+        },
+    )
+    suite_folder: str | None = field(
+        default=None, metadata={"help": "Folder of local copies of a suite's sets, each in a folder of its name."}
+    )
+    caption_column: str = field(default="caption", metadata={"help": "Column of captions, for --suite retrieval."})
+
+    def __post_init__(self) -> None:
+        """As for every command, but a suite brings its data sets."""
+        if self.suite is None:
+            super().__post_init__()
+        else:
+            self.check()
 
 
 def load_any(name: str) -> CLIPModel | PeftModel:
@@ -50,25 +73,37 @@ def load_any(name: str) -> CLIPModel | PeftModel:
     return PeftModel.from_pretrained(load_model(base), name)
 
 
+def load_models(args: EvaluateArguments, accelerator: Accelerator) -> tuple[CLIPProcessor, dict[str, Any]]:
+    """The processor, and "aligned" and (where it was named) "base", on the process's device."""
+    processor = CLIPProcessor.from_pretrained(args.model_name_or_path)
+    models = {"aligned": load_any(str(args.model_name_or_path))}
+    if args.base_model_name_or_path is not None:
+        models = {"base": load_any(args.base_model_name_or_path), **models}
+    for model in models.values():
+        model.to(accelerator.device)
+    return processor, models
+
+
 def main(argv: Sequence[str]) -> None:
-    """Print the table, and write report.json and the picture beside the checkpoint."""
+    """Print the table, and write report.json, report.html and the picture beside the checkpoint."""
     parser = TrlParser([EvaluateArguments], prog="clip-po evaluate")
     (args,) = parser.parse_args_and_config(list(argv))
     if args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a Hub id or the folder of a CLIPModel.")
     start = time.time()
     accelerator = Accelerator()
+    # Never a folder named like a Hub id: from_pretrained would look for the model in it.
+    beside = Path(args.model_name_or_path if Path(args.model_name_or_path).is_dir() else "evaluation")
+    if args.suite is not None:
+        suite = chosen_suite(args)
+        run_suite(args, suite, *load_models(args, accelerator), accelerator, beside)
+        return
     task = Task.load(args.model_name_or_path)
     dataset = args.load(args.dataset_test_split, args.seed)
     names = args.names(dataset, task)
     template = args.prompt_template or (task.prompt_template if task else DEFAULT_TEMPLATE)
 
-    processor = CLIPProcessor.from_pretrained(args.model_name_or_path)
-    models = {"aligned": load_any(args.model_name_or_path)}
-    if args.base_model_name_or_path is not None:
-        models = {"base": load_any(args.base_model_name_or_path), **models}
-    for model in models.values():
-        model.to(accelerator.device)
+    processor, models = load_models(args, accelerator)
     attack = args.attack(names, unseen_fonts(), image_size(processor) or 224, args.seed)
     images = RobustnessImages(
         dataset,
@@ -92,8 +127,6 @@ def main(argv: Sequence[str]) -> None:
     base = "base" if "base" in models else None
     found = {name: robustness_report(answers, name, None if name == base else base) for name in models}
     print(robustness_table(found))
-    # Never a folder named like a Hub id: from_pretrained would look for the model in it.
-    beside = args.model_name_or_path if Path(args.model_name_or_path).is_dir() else "evaluation"
     folder = Path(args.output_dir or beside)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(args), "attack": asdict(attack), "prompt_template": template}
@@ -109,7 +142,10 @@ def main(argv: Sequence[str]) -> None:
     print(f"Report: {path}")
     put_into_card(folder, robustness_table(found))
     examples = [] if base is None else choose_examples(answers, "base", "aligned", seed=args.seed)
+    changes = changes_line(answers, "base", "aligned") if base else ""
+    page = report_page(read_report(path), examples=examples, picture=images.picture, changes=changes)
+    print(f"Page: {write_page(folder / 'report.html', page)}")
     if examples:
         picture = folder / "before_after.png"
-        before_after_grid(examples, picture, picture=images.picture, subtitle=changes_line(answers, "base", "aligned"))
+        before_after_grid(examples, picture, picture=images.picture, subtitle=changes)
         print(f"Picture: {picture}")

@@ -41,7 +41,8 @@ clip-po train --config recipe.yaml --learning_rate 1e-5
 accelerate launch --no-python clip-po train ...   (several processes)""",
     "evaluate": """\
 clip-po evaluate --model_name_or_path aligned --base_model_name_or_path openai/clip-vit-base-patch32 \\
-    --dataset_name cifar10 --image_column img""",
+    --dataset_name cifar10 --image_column img
+clip-po evaluate --model_name_or_path aligned --suite typographic --suite_folder sets""",
     "demo": """\
 clip-po demo --output_dir demo_output""",
 }

@@ -59,6 +59,7 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         if template.count("{}") != 1:
             raise ValueError(f"template must hold one '{{}}' where the class name goes, got {template!r}.")
         names, labels = read_labels(dataset, label_column, class_names)
+        self.dataset = dataset
         self.class_names = list(names)
         self.labels: list[int] = labels.tolist()
         self.weights = [1.0] * len(labels) if weight_column is None else read_weights(dataset, weight_column)
