@@ -10,6 +10,7 @@ from importlib.resources import files
 COMMANDS = {
     "train": "Align a CLIP on labelled images, on which words are written.",
     "evaluate": "Measure what words on images do to a checkpoint, before and after alignment.",
+    "compare": "Run several methods and seeds on one model and data set, in one table.",
     "demo": "Align the embedded model by CE, DPO, IPO and KTO and show what each gains and costs.",
 }
 

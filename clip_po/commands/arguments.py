@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import ClassLabel, Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -159,3 +160,16 @@ class Task:
             return None
         found: dict[str, Any] = json.loads(file.read_text())
         return cls(class_names=list(found["class_names"]), prompt_template=str(found["prompt_template"]))
+
+
+def flag_value(name: str, argv: Sequence[str]) -> str | None:
+    """The value of a flag that must be known before all others are parsed, from the flags or the YAML file."""
+    for position, word in enumerate(argv):
+        if word == f"--{name}":
+            return argv[position + 1] if position + 1 < len(argv) else None
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    if name != "config" and (file := flag_value("config", argv)) is not None:
+        with open(file) as stream:
+            return (yaml.safe_load(stream) or {}).get(name)
+    return None

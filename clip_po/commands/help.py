@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments
 
 from clip_po.cli import COMMANDS
+from clip_po.commands.compare import CompareArguments
 from clip_po.commands.demo import DemoArguments
 from clip_po.commands.evaluate import EvaluateArguments
 from clip_po.commands.train import DEFAULTS, TrainArguments
@@ -43,6 +44,8 @@ accelerate launch --no-python clip-po train ...   (several processes)""",
 clip-po evaluate --model_name_or_path aligned --base_model_name_or_path openai/clip-vit-base-patch32 \\
     --dataset_name cifar10 --image_column img
 clip-po evaluate --model_name_or_path aligned --suite typographic --suite_folder sets""",
+    "compare": """\
+clip-po compare --config examples/compare.yaml --output_dir comparison""",
     "demo": """\
 clip-po demo --output_dir demo_output""",
 }
@@ -85,11 +88,11 @@ def default_of(field: dataclasses.Field[Any], overrides: dict[str, Any]) -> Any:
 
 def page(command: str) -> str:
     """The help page of a command."""
-    task = TrainArguments if command == "train" else EvaluateArguments
     sections: dict[str, list[dataclasses.Field[Any]]]
     if command == "demo":
         sections = {"The demo": own_fields(DemoArguments)}
     else:
+        task = {"train": TrainArguments, "evaluate": EvaluateArguments, "compare": CompareArguments}[command]
         sections = {"Data and attack": [*own_fields(ScriptArguments), *own_fields(task, ScriptArguments)]}
     overrides: dict[str, Any] = {}
     if command == "train":
@@ -109,6 +112,12 @@ def page(command: str) -> str:
         parts.append(
             "Learning rate and epochs fit the size of the model and of the data where they are not given; flags win\n"
             "over the YAML file, which wins over --preset."
+        )
+    if command == "compare":
+        parts.append(
+            "The recipe names the methods, their settings (as flags of clip-po train, or method: and what it takes),\n"
+            "the attacks they are measured under, and the training that all share. A comparison that was stopped\n"
+            "goes on where it was: each method and seed runs once."
         )
     for title, fields in sections.items():
         parts.append(f"{title}:\n" + "\n".join(describe(f, default_of(f, overrides)) for f in fields))

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftConfig
@@ -17,7 +16,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from clip_po.averaging import BetaMovingAverageCallback, interpolate
 from clip_po.callbacks import RobustnessCallback
-from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments
+from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments, flag_value
 from clip_po.config import PRESETS, ContrastivePOConfig, preset, preset_batch_size
 from clip_po.data.fonts import training_fonts
 from clip_po.data.pairs import TypographicPreferences
@@ -162,7 +161,7 @@ def fit_to_size(width: int, rows: int, adapters: bool) -> dict[str, float]:
 def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, ModelConfig]:
     """The arguments: flags over YAML (`--config`) over `--preset` over the command line's defaults."""
     parser = TrlParser([TrainArguments, ContrastivePOConfig, ModelConfig], prog="clip-po train")
-    chosen = _given("preset", argv)
+    chosen = flag_value("preset", argv)
     defaults = {**DEFAULTS, "output_dir": None, "lora_target_modules": None}
     if chosen is not None:
         defaults |= preset(chosen)
@@ -174,19 +173,6 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, Mod
     if str(args.resume_from_checkpoint).lower() == "true":
         args.resume_from_checkpoint = True
     return task_args, args, model_args
-
-
-def _given(name: str, argv: Sequence[str]) -> str | None:
-    """The value of a flag that must be known before all others are parsed, from the flags or the YAML file."""
-    for position, word in enumerate(argv):
-        if word == f"--{name}":
-            return argv[position + 1] if position + 1 < len(argv) else None
-        if word.startswith(f"--{name}="):
-            return word.split("=", 1)[1]
-    if name != "config" and (file := _given("config", argv)) is not None:
-        with open(file) as stream:
-            return (yaml.safe_load(stream) or {}).get(name)
-    return None
 
 
 def adapters(model_args: ModelConfig) -> PeftConfig | None:

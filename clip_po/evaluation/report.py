@@ -149,12 +149,25 @@ def write_report(
         "hardware": _hardware(),
         "seconds": seconds,
     }
+    return write_json(path, report)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write a JSON file whole or not at all; undefined numbers become null, unknown objects text.
+
+    Args:
+        path: The file; missing folders are made.
+        value: What it holds.
+
+    Returns:
+        The path.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            json.dump(_plain(report), file, indent=2, allow_nan=False, ensure_ascii=False)
+            json.dump(_plain(value), file, indent=2, allow_nan=False, ensure_ascii=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,12 @@ class RobustnessImages(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def through(self, processor: Any) -> RobustnessImages:
+        """The same images as another processor shows them to its model."""
+        other = copy.copy(self)
+        other.processor, other._kept, other._room = processor, {}, 0
+        return other
 
     def picture(self, index: int) -> Image.Image:
         """The typographic image of an item, RGB, before the processor."""
