@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         robustness_table,
     )
     from clip_po.evaluation.zero_shot import zero_shot_accuracy
-    from clip_po.pseudo_labels import pseudo_labels
+    from clip_po.labelling import pseudo_labels
     from clip_po.trainer import ContrastivePOTrainer
 
 _HOMES = {
@@ -39,7 +39,7 @@ _HOMES = {
     "choose": "clip_po.evaluation.choice",
     "evaluate_robustness": "clip_po.evaluation.robustness",
     "interpolate": "clip_po.averaging",
-    "pseudo_labels": "clip_po.pseudo_labels",
+    "pseudo_labels": "clip_po.labelling",
     "robustness_report": "clip_po.evaluation.robustness",
     "robustness_table": "clip_po.evaluation.robustness",
     "sweep": "clip_po.evaluation.choice",

@@ -242,6 +242,9 @@ LOSSES: Mapping[str, Loss] = {
 WITHOUT_REJECTED = frozenset({"sft", "distillation"})
 """The loss types that read no rejected text."""
 
+REFERENCED = frozenset({"sigmoid", "ipo", "kto_pair"})
+"""The loss types that compare with the reference on the preferences' own images."""
+
 TARGETED = frozenset({"distillation"})
 """The loss types that compare with the reference on the clean image of the same row."""
 

@@ -24,6 +24,9 @@ from clip_po.policy import (
     encode_images,
 )
 
+SEES = ("image", "reg_image", "target_image")
+"""The images of a row: of the preference, the ordinary one, and the clean one whose answer is a target."""
+
 
 class ReferencePolicy:
     """log ref(y | x): frozen, without gradients.
@@ -37,6 +40,8 @@ class ReferencePolicy:
         candidate_texts: The candidate texts of every row, or None where each row names its own.
         frozen_texts: Embeddings of texts that the policy shares with its reference, where its text tower is
             frozen; None encodes with the reference's own text tower.
+        sees: The images that it is asked about, of `SEES`; where "image" is not among them, the log-probabilities of
+            preferences are 0.
     """
 
     def __init__(
@@ -45,8 +50,10 @@ class ReferencePolicy:
         processor: ProcessorMixin,
         candidate_texts: Sequence[str] | None,
         frozen_texts: FrozenTexts | None = None,
+        sees: Sequence[str] = SEES,
     ) -> None:
         self.model = model
+        self.sees = tuple(sees)
         self.candidate_texts = candidate_texts
         self.frozen_texts = frozen_texts or FrozenTexts(model, processor)
         self.logit_scale = dual_encoder(model).logit_scale.detach().exp().item()
@@ -67,7 +74,7 @@ class ReferencePolicy:
             Tensor[B, N] for the preference images, and for the regularization images and targets where there are
             any.
         """
-        names = ["", *(name for name in ("reg_", "target_") if f"{name}pixel_values" in batch)]
+        names = [n for n in ("", "reg_", "target_") if f"{n}image" in self.sees and f"{n}pixel_values" in batch]
         known = {name: batch[key] for name in names if (key := f"ref_{name}image_embeds") in batch}
         unknown = [name for name in names if name not in known]
         if unknown:
@@ -79,7 +86,9 @@ class ReferencePolicy:
             name: candidate_logps(known[name], text_embeds, self.logit_scale, batch.get("candidates"))
             for name in names
         }
-        return BatchLogps(logps[""], logps.get("reg_"), logps.get("target_"))
+        candidates = batch["candidates"].shape[1] if "candidates" in batch else len(text_embeds)
+        unasked = text_embeds.new_zeros(len(batch["pixel_values"]), candidates)
+        return BatchLogps(logps.get("", unasked), logps.get("reg_"), logps.get("target_"))
 
 
 class _Images(torch.utils.data.Dataset[Any]):
@@ -123,6 +132,8 @@ def embed_fixed_images(
         return
     embeds = {}
     for column in pairs.fixed_images:
+        if column not in reference.sees:
+            continue
         loader = accelerator.prepare(
             DataLoader(
                 _Images(pairs, column),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from clip_po.data.collator import DataCollatorForContrastivePreference, row_weig
 from clip_po.data.formats import check_candidates
 from clip_po.data.pairs import EvaluationPairs, PreferencePairs, checked_pairs
 from clip_po.hub import SafePublishing
-from clip_po.losses import LossSettings, PreferenceLogps, preference_loss
+from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, preference_metrics
 from clip_po.models import (
     check_processor,
@@ -37,7 +36,7 @@ from clip_po.policy import (
     preference_logps,
     regularization_kl,
 )
-from clip_po.reference import ReferencePolicy, embed_fixed_images
+from clip_po.reference import SEES, ReferencePolicy, embed_fixed_images
 from clip_po.sampling import EpochSampler
 
 logger = logging.get_logger(__name__)
@@ -145,7 +144,9 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
             reference = without_new_adapters(frozen_copy(self.model), peft_config)
         else:
             reference, texts = ref_model.requires_grad_(False).eval().to(self.accelerator.device), None
-        self.reference = ReferencePolicy(reference, processing_class, self.candidate_texts, texts)
+        self._rewarded = bool(REFERENCED & set(args.loss_type))
+        sees = SEES if self._rewarded and not args.reference_free else SEES[1:]
+        self.reference = ReferencePolicy(reference, processing_class, self.candidate_texts, texts, sees)
         self._means = {True: RunningMeans(), False: RunningMeans()}
 
     # ---- The method ----------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         policy = self.policy(model, self.encoder, inputs)
         with self.accelerator.autocast():  # accelerate gives it to the model's own forward alone
             reference = self.reference(inputs)
-        logps = self._preferences(policy, reference, inputs)
+        logps = preference_logps(policy, reference, inputs)
         kl = regularization_kl(policy, reference)
         weight, clean = inputs["weight"], inputs["reg_row_weight"]  # of each row; 0 for padding
         total, clean_total = self._totals(inputs) if num_items_in_batch is None else num_items_in_batch
@@ -189,14 +190,6 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         if num_items_in_batch is not None:  # processes average their gradients, but the sums above are to be added
             loss = loss * self.accelerator.num_processes
         return (loss, {"logps": policy.preference}) if return_outputs else loss
-
-    def _preferences(self, policy: Any, reference: Any, inputs: Mapping[str, Any]) -> PreferenceLogps:
-        logps = preference_logps(policy, reference, inputs)
-        if not self.args.reference_free:
-            return logps
-        return dataclasses.replace(
-            logps, ref_chosen=torch.zeros_like(logps.ref_chosen), ref_rejected=torch.zeros_like(logps.ref_rejected)
-        )
 
     def _reference_point(self, kl: Tensor, weight: Tensor) -> Tensor | None:
         """KTO's z0: the KL of the global micro-batch, of all processes, since it stands inside a sigmoid."""
@@ -225,12 +218,13 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
 
     def _log_rows(self, logps: PreferenceLogps, losses: Tensor, kl: Tensor, inputs: Mapping[str, Any]) -> None:
         reg = {"kl": kl, "loss/regularization": self.args.reg_weight * kl}
-        self._means[self.model.training].add(
-            {
-                **preference_metrics(logps, losses, self.args.beta, inputs["weight"]),
-                **{name: (value.detach(), inputs["reg_row_weight"]) for name, value in reg.items()},
-            }
-        )
+        metrics = {
+            **preference_metrics(logps, losses, self.args.beta, inputs["weight"]),
+            **{name: (value.detach(), inputs["reg_row_weight"]) for name, value in reg.items()},
+        }
+        if not self._rewarded:  # without log-ratios there are no rewards
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("rewards/")}
+        self._means[self.model.training].add(metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the rows seen since the last log."""

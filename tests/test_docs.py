@@ -4,7 +4,8 @@ How a page is run, from top to bottom, in an empty folder:
 
 - A `python` block is executed in the page's one namespace.
 - A `yaml` block whose first line is `# some/name.yaml` is written to that file.
-- In a `bash` block, each command must be `clip-po train`, `clip-po evaluate` or `python examples/...`.
+- In a `bash` block, each command must be `clip-po train`, `clip-po evaluate`, `clip-po compare` or
+  `python examples/...`.
 - A block that can't be run here is preceded by `<!-- not run: reason -->`.
 - Blocks without a language, and those of other languages, are text.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 from samples import CLASSES, PROMPTS, make_preferences, picture
 
 from clip_po.cli import main
@@ -33,19 +35,43 @@ STAND_INS = {
     "openai/clip-vit-base-patch32": "clip_folder",
     "openai/clip-vit-large-patch14": "clip_folder",
     "path/to/photos": "photos",
+    "path/to/images": "unlabelled",
     "your/dataset": "photos",
 }
 # Added to every command of that name; the last flag of a name wins.
 OVERRIDES = {
-    "clip-po train": "--max_steps 2 --per_device_train_batch_size 4 --dataloader_num_workers 0 --save_strategy no",
+    "clip-po train": "--max_steps 2 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
+    "--dataloader_num_workers 0",
     "clip-po evaluate": "--batch_size 8 --num_workers 0",
+    "clip-po compare": "--seeds 0 --batch_size 8",
     "typographic.py": "--max_steps 2 --per_device_train_batch_size 4",
+    "label_free.py": "--max_steps 2 --per_device_train_batch_size 4",
 }
+# What a recipe of clip-po compare gets besides, by its parts: training of any kind is cut short.
+SHORT_TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4}
+SHORT_METHODS = {"defense_prefix": {"steps": 2, "batch_size": 4}, "head_ablation": {"max_heads": 1}}
 # How each example is run. A new one needs a line here.
 EXAMPLE_COMMANDS = {
     "typographic.py": "python examples/typographic.py --model openai/clip-vit-base-patch32 --dataset path/to/photos "
     "--output_dir aligned",
-    "train.yaml": f"clip-po train --config {EXAMPLES / 'train.yaml'}",
+    "label_free.py": "python examples/label_free.py --model openai/clip-vit-base-patch32 --dataset path/to/images "
+    "--class_names cat dog bird ship --output_dir aligned",
+    "train.yaml": "clip-po train --config train.yaml",
+    "compare.yaml": "clip-po compare --config compare.yaml",
+    # As they stand, on other data: flags win over the file.
+    **{
+        f"recipes/imagenet100_{method}.yaml": f"clip-po train --config {EXAMPLES}/recipes/imagenet100_{method}.yaml "
+        "--model_name_or_path openai/clip-vit-base-patch32 --dataset_name path/to/photos --output_dir aligned"
+        for method in ("ce", "dpo", "ipo", "kto")
+    },
+}
+# What each example leaves, where it is not aligned/model.safetensors.
+EXAMPLE_RESULTS = {"compare.yaml": "comparison/report.html"}
+# What each example prints.
+EXAMPLE_PRINTS = {
+    "typographic.py": ["clean", "typographic", "recovery", "clean cost"],
+    "label_free.py": ["Answers that a word does not change: ", "Clean answers that changed: "],
+    "compare.yaml": ["| text removal", "| label-free, soft", "| interpolation of CE", "Highest recovery"],
 }
 # What a page leaves in its folder.
 PROMISES = {
@@ -58,7 +84,21 @@ PROMISES = {
         "aligned-cli/report.json",
         "aligned-cli/before_after.png",
         "measured/report.json",
-    ]
+        "aligned-cli/report.html",
+        "unlabelled-cli/model.safetensors",
+        "bounded/model.safetensors",
+        "stopped/model.safetensors",
+        "averaged/model.safetensors",
+    ],
+    "compare.md": [
+        "comparison/report.json",
+        "comparison/report.html",
+        "comparison/table.md",
+        "comparison/trade_off.png",
+        "comparison/CE/seed-0/result.json",
+        "comparison/CE/seed-0/answers.npz",
+        "comparison/CE/seed-0/checkpoint/model.safetensors",
+    ],
 }
 
 FENCE = re.compile(
@@ -95,9 +135,9 @@ def commands_of(code):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A folder of 12 and 8 pictures, as in the pages: train/<class>/*.png and test/<class>/*.png."""
+    """A folder of pictures, as in the pages: train/<class>/*.png, and validation and test likewise."""
     folder = tmp_path_factory.mktemp("photos")
-    for split, count in (("train", 12), ("test", 8)):
+    for split, count in (("train", 12), ("validation", 4), ("test", 8)):
         for number in range(count):
             file = folder / split / CLASSES[number % len(CLASSES)] / f"{number}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -105,13 +145,23 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def unlabelled(tmp_path_factory):
+    """A folder of 24 pictures without classes: train/*.png."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    (folder / "train").mkdir()
+    for number in range(24):
+        picture(number).save(folder / "train" / f"{number}.png")
+    return folder
+
+
 @pytest.fixture
-def localized(clip_folder, photos, tmp_path, tmp_path_factory, monkeypatch):
+def localized(clip_folder, photos, unlabelled, tmp_path, tmp_path_factory, monkeypatch):
     """An empty current folder, and a function that puts local folders for the names in a text."""
     cache = tmp_path_factory.getbasetemp() / "datasets-cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    folders = {"clip_folder": clip_folder, "photos": photos}
+    folders = {"clip_folder": clip_folder, "photos": photos, "unlabelled": unlabelled}
 
     def localize(text):
         for name, fixture in STAND_INS.items():
@@ -121,9 +171,20 @@ def localized(clip_folder, photos, tmp_path, tmp_path_factory, monkeypatch):
     return localize
 
 
+def shorten(recipe):
+    """Cut the training of a recipe of `clip-po compare` short."""
+    found = yaml.safe_load(recipe.read_text())
+    found["training"] = {**found.get("training", {}), **SHORT_TRAINING}
+    for settings in found["methods"].values():
+        settings.update(SHORT_METHODS.get(settings.get("method"), {}))
+    recipe.write_text(yaml.safe_dump(found, sort_keys=False))
+
+
 def run_command(words, localize, monkeypatch):
     words = [localize(word) for word in words]
-    if words[0] == "clip-po" and words[1:2] in (["train"], ["evaluate"]):
+    if words[0] == "clip-po" and words[1:2] in (["train"], ["evaluate"], ["compare"]):
+        if words[1] == "compare":
+            shorten(Path(words[words.index("--config") + 1]))
         assert main([*words[1:], *OVERRIDES[" ".join(words[:2])].split()]) == 0, " ".join(words)
     elif words[0] == "python" and words[1].startswith("examples/"):
         script = ROOT / words[1]
@@ -169,18 +230,18 @@ def test_links_lead_somewhere(page):
             assert anchor in known, f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("example", sorted(p.name for p in EXAMPLES.iterdir() if p.suffix in (".py", ".yaml")))
+@pytest.mark.parametrize(
+    "example", sorted(str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*") if p.suffix in (".py", ".yaml"))
+)
 def test_example_runs(example, localized, monkeypatch, capsys):
     assert example in EXAMPLE_COMMANDS, f"Say in EXAMPLE_COMMANDS how examples/{example} is run."
     words = shlex.split(EXAMPLE_COMMANDS[example])
-    if example.endswith(".yaml"):
-        words[words.index("--config") + 1] = example
+    if example in words:
         Path(example).write_text(localized((EXAMPLES / example).read_text()))
     run_command(words, localized, monkeypatch)
-    assert (Path("aligned") / "model.safetensors").is_file()
-    if example == "typographic.py":
-        printed = capsys.readouterr().out
-        assert all(metric in printed for metric in ("clean", "typographic", "recovery", "clean cost"))
+    assert Path(EXAMPLE_RESULTS.get(example, "aligned/model.safetensors")).is_file()
+    printed = capsys.readouterr().out
+    assert [text for text in EXAMPLE_PRINTS.get(example, ()) if text not in printed] == []
 
 
 def table_under(page, heading):

@@ -12,8 +12,11 @@ from samples import CLASSES, PROMPTS, make_labelled, make_preferences, tiny_conf
 from transformers import CLIPModel, CLIPProcessor, TrainerCallback
 
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.collator import to_pixels
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.data.typographic import TypographicAttack
+from clip_po.losses import kl_regularization
+from clip_po.policy import candidate_logps, encode_images, encode_texts
 from clip_po.trainer import ContrastivePOTrainer
 
 VISION_LORA = {"r": 4, "lora_alpha": 8, "target_modules": r".*vision_model.*\.(q_proj|v_proj)"}
@@ -57,6 +60,14 @@ def make_trainer(clip_folder, tmp_path):
         )
 
     return make
+
+
+def _counting(embed, seen):
+    def counted(pixels):
+        seen.append(len(pixels))
+        return embed(pixels)
+
+    return counted
 
 
 def weights(trainer):
@@ -313,7 +324,44 @@ def test_every_loss_learns_the_preferences(make_trainer, loss_type):
     settings = {"max_steps": 40, "learning_rate": 3e-3, "reg_weight": 0.01, "beta": 0.5}
     trainer = make_trainer(rows, eval_dataset=rows, loss_type=loss_type, **settings)
     trainer.train()
-    assert trainer.evaluate()["eval_rewards/accuracies"] > 0.9
+    found = trainer.evaluate()
+    if loss_type == "sft":  # knows no reference, hence no rewards
+        assert found["eval_logps/chosen"] > found["eval_logps/rejected"] + 1
+        assert not any(name.startswith("eval_rewards/") for name in found)
+    else:
+        assert found["eval_rewards/accuracies"] > 0.9
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_distillation_teaches_the_answers_on_clean_images_without_any_text(make_trainer, apart):
+    rows = make_preferences(13)
+    ordinary = rows.select_columns("image") if apart else None
+    settings = {"max_steps": 30, "learning_rate": 3e-3, "reg_weight": 0.1, "loss_type": "distillation"}
+    trainer = make_trainer(rows, eval_dataset=rows, reg_dataset=ordinary, **settings)
+    before = trainer.evaluate()["eval_loss/preference"]
+    with torch.no_grad():
+        target, said = (
+            candidate_logps(
+                encode_images(trainer.model, to_pixels(trainer.processing_class, list(rows[column]))),
+                encode_texts(trainer.model, trainer.processing_class, PROMPTS),
+                trainer.model.logit_scale.exp(),
+            )
+            for column in ("clean_image", "image")
+        )
+    assert before == pytest.approx(kl_regularization(target, said).mean().item(), rel=1e-4)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss/preference"] < 0.6 * before
+
+
+def test_the_reference_never_sees_preferences_where_no_loss_compares_them(make_trainer):
+    asked = {}
+    for loss_type in ("sigmoid", "distillation"):
+        trainer = make_trainer(make_preferences(8), loss_type=loss_type, max_steps=2, num_train_epochs=1)
+        seen = asked.setdefault(loss_type, [])
+        embed = trainer.reference.image_embeds
+        trainer.reference.image_embeds = _counting(embed, seen)
+        trainer.train()
+    assert sum(asked["sigmoid"]) == 2 * sum(asked["distillation"]) > 0
 
 
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"torch_compile": False, "max_grad_norm": 0.5}])

@@ -33,6 +33,10 @@ class TaskArguments(ScriptArguments):
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Names of the classes by label; default: those of the data set."}
     )
+    name_until: str | None = field(
+        default=None,
+        metadata={"help": "Cut the data set's class names there: a comma, where they list synonyms as ImageNet's do."},
+    )
     prompt_template: str | None = field(
         default=None,
         metadata={
@@ -107,6 +111,8 @@ class TaskArguments(ScriptArguments):
         """
         feature = dataset.features.get(self.label_column)
         known = feature.names if isinstance(feature, ClassLabel) else None
+        if known is not None and self.name_until:
+            known = [name.split(self.name_until)[0].strip() for name in known]
         if self.class_names is not None:
             return self.class_names
         if task is not None and (known is None or len(known) == len(task.class_names)):

@@ -144,6 +144,10 @@ SHARED = (
     "label_column",
     "max_samples",
     "attack_words",
+    "attack_other_words",
+    "attack_other_share",
+    "attack_count",
+    "name_until",
     "attack_size",
     "attack_places",
     "attack_rotation",
@@ -196,6 +200,11 @@ def judge(
 def main(argv: Sequence[str]) -> None:
     """Run what has not run yet, print the table, and write report.json, report.html, table.md and plots."""
     args, recipe = parse(argv)
+    if args.attack_fonts is not None:
+        raise ValueError(
+            "--attack_fonts would be those of training and of the test images alike. Leave it out, or give "
+            "fonts under attacks: in the recipe."
+        )
     for name in ("model_name_or_path", "output_dir", "dataset_validation_split"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing: give it as a flag or in the recipe.")

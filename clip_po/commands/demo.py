@@ -18,8 +18,10 @@ from clip_po.commands.arguments import Task
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.pairs import TypographicPreferences
+from clip_po.evaluation.page import report_page, write_page
 from clip_po.evaluation.pictures import before_after_grid, changes_line, choose_examples
-from clip_po.evaluation.report import write_report
+from clip_po.evaluation.plots import cost_plot, trade_off_plot
+from clip_po.evaluation.report import read_report, write_report
 from clip_po.evaluation.robustness import (
     Answers,
     RobustnessImages,
@@ -112,13 +114,15 @@ def main(argv: Sequence[str]) -> None:
     digits = load_digits_dataset("train", args.train_renderings, seed=args.seed)
     rows = TypographicPreferences(digits, digit_attack("training", seed=args.seed), DIGIT_NAMES, PROMPT_TEMPLATE)
 
+    took: dict[str, float] = {}
     models: dict[str, Any] = {BASE: load_model(str(MODEL_PATH))}
     with tempfile.TemporaryDirectory() as scratch:
         for method in args.methods:
             print(f"Aligning by {method:<4}", end="", flush=True)
             began = time.time()
             models[method] = align(method, rows, processor, scratch, args.seed)
-            print(f"{time.time() - began:4.0f} s", flush=True)
+            took[method] = time.time() - began
+            print(f"{took[method]:4.0f} s", flush=True)
     print("Choosing on validation digits, measuring on unseen ones ...", flush=True)
     _, validation = measure(models, "validation", 3, processor, args.seed + 100)
     chosen = best(validation, args.methods)
@@ -132,12 +136,13 @@ def main(argv: Sequence[str]) -> None:
     processor.save_pretrained(checkpoint)
     Task(DIGIT_NAMES, PROMPT_TEMPLATE).save(checkpoint)
     picture = folder / "before_after.png"
+    examples, changes = choose_examples(answers, BASE, chosen, seed=args.seed), changes_line(answers, BASE, chosen)
     before_after_grid(
-        choose_examples(answers, BASE, chosen, seed=args.seed),
+        examples,
         picture,
         picture=images.picture,
         title=f"What the model says before and after {chosen}",
-        subtitle=changes_line(answers, BASE, chosen),
+        subtitle=changes,
     )
     seconds = time.time() - start
     report = write_report(
@@ -148,8 +153,17 @@ def main(argv: Sequence[str]) -> None:
         data={"name": "digits", "split": "test", "rows": len(images), "class_names": DIGIT_NAMES},
         seconds=seconds,
     )
+    accuracies = {name: (m["clean_accuracy"], m["typographic_accuracy"]) for name, m in found.items()}
+    figures = {
+        "Clean against typographic accuracy, with 95% intervals": trade_off_plot(accuracies, base=BASE),
+        "Recovery against what each method takes": cost_plot(took, {name: found[name]["recovery"] for name in took}),
+    }
+    page = report_page(
+        read_report(report), examples=examples, picture=images.picture, changes=changes, figures=figures
+    )
+    written = write_page(folder / "report.html", page)
     print(f"\n{len(images)} pictures of 500 handwritten digits, in fonts and places that no training saw;")
     print("in brackets 95% intervals, clustered by digit:\n")
     print(robustness_table(found))
     print(f"\nBest on validation digits: {chosen}. {seconds:.0f} s.")
-    print(f"Checkpoint: {checkpoint}\nReport:     {report}\nPicture:    {picture}")
+    print(f"Checkpoint: {checkpoint}\nReport:     {report}\nPage:       {written}\nPicture:    {picture}")

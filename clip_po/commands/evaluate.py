@@ -18,6 +18,7 @@ from clip_po.commands.suite import chosen_suite, run_suite
 from clip_po.data.fonts import unseen_fonts
 from clip_po.evaluation.page import report_page, write_page
 from clip_po.evaluation.pictures import before_after_grid, changes_line, choose_examples
+from clip_po.evaluation.plots import trade_off_plot
 from clip_po.evaluation.report import read_report, write_report
 from clip_po.evaluation.robustness import (
     RobustnessImages,
@@ -143,7 +144,11 @@ def main(argv: Sequence[str]) -> None:
     put_into_card(folder, robustness_table(found))
     examples = [] if base is None else choose_examples(answers, "base", "aligned", seed=args.seed)
     changes = changes_line(answers, "base", "aligned") if base else ""
-    page = report_page(read_report(path), examples=examples, picture=images.picture, changes=changes)
+    figures = {}
+    if base is not None:
+        accuracies = {name: (m["clean_accuracy"], m["typographic_accuracy"]) for name, m in found.items()}
+        figures["Clean against typographic accuracy, with 95% intervals"] = trade_off_plot(accuracies, base=base)
+    page = report_page(read_report(path), examples=examples, picture=images.picture, changes=changes, figures=figures)
     print(f"Page: {write_page(folder / 'report.html', page)}")
     if examples:
         picture = folder / "before_after.png"

@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -22,8 +24,8 @@ from clip_po.data.fonts import training_fonts
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.evaluation.choice import check_bound, choose, sweep, sweep_table
 from clip_po.evaluation.robustness import RobustnessImages
+from clip_po.labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.models import image_size, init_kwargs, load_model, load_processor
-from clip_po.pseudo_labels import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.trainer import ContrastivePOTrainer
 
 VISION_ATTENTION = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
@@ -100,6 +102,10 @@ class TrainArguments(TaskArguments):
         super().__post_init__()
         if self.max_clean_cost is not None:
             check_bound(self.max_clean_cost)
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(
+                f"--early_stopping_patience must be at least 1 evaluation, got {self.early_stopping_patience}."
+            )
 
     def validates(self, args: ContrastivePOConfig) -> bool:
         """Whether anything is measured on validation images."""
@@ -107,15 +113,18 @@ class TrainArguments(TaskArguments):
 
     def with_validation(self, dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
         """Training and validation rows: those of the validation split, or a tenth of the training rows."""
+        validation = None
         if self.dataset_validation_split is not None:
-            return dataset, self.load(self.dataset_validation_split, seed)
-        if len(dataset) < 10:
+            validation = self.load(self.dataset_validation_split, seed)
+        elif len(dataset) > 1:
+            split = dataset.train_test_split(test_size=0.1, seed=seed)
+            dataset, validation = split["train"], split["test"]
+        if validation is None or len(validation) < 2:
             raise ValueError(
-                f"A tenth of the {len(dataset)} training rows is to be kept out for validation, but there are fewer "
-                "than ten. Name a split by --dataset_validation_split."
+                "Validation takes at least two images. Without --dataset_validation_split it gets a tenth of the "
+                "training rows: give more than ten of them, or name a split with more images."
             )
-        split = dataset.train_test_split(test_size=0.1, seed=seed)
-        return split["train"], split["test"]
+        return dataset, validation
 
     def stop_early(self, args: ContrastivePOConfig) -> None:
         """Let the trainer keep its best checkpoint, where training is to stop early."""
@@ -127,8 +136,17 @@ class TrainArguments(TaskArguments):
                 f"save_strategy={str(args.save_strategy)!r}. Give both the same: --eval_strategy epoch "
                 "--save_strategy epoch."
             )
+        if args.eval_strategy == "steps" and args.eval_steps != args.save_steps:
+            raise ValueError(
+                f"--early_stopping_patience keeps the best evaluated checkpoint, but eval_steps={args.eval_steps} and "
+                f"save_steps={args.save_steps}. Give both --eval_steps and --save_steps the same number."
+            )
         args.load_best_model_at_end = args.greater_is_better = True
         args.metric_for_best_model = "typographic_accuracy" if self.max_clean_cost is None else "trade_off"
+
+    def saves_other_weights(self, args: ContrastivePOConfig) -> bool:
+        """Whether what is saved are not the weights of the last evaluation, so that it is to be measured itself."""
+        return args.load_best_model_at_end or self.moving_average is not None or self.max_clean_cost is not None
 
     def callbacks(self) -> list[TrainerCallback]:
         """The callbacks that the arguments ask for."""
@@ -211,7 +229,8 @@ def align(
         dataset, validation = task_args.with_validation(dataset, args.seed)
     columns = {"image_column": task_args.image_column, "label_column": task_args.label_column}
     if task_args.labels == "reference":
-        accelerator = Accelerator(cpu=args.use_cpu)
+        # As the trainer's own will be: there is one state of all accelerators of a process.
+        accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.use_cpu)
         model.to(accelerator.device)
 
         def own(rows: Dataset) -> Dataset:
@@ -276,6 +295,8 @@ def align(
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if task_args.max_clean_cost is not None:
         keep_clean_accuracy(trainer, images, [template], task_args.max_clean_cost)
+    if args.eval_strategy != "no" and task_args.saves_other_weights(args):
+        trainer.evaluate()
     return trainer, Task(names, template)
 
 
@@ -299,8 +320,10 @@ def keep_clean_accuracy(
     choice = choose(points, max_clean_cost)
     if trainer.is_world_process_zero():
         print(f"{sweep_table(points)}\n{choice.describe()}")
+        if isinstance(trainer.model, PeftModel):
+            print("The adapters are merged into the model: an interpolation is a plain CLIPModel.")
     chosen = interpolate(trainer.reference.model, trainer.model, choice.point.alpha)
-    trainer.model = trainer.model_wrapped = chosen
+    trainer.model = trainer.model_wrapped = trainer.encoder = chosen
 
 
 def main(argv: Sequence[str]) -> None:
@@ -317,6 +340,10 @@ def main(argv: Sequence[str]) -> None:
 def save(trainer: ContrastivePOTrainer, task: Task) -> None:
     """Save the model with its processor, task and card; pushes too, where the arguments say so."""
     if trainer.is_world_process_zero():
+        if not isinstance(trainer.model, PeftModel):
+            # Of an earlier save: from_pretrained would take them for the model.
+            for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+                Path(trainer.args.output_dir, file).unlink(missing_ok=True)
         task.save(trainer.args.output_dir)
         trainer.create_model_card()
     trainer.save_model()

@@ -8,8 +8,8 @@ from samples import CLASSES
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.data.typographic import TypographicAttack
 from clip_po.evaluation.zero_shot import class_embeddings, zero_shot_accuracy
+from clip_po.labelling import pseudo_labels
 from clip_po.policy import candidate_logps, encode_images
-from clip_po.pseudo_labels import pseudo_labels
 
 TEMPLATES = ["a photo of a {}"]
 
