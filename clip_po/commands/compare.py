@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -223,7 +224,10 @@ def main(argv: Sequence[str]) -> None:
         print(f"[{number}/{len(everything)}] {name}, seed {seed} ... ", end="", flush=True)
         began = time.time()
         torch.manual_seed(seed)
-        contestant = make(contest, name, seed, **method)
+        log = results.path(name, seed) / "log.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as stream, contextlib.redirect_stdout(stream):
+            contestant = make(contest, name, seed, **method)
         seconds = time.time() - began
         results.add(name, seed, method, judge(contest, contestant, images), seconds, contestant.details)
         print(format_seconds(seconds), flush=True)
