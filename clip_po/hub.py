@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from clip_po.evaluation.report import read_report, report_estimates
-from clip_po.evaluation.robustness import robustness_table
+from clip_po.evaluation.report import read_report
+from clip_po.evaluation.summary import markdown_summary
 from clip_po.redaction import redacted
 
 if TYPE_CHECKING:
@@ -97,10 +97,9 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _report_table(folder: Path) -> str | None:
-    """What `clip-po evaluate` wrote beside the model, as a table."""
-    if not (folder / "report.json").is_file():
-        return None
-    return robustness_table(report_estimates(read_report(folder / "report.json")))
+    """What `clip-po evaluate` wrote beside the model, as Markdown."""
+    report = folder / "report.json"
+    return markdown_summary(read_report(report)) if report.is_file() else None
 
 
 def put_into_card(folder: Path, table: str) -> None:

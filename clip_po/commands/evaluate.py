@@ -26,6 +26,7 @@ from clip_po.evaluation.robustness import (
     robustness_report,
     robustness_table,
 )
+from clip_po.evaluation.summary import markdown_summary
 from clip_po.hub import put_into_card
 from clip_po.models import image_size, load_model
 
@@ -141,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
         seconds=time.time() - start,
     )
     print(f"Report: {path}")
-    put_into_card(folder, robustness_table(found))
+    put_into_card(folder, markdown_summary(read_report(path)))
     examples = [] if base is None else choose_examples(answers, "base", "aligned", seed=args.seed)
     changes = changes_line(answers, "base", "aligned") if base else ""
     figures = {}

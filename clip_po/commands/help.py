@@ -20,7 +20,7 @@ from clip_po.cli import COMMANDS
 from clip_po.commands.compare import CompareArguments
 from clip_po.commands.demo import DemoArguments
 from clip_po.commands.evaluate import EvaluateArguments
-from clip_po.commands.train import DEFAULTS, TrainArguments
+from clip_po.commands.train_arguments import DEFAULTS, TrainArguments
 from clip_po.config import ContrastivePOConfig
 
 WIDTH = 100

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import EarlyStoppingCallback, TrainerCallback
-from trl import ModelConfig, TrlParser, get_peft_config
+from transformers import CLIPModel, CLIPProcessor
+from transformers.trainer_utils import HubStrategy
+from trl import ModelConfig, get_peft_config
 
-from clip_po.averaging import BetaMovingAverageCallback, interpolate
+from clip_po.averaging import interpolate
 from clip_po.callbacks import RobustnessCallback
-from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments, flag_value
-from clip_po.config import PRESETS, ContrastivePOConfig, preset, preset_batch_size
+from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task
+from clip_po.commands.train_arguments import TrainArguments, fit_to_size, parse
+from clip_po.config import ContrastivePOConfig
 from clip_po.data.fonts import training_fonts
 from clip_po.data.pairs import TypographicPreferences
-from clip_po.evaluation.choice import check_bound, choose, sweep, sweep_table
+from clip_po.evaluation.choice import choose, sweep, sweep_table
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.models import image_size, init_kwargs, load_model, load_processor
@@ -30,167 +29,6 @@ from clip_po.trainer import ContrastivePOTrainer
 
 VISION_ATTENTION = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 """Where adapters go by default: the linear layers of the vision tower."""
-
-BATCH_SIZE = 64
-
-DEFAULTS: Mapping[str, Any] = {
-    "loss_type": ["sigmoid", "sft"],
-    "beta": 1.0,
-    "reg_weight": 3.0,
-    "per_device_eval_batch_size": 256,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-    "save_strategy": "epoch",
-    "save_total_limit": 1,
-    # Chosen where they are not given: the batch size below, the others in `fit_to_size`.
-    "per_device_train_batch_size": None,
-    "learning_rate": None,
-    "num_train_epochs": None,
-}
-"""Defaults of the command line, chosen by experiment on photographs and digits (benchmarks/photographs.py).
-
-DPO alone moves one difference of logits: it unlearns the word, but not what the ink hides. Cross-entropy on the chosen
-text beside it teaches that too."""
-
-
-@dataclass
-class TrainArguments(TaskArguments):
-    """Arguments of `clip-po train` beside those of the trainer, the model and LoRA."""
-
-    rejected: Literal["word", "others"] = field(
-        default="word",
-        metadata={
-            "help": "Rejected texts: word, that of the written word alone; others, all other classes too (S-DPO).",
-        },
-    )
-    labels: Literal["given", "reference"] = field(
-        default="given",
-        metadata={
-            "help": "Where classes come from: given, the label column; reference, the model's own answers on clean "
-            "images, weighted by its confidence, for images without labels.",
-        },
-    )
-    dataset_validation_split: str | None = field(
-        default=None,
-        metadata={"help": "Split to evaluate and choose on; default: a tenth of the training rows, kept out of them."},
-    )
-    max_clean_cost: float | None = field(
-        default=None,
-        metadata={
-            "help": "Clean accuracy that may be lost, in points: after training, the most robust interpolation from "
-            "the base to the aligned model is saved that is sure (95%) to cost no more on the validation images.",
-        },
-    )
-    moving_average: float | None = field(
-        default=None,
-        metadata={"help": "Save the Beta moving average of the weights of all steps; the paper's is 0.7."},
-    )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={
-            "help": "Stop after that many evaluations without a better one, and keep the best: by typographic "
-            "accuracy within max_clean_cost. Needs an eval_strategy and the same save_strategy.",
-        },
-    )
-    preset: str | None = field(
-        default=None,
-        metadata={"help": "The paper's settings, which single flags override.", "choices": sorted(PRESETS)},
-    )
-
-    def __post_init__(self) -> None:
-        """Refuse what can't work before anything is loaded."""
-        super().__post_init__()
-        if self.max_clean_cost is not None:
-            check_bound(self.max_clean_cost)
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise ValueError(
-                f"--early_stopping_patience must be at least 1 evaluation, got {self.early_stopping_patience}."
-            )
-
-    def validates(self, args: ContrastivePOConfig) -> bool:
-        """Whether anything is measured on validation images."""
-        return args.eval_strategy != "no" or self.max_clean_cost is not None
-
-    def with_validation(self, dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-        """Training and validation rows: those of the validation split, or a tenth of the training rows."""
-        validation = None
-        if self.dataset_validation_split is not None:
-            validation = self.load(self.dataset_validation_split, seed)
-        elif len(dataset) > 1:
-            split = dataset.train_test_split(test_size=0.1, seed=seed)
-            dataset, validation = split["train"], split["test"]
-        if validation is None or len(validation) < 2:
-            raise ValueError(
-                "Validation takes at least two images. Without --dataset_validation_split it gets a tenth of the "
-                "training rows: give more than ten of them, or name a split with more images."
-            )
-        return dataset, validation
-
-    def stop_early(self, args: ContrastivePOConfig) -> None:
-        """Let the trainer keep its best checkpoint, where training is to stop early."""
-        if self.early_stopping_patience is None:
-            return
-        if args.eval_strategy == "no" or args.eval_strategy != args.save_strategy:
-            raise ValueError(
-                f"--early_stopping_patience compares checkpoints, but eval_strategy={str(args.eval_strategy)!r} and "
-                f"save_strategy={str(args.save_strategy)!r}. Give both the same: --eval_strategy epoch "
-                "--save_strategy epoch."
-            )
-        if args.eval_strategy == "steps" and args.eval_steps != args.save_steps:
-            raise ValueError(
-                f"--early_stopping_patience keeps the best evaluated checkpoint, but eval_steps={args.eval_steps} and "
-                f"save_steps={args.save_steps}. Give both --eval_steps and --save_steps the same number."
-            )
-        args.load_best_model_at_end = args.greater_is_better = True
-        args.metric_for_best_model = "typographic_accuracy" if self.max_clean_cost is None else "trade_off"
-
-    def saves_other_weights(self, args: ContrastivePOConfig) -> bool:
-        """Whether what is saved are not the weights of the last evaluation, so that it is to be measured itself."""
-        return args.load_best_model_at_end or self.moving_average is not None or self.max_clean_cost is not None
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """The callbacks that the arguments ask for."""
-        found: list[TrainerCallback] = []
-        if self.moving_average is not None:
-            found.append(BetaMovingAverageCallback(self.moving_average))
-        if self.early_stopping_patience is not None:
-            found.append(EarlyStoppingCallback(self.early_stopping_patience))
-        return found
-
-
-def fit_to_size(width: int, rows: int, adapters: bool) -> dict[str, float]:
-    """Learning rate and epochs where the user gives none.
-
-    The learning rate falls with the square of the vision tower's width, from what was found best at 128, so that
-    it is near 1e-5 for ViT-B; adapters, which are small, take more. Small data sets are seen more often.
-
-    Args:
-        width: Hidden size of the vision tower.
-        rows: Rows of the training data.
-        adapters: Whether only adapters train.
-    """
-    full = 3e-4 * (128 / width) ** 2
-    return {
-        "learning_rate": full * (4.0 if adapters else 1.0),
-        "num_train_epochs": float(min(10, max(3, math.ceil(12_000 / rows)))),
-    }
-
-
-def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, ModelConfig]:
-    """The arguments: flags over YAML (`--config`) over `--preset` over the command line's defaults."""
-    parser = TrlParser([TrainArguments, ContrastivePOConfig, ModelConfig], prog="clip-po train")
-    chosen = flag_value("preset", argv)
-    defaults = {**DEFAULTS, "output_dir": None, "lora_target_modules": None}
-    if chosen is not None:
-        defaults |= preset(chosen)
-    parser.set_defaults_with_config(**defaults)
-    task_args, args, model_args = parser.parse_args_and_config(list(argv))
-    if args.per_device_train_batch_size is None:
-        paper = preset_batch_size(args.gradient_accumulation_steps)
-        args.per_device_train_batch_size = BATCH_SIZE if chosen is None else paper
-    if str(args.resume_from_checkpoint).lower() == "true":
-        args.resume_from_checkpoint = True
-    return task_args, args, model_args
 
 
 def adapters(model_args: ModelConfig) -> PeftConfig | None:
@@ -212,53 +50,34 @@ def align(
     if args.output_dir is None:
         raise ValueError("--output_dir is missing: where the checkpoint goes.")
     dataset = task_args.load(task_args.dataset_train_split, args.seed)
-    names = task_args.names(dataset)
-    template = task_args.prompt_template or DEFAULT_TEMPLATE
-
-    init = {"dtype": model_args.dtype, "revision": model_args.model_revision, **init_kwargs(args.model_init_kwargs)}
-    if model_args.attn_implementation is not None:
-        init["attn_implementation"] = model_args.attn_implementation
-    model = load_model(model_args.model_name_or_path, **init)
-    args.model_init_kwargs = {k: v for k, v in init.items() if k in ("revision", "token")}
-    processor = load_processor(model, args)
-    args.model_init_kwargs = None
-    side = image_size(processor) or model.config.vision_config.image_size
-
+    task = Task(task_args.names(dataset), task_args.prompt_template or DEFAULT_TEMPLATE)
+    model, processor = load_start(args, model_args)
     validation = None
     if task_args.validates(args):
         dataset, validation = task_args.with_validation(dataset, args.seed)
     columns = {"image_column": task_args.image_column, "label_column": task_args.label_column}
     if task_args.labels == "reference":
-        # As the trainer's own will be: there is one state of all accelerators of a process.
-        accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.use_cpu)
-        model.to(accelerator.device)
-
-        def own(rows: Dataset) -> Dataset:
-            return pseudo_labels(
-                model,
-                processor,
-                rows,
-                names,
-                [template],
-                image_column=task_args.image_column,
-                batch_size=args.per_device_eval_batch_size,
-                num_workers=args.dataloader_num_workers,
-                accelerator=accelerator,
-                disable_tqdm=bool(args.disable_tqdm),
-            )
-
-        dataset, validation = own(dataset), None if validation is None else own(validation)
+        dataset, validation = (
+            None if rows is None else own_answers(rows, model, processor, task, task_args.image_column, args)
+            for rows in (dataset, validation)
+        )
         columns |= {"label_column": LABEL_COLUMN, "weight_column": WEIGHT_COLUMN}
 
     def preferences(rows: Dataset, seed: int) -> TypographicPreferences:
-        attack = task_args.attack(names, training_fonts(), side, seed)
-        return TypographicPreferences(rows, attack, names, template, rejected=task_args.rejected, **columns)
+        side = image_size(processor) or model.config.vision_config.image_size
+        attack = task_args.attack(task.class_names, training_fonts(), side, seed)
+        return TypographicPreferences(
+            rows, attack, task.class_names, task.prompt_template, rejected=task_args.rejected, **columns
+        )
 
     peft_config = adapters(model_args)
     for name, value in fit_to_size(model.config.vision_config.hidden_size, len(dataset), bool(peft_config)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     task_args.stop_early(args)
+    if peft_config is not None and task_args.max_clean_cost is not None:
+        # Adapters are merged in the end: those of earlier saves would stay beside the merged model on the Hub.
+        args.hub_strategy = HubStrategy.END
     train = preferences(dataset, args.seed)
     held_out = None if validation is None else preferences(validation, args.seed + 1)
     trainer = ContrastivePOTrainer(
@@ -271,33 +90,61 @@ def align(
         candidate_texts=train.texts,
         callbacks=task_args.callbacks(),
     )
-    if held_out is None:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        return trainer, Task(names, template)
-    images = RobustnessImages(
-        held_out.dataset,
-        held_out.attack,
-        processor,
-        names,
-        image_column=columns["image_column"],
-        label_column=columns["label_column"],
-    )
-    if args.eval_strategy != "no":
-        measured = RobustnessCallback(
-            trainer,
-            images,
-            [template],
-            task_args.max_clean_cost,
-            args.per_device_eval_batch_size,
-            args.dataloader_num_workers,
-        )
-        trainer.add_callback(measured)
+    images = None if held_out is None else validation_images(held_out, processor)
+    if images is not None and args.eval_strategy != "no":
+        sizes = (args.per_device_eval_batch_size, args.dataloader_num_workers)
+        bound = task_args.max_clean_cost
+        trainer.add_callback(RobustnessCallback(trainer, images, [task.prompt_template], bound, *sizes))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if task_args.max_clean_cost is not None:
-        keep_clean_accuracy(trainer, images, [template], task_args.max_clean_cost)
+    if images is not None and task_args.max_clean_cost is not None:
+        keep_clean_accuracy(trainer, images, [task.prompt_template], task_args.max_clean_cost)
     if args.eval_strategy != "no" and task_args.saves_other_weights(args):
         trainer.evaluate()
-    return trainer, Task(names, template)
+    return trainer, task
+
+
+def load_start(args: ContrastivePOConfig, model_args: ModelConfig) -> tuple[CLIPModel, CLIPProcessor]:
+    """The model that training starts from, and its processor."""
+    init = {"dtype": model_args.dtype, "revision": model_args.model_revision, **init_kwargs(args.model_init_kwargs)}
+    if model_args.attn_implementation is not None:
+        init["attn_implementation"] = model_args.attn_implementation
+    model = load_model(str(model_args.model_name_or_path), **init)
+    args.model_init_kwargs = {k: v for k, v in init.items() if k in ("revision", "token")}
+    processor = load_processor(model, args)
+    args.model_init_kwargs = None
+    return model, processor
+
+
+def own_answers(
+    rows: Dataset, model: CLIPModel, processor: CLIPProcessor, task: Task, image_column: str, args: ContrastivePOConfig
+) -> Dataset:
+    """The rows with the model's own answers for labels, and its confidence for weights."""
+    # As the trainer's own will be: there is one state of all accelerators of a process.
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.use_cpu)
+    return pseudo_labels(
+        model.to(accelerator.device),
+        processor,
+        rows,
+        task.class_names,
+        [task.prompt_template],
+        image_column=image_column,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        accelerator=accelerator,
+        disable_tqdm=bool(args.disable_tqdm),
+    )
+
+
+def validation_images(rows: TypographicPreferences, processor: CLIPProcessor) -> RobustnessImages:
+    """The images of validation preferences, with the same attacks."""
+    return RobustnessImages(
+        rows.dataset,
+        rows.attack,
+        processor,
+        rows.class_names,
+        image_column=rows.image_column,
+        label_column=rows.label_column,
+    )
 
 
 def keep_clean_accuracy(

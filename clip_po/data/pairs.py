@@ -63,7 +63,7 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         self.class_names = list(names)
         self.labels: list[int] = labels.tolist()
         self.weights = [1.0] * len(labels) if weight_column is None else read_weights(dataset, weight_column)
-        self.image_column = image_column
+        self.image_column, self.label_column = image_column, label_column
         self.images = read_images(dataset, image_column)
         self.attack = attack
         self.template = template

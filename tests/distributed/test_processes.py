@@ -31,7 +31,7 @@ def results(tmp_path_factory, clip_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sigmoid", "kto", "accumulated", "scale", "lora"])
+@pytest.mark.parametrize("name", ["sigmoid", "kto", "accumulated", "scale", "lora", "distillation"])
 def test_two_processes_train_as_one(results, name):
     one, two = (json.loads((results / f"{name}-{n}.json").read_text()) for n in (1, 2))
     assert len(one["train"]) == len(two["train"]) == 50
@@ -48,7 +48,7 @@ def test_two_processes_train_as_one(results, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sigmoid", "kto", "accumulated", "scale", "lora"])
+@pytest.mark.parametrize("name", ["sigmoid", "kto", "accumulated", "scale", "lora", "distillation"])
 def test_their_gradients_are_those_of_one_process(results, name):
     one, two = (load_file(results / f"{name}-{n}.safetensors") for n in (1, 2))
     assert one.keys() == two.keys()

@@ -22,6 +22,7 @@ RUNS = {
     "accumulated": {"loss_type": ["ipo", "sft"], "gradient_accumulation_steps": 2, "train_text_model": True},
     "scale": {"loss_type": "sigmoid", "train_logit_scale": True, "precompute_ref_log_probs": False},
     "lora": {"loss_type": "sigmoid", "lora": True},
+    "distillation": {"loss_type": ["distillation", "sft"], "loss_weights": [1.0, 0.5]},
 }
 
 
