@@ -4,7 +4,8 @@ The towers stay frozen and their unit-norm embeddings x (image) and y (text) bec
 W is trained with the preference losses plus a weight times ||I - W W^T||_F. That penalty draws W near the orthogonal
 matrices and no farther: under a shared, exactly orthogonal W every cosine is what it was, so whatever the shared
 transformation learns lives in what the penalty leaves free. The norm is not squared, so it has a kink where W is
-orthogonal, and a weight above the pull of the losses holds a shared W there for good: nothing is learned then.
+orthogonal, and too large a weight holds a shared W there for good, with nothing learned: from the identity, a weight
+of half the norm of the symmetric part of the losses' gradient or more.
 
 Two paths lead from the original model (t = 0) to the trained one (t = 1) and beyond both:
 
@@ -12,10 +13,14 @@ Two paths lead from the original model (t = 0) to the trained one (t = 1) and be
 path        W_t                 offered for        what it does
 ==========  ==================  =================  ===================================================================
 singular    U S^t V^T           shared, square W   Similarity x^T V S^(2t) V^T y: a direction that training shrank by s
-                                                   is shrunk by s^t. Never turns a direction around; below 0 it
-                                                   enlarges what training shrank, without bound.
-straight    (1 - t) I + t W     every square W     Linear in t. Far beyond 1 a direction passes through 0 and comes
-                                                   back with its sign turned, on both sides of a shared W unseen.
+                                                   is shrunk by s^t. No direction is turned around: what changes
+                                                   is which of them decides. Below 0 it enlarges without bound what
+                                                   training shrank.
+straight    (1 - t) I + t W     every square W     Linear in t. A direction that training shrank by s passes through
+                                                   0 at t = 1 / (1 - s) and comes back beyond it: under a shared W it
+                                                   has changed its sign on both sides, which no similarity sees.
+                                                   Only sensible for a W trained from the identity: the rotation in
+                                                   an orthogonal start is no step towards the concept.
 ==========  ==================  =================  ===================================================================
 
 Source: Afzali et al. 2025, arXiv 2411.08923; (1 - t) I + t W is the interpolation of Wortsman et al. 2022, arXiv
@@ -44,7 +49,7 @@ CONCEPT_FILE = "concept.safetensors"
 
 Towers = Literal["shared", "each", "image"]
 Start = Literal["identity", "orthogonal"]
-Path_ = Literal["singular", "straight"]
+ScalePath = Literal["singular", "straight"]
 
 
 class ConceptTransform(nn.Module):
@@ -142,7 +147,7 @@ class ConceptTransform(nn.Module):
         return torch.stack(distances).sum()
 
     @torch.no_grad()
-    def at(self, t: float, path: Path_ = "singular") -> ConceptTransform:
+    def at(self, t: float, path: ScalePath = "singular") -> ConceptTransform:
         """The transformation at scale t: 0 is the original model, 1 this transformation.
 
         Between 0 and 1 the concept is turned down (or wherever training took it), beyond 1 farther the same way,
@@ -164,8 +169,8 @@ class ConceptTransform(nn.Module):
         """
         if not math.isfinite(t):
             raise ValueError(f"t must be a finite number, got {t!r}; 0 is the original model, 1 the trained one.")
-        if path not in get_args(Path_):
-            raise ValueError(f"path must be one of {list(get_args(Path_))}, got {path!r}.")
+        if path not in get_args(ScalePath):
+            raise ValueError(f"path must be one of {list(get_args(ScalePath))}, got {path!r}.")
         self._check_path(path)
         scaled = copy.deepcopy(self)
         for weight in scaled.parameters():
@@ -222,7 +227,7 @@ class ConceptTransform(nn.Module):
         """Sizes and towers, for `print`."""
         return f"dim={self.dim}, output_dim={self.output_dim}, towers={self.towers!r}"
 
-    def _check_path(self, path: Path_) -> None:
+    def _check_path(self, path: ScalePath) -> None:
         if self.output_dim < self.dim:
             raise ValueError(
                 f"W is {self.output_dim} x {self.dim}: with fewer rows than columns it has dropped directions that "
@@ -258,7 +263,9 @@ def _singular_power(weight: Tensor, t: float) -> Tensor:
 
 
 @torch.no_grad()
-def fold(model: nn.Module, transform: ConceptTransform, t: float | None = None, path: Path_ = "singular") -> CLIPModel:
+def fold(
+    model: nn.Module, transform: ConceptTransform, t: float | None = None, path: ScalePath = "singular"
+) -> CLIPModel:
     """A plain CLIPModel whose embeddings are the transformed ones: W multiplied into its projections.
 
     It saves, loads and runs without clip_po. With K < D rows of W its `projection_dim` is K.

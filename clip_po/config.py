@@ -87,6 +87,8 @@ class ContrastivePOConfig(TrainingArguments):
         precompute_ref_log_probs (`bool`, *optional*): Let the reference see each fixed image once, before
             training, and keep its embeddings. `None`: where it pays, that is for fixed images seen in more than
             one epoch. `True`: always, and refuse images that change. `False`: never.
+        embeddings_cache (`str`, *optional*): Folder that keeps these embeddings between runs, by a fingerprint of
+            image tower, processor and images.
     """
 
     # Given as JSON on the command line.
@@ -135,6 +137,10 @@ class ContrastivePOConfig(TrainingArguments):
     precompute_ref_log_probs: bool | None = field(
         default=None,
         metadata={"help": "Let the reference see each fixed image once, before training; default: if it pays."},
+    )
+
+    embeddings_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the reference's embeddings of fixed images between runs."}
     )
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
+from clip_po.caching import EmbeddingCache, fingerprint, model_digest, processor_digest
 from clip_po.data.collator import to_pixels
 from clip_po.data.pairs import PreferencePairs
 from clip_po.policy import (
@@ -113,6 +114,7 @@ def embed_fixed_images(
     batch_size: int,
     num_workers: int = 0,
     disable_tqdm: bool = False,
+    cache: EmbeddingCache | None = None,
 ) -> None:
     """Let the reference see each image that is the same in every epoch once, and give rows its embeddings.
 
@@ -127,12 +129,20 @@ def embed_fixed_images(
         batch_size: Images a forward and process.
         num_workers: Processes that read images.
         disable_tqdm: Shows no progress bar.
+        cache: Keeps embeddings between runs, by a fingerprint of image tower, processor and images; None for none.
     """
     if pairs.reference:
         return
     embeds = {}
     for column in pairs.fixed_images:
         if column not in reference.sees:
+            continue
+        name = None if cache is None else _fingerprint(reference, pairs, processor, column)
+        known = None if cache is None or name is None else cache.get(name, pairs.image_count(column))
+        # Where processes have disks of their own, all compute unless all have found.
+        hits = accelerator.reduce(torch.tensor(float(known is not None), device=accelerator.device), "sum")
+        if known is not None and hits.item() == accelerator.num_processes:
+            embeds[column] = known
             continue
         loader = accelerator.prepare(
             DataLoader(
@@ -150,4 +160,18 @@ def embed_fixed_images(
         )
         found = [accelerator.gather(reference.image_embeds(pixels)).float().cpu() for pixels in batches]
         embeds[column] = torch.cat(found)[: pairs.image_count(column)]
+        if cache is not None and name is not None and accelerator.is_local_main_process:
+            cache.put(name, embeds[column])
     pairs.attach_reference(embeds)
+
+
+def _fingerprint(
+    reference: ReferencePolicy, pairs: PreferencePairs, processor: ProcessorMixin, column: str
+) -> str | None:
+    """The name of a column's embeddings; None where the images can't be named."""
+    images = pairs.digest(column)
+    if images is None:
+        return None
+    encoder = dual_encoder(reference.model)
+    tower = [model_digest(part) for part in (encoder.vision_model, encoder.visual_projection)]
+    return fingerprint(*tower, processor_digest(processor), images)

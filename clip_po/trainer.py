@@ -14,6 +14,7 @@ from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer, Tr
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 from transformers.utils import logging
 
+from clip_po.caching import EmbeddingCache
 from clip_po.config import ADAMAX, ContrastivePOConfig
 from clip_po.data.collator import DataCollatorForContrastivePreference, row_weights
 from clip_po.data.formats import check_candidates
@@ -291,6 +292,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
                     self.args.eval_batch_size,
                     self.args.dataloader_num_workers,
                     bool(self.args.disable_tqdm),
+                    EmbeddingCache(self.args.embeddings_cache) if self.args.embeddings_cache else None,
                 )
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from samples import PROMPTS
 from torch.nn import functional as F
 
+from clip_po.caching import EmbeddingCache
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.pairs import PreferencePairs, TypographicPreferences
 from clip_po.data.typographic import TypographicAttack
@@ -161,6 +162,29 @@ def test_of_drawn_attacks_only_the_clean_images_are_embedded(reference, labelled
     attack = TypographicAttack(["cat", "dog"], min_side=32)
     pairs = PreferencePairs(TypographicPreferences(labelled, attack), "clean_image")
     assert set(embed(reference, pairs, processor).reference) == {"reg_image"}
+
+
+def test_a_second_run_computes_nothing_and_a_change_does(reference, preferences, labelled, processor, tmp_path):
+    cache, seen = EmbeddingCache(tmp_path), []
+    reference.model.vision_model.register_forward_hook(lambda *_: seen.append(1))
+
+    def images_seen(rows, regularization="clean_image"):
+        seen.clear()
+        pairs = embed(reference, PreferencePairs(rows, regularization), processor, cache=cache)
+        return len(seen), pairs.reference
+
+    first, embeds = images_seen(preferences)
+    again, found = images_seen(preferences)
+    assert (first, again) == (8, 0)
+    assert all(torch.equal(embeds[column], found[column]) for column in ("image", "reg_image"))
+    turned = preferences.map(lambda row, i: {"image": row["image"].rotate(90)} if i == 3 else {}, with_indices=True)
+    assert images_seen(turned)[0] == 4
+    drawn = TypographicPreferences(labelled, TypographicAttack(["cat", "dog"], min_side=32, redraw="never"))
+    redrawn = TypographicPreferences(labelled, TypographicAttack(["cat", "dog"], min_side=32, redraw="never", seed=1))
+    assert [images_seen(rows)[0] for rows in (drawn, drawn, redrawn)] == [8, 0, 4]
+    with torch.no_grad():
+        reference.model.visual_projection.weight[0, 0] += 1e-3
+    assert images_seen(preferences)[0] == 8
 
 
 def test_workers_embed_the_same(reference, preferences, processor):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from accelerate import Accelerator
@@ -30,6 +30,8 @@ from clip_po.evaluation.zero_shot import CleanImages
 if TYPE_CHECKING:
     from clip_po.commands.evaluate import EvaluateArguments
 
+Loaded = TypeVar("Loaded")
+
 MOST_SKEWED = 5
 """Queries that are printed by name."""
 
@@ -50,13 +52,13 @@ class FairnessArguments:
         },
     )
     top_k: list[float] = field(
-        default_factory=lambda: [1000.0],
+        default_factory=lambda: [1000],
         metadata={"help": "For --fairness: numbers of images that are looked at, or shares of them below 1."},
     )
     desired_share: str = field(
         default="dataset",
         metadata={
-            "help": "For --fairness: share that each group ought to have, dataset or uniform.",
+            "help": "For --fairness: the share that each group ought to have.",
             "choices": ["dataset", "uniform"],
         },
     )
@@ -95,25 +97,42 @@ def attribute_suite(args: EvaluateArguments) -> Suite:
     return Suite("fairness", "fairness", (entry,))
 
 
-def load_together(load: Callable[[], Dataset], accelerator: Accelerator) -> tuple[Dataset | None, str]:
-    """A data set, or why no process has it: one that lacks it would leave the others waiting.
+def load_together(load: Callable[[], Loaded], accelerator: Accelerator) -> tuple[Loaded | None, str]:
+    """Data, or why no process has them: one that lacks them would leave the others waiting.
 
     Args:
         load: Called without arguments.
         accelerator: Of this process.
 
     Returns:
-        The data set and "", or None and the reason.
+        The data and "", or None and the reason.
     """
-    dataset, reason = None, ""
+    loaded, reason = None, ""
     # The first process downloads, the others find it in the cache.
     with accelerator.main_process_first():
         try:
-            dataset = load()
+            loaded = load()
         except Exception as error:  # what the Hub, its cache and decoders raise has no common class
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     reasons = [other for other in gather_object([reason]) if other]
-    return (None, reasons[0]) if reasons else (dataset, "")
+    return (None, reasons[0]) if reasons else (loaded, "")
+
+
+@dataclass(frozen=True)
+class Faces:
+    """Images with an attribute.
+
+    Attributes:
+        dataset: One split.
+        groups: Array [N], the group of each image.
+        clusters: Array [N], what images have in common; None for nothing.
+        ks: Numbers of images that are looked at.
+    """
+
+    dataset: Dataset
+    groups: np.ndarray
+    clusters: np.ndarray | None
+    ks: list[int]
 
 
 @dataclass
@@ -144,28 +163,30 @@ class FairnessRun:
         """Load a data set and measure it, or note why it is missing."""
         about: dict[str, Any] = asdict(entry)
         self.entries.append(about)
-        folder = self.args.suite_folder
-        dataset, reason = load_together(
-            lambda: load_split(entry_source(entry, folder), entry.split, entry.config), self.accelerator
-        )
-        if dataset is None:
+        faces, reason = load_together(lambda: self._load(entry), self.accelerator)
+        if faces is None:
             self.missing[entry.name] = about["missing"] = reason
-            return
-        if self.args.max_samples is not None and self.args.max_samples < len(dataset):
-            dataset = dataset.shuffle(seed=self.args.seed).select(range(self.args.max_samples))
-        self._measure(entry, dataset, about)
+        else:
+            self._measure(entry, faces, about)
 
-    def _measure(self, entry: Entry, dataset: Dataset, about: dict[str, Any]) -> None:
+    def _load(self, entry: Entry) -> Faces:
+        """The data of an entry, checked: what does not fit is known before a model runs."""
         args = self.args
+        dataset = load_split(entry_source(entry, args.suite_folder), entry.split, entry.config)
+        if args.max_samples is not None and args.max_samples < len(dataset):
+            dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
         groups = read_attribute(dataset, entry.columns.get("attribute", "attribute"))
         ks = [top_k(k, len(groups), args.desired_share) for k in args.top_k]
-        queries, labels = self._queries(entry, dataset)
-        clusters = _clusters(dataset, entry.columns.get("cluster"))
+        return Faces(dataset, groups, _clusters(dataset, entry.columns.get("cluster")), ks)
+
+    def _measure(self, entry: Entry, faces: Faces, about: dict[str, Any]) -> None:
+        args, groups, ks = self.args, faces.groups, faces.ks
+        queries, labels = self._queries(entry, faces.dataset)
         image_column = entry.columns.get("image", "image")
         scores = query_scores(
             self.models,
             self.processor,
-            CleanImages(read_images(dataset, image_column), image_column, self.processor),
+            CleanImages(read_images(faces.dataset, image_column), image_column, self.processor),
             queries.words,
             queries.templates,
             batch_size=args.batch_size,
@@ -182,7 +203,7 @@ class FairnessRun:
             ks,
             base="base" if "base" in scores else None,
             labels=labels,
-            clusters=clusters,
+            clusters=faces.clusters,
             resamples=args.resamples,
             seed=args.seed,
             **share,

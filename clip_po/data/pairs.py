@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch import Tensor
 
+from clip_po.caching import fingerprint, image_digest
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.formats import Row, check_preferences, check_regularization, read_row, to_texts
 from clip_po.data.labelled import read_image, read_images, read_labels, read_weights
@@ -101,6 +102,15 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         """The image of row `index` before the attack."""
         return read_image(self.images, self.image_column, index)
 
+    def digest(self, column: str) -> str:
+        """What the images of `image` or `clean_image` in epoch 0 are made from, as one name."""
+        images = image_digest(self.dataset, self.image_column)
+        return (
+            images
+            if column == "clean_image"
+            else fingerprint(images, repr((self.attack, self.class_names, self.labels)))
+        )
+
     def row(self, index: int, epoch: int) -> Row:
         """The preference of row `index` as drawn in `epoch`."""
         clean = self.clean(index)
@@ -182,6 +192,15 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         if name not in self._columns:
             self._columns[name] = self.preferences.select_columns([name])  # so that one image is decoded, not two
         return read_row(self._columns[name], index, self.name)[name]
+
+    def digest(self, column: str) -> str | None:
+        """What a column of `fixed_images` is made from, as one name; None where that can't be known."""
+        if column == "reg_image" and isinstance(self.regularization, Dataset):
+            return image_digest(self.regularization, "image")
+        name = "image" if column == "image" else "clean_image"
+        if isinstance(self.preferences, Dataset):
+            return image_digest(self.preferences, name)
+        return self.preferences.digest(name) if hasattr(self.preferences, "digest") else None
 
     def attach_reference(self, embeds: Mapping[str, Tensor]) -> None:
         """Give rows the reference's embeddings of their fixed images.

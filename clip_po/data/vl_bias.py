@@ -1,0 +1,118 @@
+"""VL-Bias: photographs of people in 52 activities and 13 occupations, the gender data of the paper.
+
+The archive itself was not at hand. What is known comes from its authors' README and scripts: the words, the folders
+`verb` and `occu`, and index files that list images by word. That the folders hold one folder a word, or files named
+after the word, is an assumption; so is that a path says who is shown. The scripts read no gender label: they take the
+gender that the model under test predicts. Where the paths don't say it, pass `genders`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
+from clip_po.evaluation.layouts import IMAGE_SUFFIXES, check_inside
+
+_ACTIVITIES = """
+baking begging biking calling cleaning climbing cooking coughing crying drinking driving eating exercising falling
+fishing hitting hugging jogging jumping kicking kneeling laughing lifting painting picking pitching praying reading
+riding rowing running serving sewing shopping shouting sitting skating sleeping smiling speaking spying standing
+staring stretching studying sweeping talking throwing walking washing waving working
+"""
+_OCCUPATIONS = "athlete chef doctor engineer farmer footballer judge mechanic nurse pilot police runner soldier"
+ACTIVITIES, OCCUPATIONS = tuple(_ACTIVITIES.split()), tuple(_OCCUPATIONS.split())
+PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "activities": ("verb", ACTIVITIES),
+    "occupations": ("occu", OCCUPATIONS),
+}
+"""By part: its folder, which also begins the name of its index file, and its words."""
+
+GENDERS = {"man": "man", "men": "man", "male": "man", "woman": "woman", "women": "woman", "female": "woman"}
+"""How a path may say who is shown."""
+
+
+def load_vl_bias(folder: str | Path, part: str, genders: Mapping[str, str] | None = None) -> Dataset:
+    """The images of one part of VL-Bias.
+
+    Images come from the index `verb*.json` or `occu*.json` where there is one: {"data": {word: [{"original": path},
+    ...]}}, with paths relative to the folder. Else from the folder `verb` or `occu`, where the nearest folder above an
+    image, or its own name before a number (`baking_12.jpg`), is the word.
+
+    Args:
+        folder: Where the authors' archive was unpacked.
+        part: "activities" or "occupations".
+        genders: "man" or "woman" by path relative to `folder`, with "/"; for images whose path does not say it in a
+            folder's or the file's name (`nurse/women/3.jpg`, `nurse_male_3.jpg`).
+
+    Returns:
+        Columns `image`, `label` (ClassLabel of the part's words), `gender` ("man", "woman", or None where it is
+        unknown) and `path`, sorted by path.
+
+    Raises:
+        ValueError: An unknown part or gender, no images, an image of no known word, or an index that can't be read,
+            leaves the folder, or names a missing image. The message names the file.
+
+    Source: Zhang, Wang and Sang 2022, arXiv 2207.01056, Sec. 4 (the data set), and the scripts that they published.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {list(PARTS)}, got {part!r}.")
+    base = Path(folder)
+    begins, words = PARTS[part]
+    index = next(iter(sorted(base.glob(f"{begins}*.json"))), None)
+    found = _indexed(base, index) if index is not None else _in_folders(base, begins, words)
+    if not found:
+        raise ValueError(
+            f"{base} holds no images of {part}: no index {begins}*.json, and none in {base / begins}. Unpack the "
+            "authors' archive there."
+        )
+    given = genders or {}
+    rows: dict[str, list[str | int | None]] = {"image": [], "label": [], "gender": [], "path": []}
+    for path, word in sorted(found.items()):
+        if word not in words:
+            raise ValueError(f"{path} is of {word!r}, which is none of the {len(words)} {part} of VL-Bias.")
+        gender = given.get(path, _gender(path))
+        if gender not in ("man", "woman", None):
+            raise ValueError(f'The gender of {path} must be "man" or "woman", got {gender!r}.')
+        for column, value in zip(rows, (str(base / path), words.index(word), gender, path), strict=True):
+            rows[column].append(value)
+    features = {"image": Image(), "label": ClassLabel(names=list(words)), "gender": Value("string")}
+    return Dataset.from_dict(rows, features=Features({**features, "path": Value("string")}))
+
+
+def _indexed(base: Path, index: Path) -> dict[str, str]:
+    """Words by path, from an index."""
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["data"]
+        found = {str(image["original"]): str(word) for word, images in listed.items() for image in images}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{index} is no index of VL-Bias ({type(error).__name__}: {error}), expected {{"data": {{word: '
+            '[{"original": path}, ...]}}.'
+        ) from error
+    for path in found:
+        check_inside(path, str(index))
+        if not (base / path).is_file():
+            raise ValueError(f"{index} names {path!r}, but there is no such image in {base}.")
+    return found
+
+
+def _in_folders(base: Path, begins: str, words: tuple[str, ...]) -> dict[str, str]:
+    """Words by path, from the names of folders and files."""
+    found = {}
+    for file in sorted((base / begins).rglob("*")):
+        path = file.relative_to(base)
+        if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith(".") or "__MACOSX" in path.parts:
+            continue
+        named = [part for part in reversed(path.parts[:-1]) if part in words]
+        found[path.as_posix()] = named[0] if named else re.split(r"[_\-\d]", file.stem)[0]
+    return found
+
+
+def _gender(path: str) -> str | None:
+    """Who a path says is shown; None where it says nothing, or both."""
+    said = {GENDERS[word] for word in re.split(r"[^a-z]+", path.lower()) if word in GENDERS}
+    return said.pop() if len(said) == 1 else None
