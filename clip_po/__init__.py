@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clip_po.averaging import BetaMovingAverageCallback, interpolate
     from clip_po.callbacks import RobustnessCallback
+    from clip_po.concept import ConceptTransform, fold
     from clip_po.config import ContrastivePOConfig
     from clip_po.data.collator import DataCollatorForContrastivePreference
     from clip_po.data.pairs import TypographicPreferences
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BetaMovingAverageCallback": "clip_po.averaging",
+    "ConceptTransform": "clip_po.concept",
     "ContrastivePOConfig": "clip_po.config",
     "ContrastivePOTrainer": "clip_po.trainer",
     "DataCollatorForContrastivePreference": "clip_po.data.collator",
@@ -38,6 +40,7 @@ _HOMES = {
     "TypographicPreferences": "clip_po.data.pairs",
     "choose": "clip_po.evaluation.choice",
     "evaluate_robustness": "clip_po.evaluation.robustness",
+    "fold": "clip_po.concept",
     "interpolate": "clip_po.averaging",
     "pseudo_labels": "clip_po.labelling",
     "robustness_report": "clip_po.evaluation.robustness",
@@ -49,6 +52,7 @@ _HOMES = {
 
 __all__ = [
     "BetaMovingAverageCallback",
+    "ConceptTransform",
     "ContrastivePOConfig",
     "ContrastivePOTrainer",
     "DataCollatorForContrastivePreference",
@@ -58,6 +62,7 @@ __all__ = [
     "TypographicPreferences",
     "choose",
     "evaluate_robustness",
+    "fold",
     "interpolate",
     "pseudo_labels",
     "robustness_report",

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -41,6 +42,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from clip_po.policy import dual_encoder
 
@@ -198,6 +200,17 @@ class ConceptTransform(nn.Module):
             "output_dim": str(self.output_dim),
         }
         save_file(tensors, Path(folder) / CONCEPT_FILE, metadata=metadata)
+
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write what `load` reads, and the same weights under the name that a Trainer resumes from.
+
+        Args:
+            folder: Made where it does not exist.
+            state_dict: The weights as a Trainer gathered them; those of the transformation where it is None.
+        """
+        self.save(folder)
+        weights = {name: weight.contiguous().cpu() for name, weight in (state_dict or self.state_dict()).items()}
+        save_file(weights, Path(folder) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     @classmethod
     def load(cls, folder: str | Path) -> ConceptTransform:

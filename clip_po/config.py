@@ -72,6 +72,8 @@ class ContrastivePOConfig(TrainingArguments):
         undesirable_weight (`float`, defaults to `1.0`): Weight of rejected texts in `kto_pair`, >= 0.
         reg_weight (`float`, defaults to `1.0`): lambda of the paper, >= 0: weight of KL(reference || policy) on
             ordinary images. 0 leaves them out.
+        penalty_weight (`float`, defaults to `0.1`): Weight of ||I - W W^T||_F where the trainer is given a
+            `concept`, >= 0.
 
         > The model
 
@@ -124,6 +126,10 @@ class ContrastivePOConfig(TrainingArguments):
     reg_weight: float = field(
         default=1.0,
         metadata={"help": "lambda: weight of KL(reference || policy) on ordinary images, >= 0."},
+    )
+    penalty_weight: float = field(
+        default=0.1,
+        metadata={"help": "Weight of ||I - W W^T||_F where a concept's transformation W is trained, >= 0."},
     )
     train_text_model: bool = field(default=False, metadata={"help": "Train the text tower too."})
     train_logit_scale: bool = field(default=False, metadata={"help": "Train the logit scale too."})
@@ -185,7 +191,7 @@ class ContrastivePOConfig(TrainingArguments):
                 f"train_sampling_strategy must be 'random' or 'sequential', got {self.train_sampling_strategy!r}: "
                 "preferences have no lengths to group by."
             )
-        for name in ("reg_weight", "desirable_weight", "undesirable_weight"):
+        for name in ("reg_weight", "penalty_weight", "desirable_weight", "undesirable_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}.")
 

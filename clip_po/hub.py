@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import huggingface_hub
 from huggingface_hub import ModelCard, ModelCardData
@@ -45,7 +45,7 @@ def model_card(
     loss_types: list[str],
     settings: Mapping[str, Any],
     metrics: Mapping[str, float],
-    adapter: bool = False,
+    kind: Literal["model", "adapter", "concept"] = "model",
     report: str | None = None,
 ) -> ModelCard:
     """The card of an aligned model: what was aligned, how, and what was measured.
@@ -56,7 +56,7 @@ def model_card(
         loss_types: Names of `clip_po.losses.LOSSES`.
         settings: What the training was set to, shown as a table.
         metrics: The last evaluation, by name.
-        adapter: The checkpoint holds adapters of the base model.
+        kind: What the checkpoint holds: a model, adapters of the base model, or a transformation of its embeddings.
         report: A Markdown table of what was measured before and after.
 
     Returns:
@@ -67,16 +67,19 @@ def model_card(
     data = ModelCardData(
         model_name=model_name,
         base_model=None if local else base_model,
-        library_name="peft" if adapter else "transformers",
+        library_name={"model": "transformers", "adapter": "peft", "concept": "clip_po"}[kind],
         pipeline_tag="zero-shot-image-classification",
         tags=["clip", "clip_po", "preference-optimization", *sorted(set(loss_types))],
     )
-    load = (
-        "from peft import PeftModel\nfrom transformers import CLIPModel, CLIPProcessor\n\n"
-        f'model = PeftModel.from_pretrained(CLIPModel.from_pretrained("{base_model}"), "{model_name}")'
-        if adapter
-        else f'from transformers import CLIPModel, CLIPProcessor\n\nmodel = CLIPModel.from_pretrained("{model_name}")'
-    )
+    base = f'CLIPModel.from_pretrained("{base_model}")'
+    load = {
+        "model": "from transformers import CLIPModel, CLIPProcessor\n\n"
+        f'model = CLIPModel.from_pretrained("{model_name}")',
+        "adapter": "from peft import PeftModel\nfrom transformers import CLIPModel, CLIPProcessor\n\n"
+        f'model = PeftModel.from_pretrained({base}, "{model_name}")',
+        "concept": "from clip_po import ConceptTransform, fold\nfrom transformers import CLIPModel, CLIPProcessor\n\n"
+        f'model = fold({base}, ConceptTransform.load("{model_name}"), t=1.0)',
+    }[kind]
     measured = report or _table({k: f"{v:.4f}" for k, v in sorted(metrics.items())}) or "Nothing was measured yet."
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
@@ -123,6 +126,7 @@ CARD_SETTINGS = (
     "beta",
     "label_smoothing",
     "reg_weight",
+    "penalty_weight",
     "train_text_model",
     "learning_rate",
     "lr_scheduler_type",
@@ -169,11 +173,11 @@ class SafePublishing(_Base):
         metrics = {k: float(v) for log in last for k, v in log.items() if k.startswith("eval_")}
         card = model_card(
             self.args.hub_model_id or model_name or folder.name,
-            self.args.base_model_id or model.config.name_or_path or "CLIPModel",
+            self.args.base_model_id or self.encoder.config.name_or_path or "CLIPModel",
             self.args.loss_type,
             {name: self.args.to_dict()[name] for name in CARD_SETTINGS},
             {k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_per_second"))},
-            adapter=hasattr(model, "peft_config"),
+            kind="concept" if self.concept else "adapter" if hasattr(model, "peft_config") else "model",
             report=_report_table(folder),
         )
         tags = kwargs.get("tags") or []

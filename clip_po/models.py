@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, CLIPModel, CLIPProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.utils import logging
 
+from clip_po.concept import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.policy import dual_encoder
 
@@ -101,6 +102,38 @@ def load_policy(
         for config in model.peft_config.values():
             config.base_model_name_or_path = args.base_model_id
     return model
+
+
+def check_concept(
+    concept: ConceptTransform,
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    args: ContrastivePOConfig,
+    peft_config: PeftConfig | None,
+) -> None:
+    """Refuse a transformation of another size, and what would train or compare with another model beside it.
+
+    Raises:
+        ValueError: The message says which argument and what to do.
+    """
+    given = {
+        "peft_config": peft_config is not None,
+        "ref_model": ref_model is not None,
+        "train_text_model=True": args.train_text_model,
+        "train_logit_scale=True": args.train_logit_scale,
+    }
+    wrong = [name for name, there in given.items() if there]
+    if wrong:
+        raise ValueError(
+            f"concept was given with {' and '.join(wrong)}, but a transformation is trained on the embeddings of a "
+            "model that stays as it is, and that is its own reference. Leave them out."
+        )
+    dim = dual_encoder(model).config.projection_dim
+    if concept.dim != dim:
+        raise ValueError(
+            f"concept transforms embeddings of {concept.dim} numbers, but those of the model have {dim}: give "
+            f"ConceptTransform({dim})."
+        )
 
 
 def init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:

@@ -65,6 +65,25 @@ class ReferencePolicy:
         return encode_images(self.model, pixel_values)
 
     @torch.no_grad()
+    def embeds_of(self, batch: Mapping[str, Any], images: Sequence[str]) -> dict[str, Tensor]:
+        """Unit-norm embeddings of a batch's images, those that it carries or else computed in one forward.
+
+        Args:
+            batch: As `DataCollatorForContrastivePreference` makes it.
+            images: Names of `SEES`; those that the batch has nothing of are left out.
+
+        Returns:
+            Tensor[B, D] by name.
+        """
+        pixels = {name: name.replace("image", "pixel_values") for name in images}
+        known = {name: batch[f"ref_{name}_embeds"] for name in images if f"ref_{name}_embeds" in batch}
+        unknown = [name for name in images if name not in known and pixels[name] in batch]
+        if unknown:
+            embeds = self.image_embeds(torch.cat([batch[pixels[name]] for name in unknown]))
+            known.update(zip(unknown, embeds.chunk(len(unknown)), strict=True))
+        return known
+
+    @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> BatchLogps:
         """Log-probabilities over the candidate texts of a batch.
 
@@ -75,21 +94,14 @@ class ReferencePolicy:
             Tensor[B, N] for the preference images, and for the regularization images and targets where there are
             any.
         """
-        names = [n for n in ("", "reg_", "target_") if f"{n}image" in self.sees and f"{n}pixel_values" in batch]
-        known = {name: batch[key] for name in names if (key := f"ref_{name}image_embeds") in batch}
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            pixels = [batch[f"{name}pixel_values"] for name in unknown]
-            embeds = self.image_embeds(torch.cat(pixels)).split(len(pixels[0]))
-            known.update(zip(unknown, embeds, strict=True))
         text_embeds = self.frozen_texts(batch_texts(self.candidate_texts, batch))
         logps = {
-            name: candidate_logps(known[name], text_embeds, self.logit_scale, batch.get("candidates"))
-            for name in names
+            name: candidate_logps(embeds, text_embeds, self.logit_scale, batch.get("candidates"))
+            for name, embeds in self.embeds_of(batch, self.sees).items()
         }
         candidates = batch["candidates"].shape[1] if "candidates" in batch else len(text_embeds)
-        unasked = text_embeds.new_zeros(len(batch["pixel_values"]), candidates)
-        return BatchLogps(logps.get("", unasked), logps.get("reg_"), logps.get("target_"))
+        unasked = text_embeds.new_zeros(len(batch["weight"]), candidates)
+        return BatchLogps(logps.get("image", unasked), logps.get("reg_image"), logps.get("target_image"))
 
 
 class _Images(torch.utils.data.Dataset[Any]):
@@ -115,6 +127,7 @@ def embed_fixed_images(
     num_workers: int = 0,
     disable_tqdm: bool = False,
     cache: EmbeddingCache | None = None,
+    images: Sequence[str] = SEES,
 ) -> None:
     """Let the reference see each image that is the same in every epoch once, and give rows its embeddings.
 
@@ -130,12 +143,13 @@ def embed_fixed_images(
         num_workers: Processes that read images.
         disable_tqdm: Shows no progress bar.
         cache: Keeps embeddings between runs, by a fingerprint of image tower, processor and images; None for none.
+        images: Those of `SEES` that are wanted.
     """
     if pairs.reference:
         return
     embeds = {}
     for column in pairs.fixed_images:
-        if column not in reference.sees:
+        if column not in images:
             continue
         name = None if cache is None else _fingerprint(reference, pairs, processor, column)
         known = None if cache is None or name is None else cache.get(name, pairs.image_count(column))

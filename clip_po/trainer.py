@@ -15,6 +15,8 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 from transformers.utils import logging
 
 from clip_po.caching import EmbeddingCache
+from clip_po.concept import ConceptTransform
+from clip_po.concept_policy import ConceptPolicy
 from clip_po.config import ADAMAX, ContrastivePOConfig
 from clip_po.data.collator import DataCollatorForContrastivePreference, row_weights
 from clip_po.data.formats import check_candidates
@@ -23,6 +25,7 @@ from clip_po.hub import SafePublishing
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, preference_metrics
 from clip_po.models import (
+    check_concept,
     check_processor,
     default_output_dir,
     load_policy,
@@ -70,6 +73,8 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
             `clean_image` of each preference.
         candidate_texts (`list[str]`, *optional*): The texts among which the policy of every row chooses; by
             default each row names its own.
+        concept (`ConceptTransform`, *optional*): Train this transformation of the model's embeddings, and nothing
+            of the model, with `penalty_weight` times its penalty in the loss; `trainer.model` is the transformation.
 
     Raises:
         ValueError, TypeError: Something does not fit together; the message says what, where and what to do.
@@ -103,12 +108,15 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         peft_config: PeftConfig | None = None,
         reg_dataset: Dataset | None = None,
         candidate_texts: Sequence[str] | None = None,
+        concept: ConceptTransform | None = None,
     ) -> None:
         args = args if args is not None else ContrastivePOConfig(default_output_dir(model))
         _check_args(args, compute_metrics)
         check_candidates(candidate_texts)
         self.candidate_texts = None if candidate_texts is None else list(candidate_texts)
         model = load_policy(model, ref_model, args, peft_config)
+        if concept is not None:
+            check_concept(concept, model, ref_model, args, peft_config)
         processing_class = processing_class or load_processor(model, args)
         for checked in (model, ref_model) if ref_model is not None else (model,):
             check_processor(processing_class, checked)
@@ -123,8 +131,9 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         elif eval_dataset is not None:
             evaluated = self._evaluation_pairs(eval_dataset, args)
 
+        self.concept = concept
         super().__init__(
-            model=model,
+            model=model if concept is None else concept,
             args=args,
             data_collator=data_collator
             or DataCollatorForContrastivePreference(processing_class, self.candidate_texts),
@@ -135,19 +144,23 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.encoder: CLIPModel = dual_encoder(self.model)
+        self.encoder: CLIPModel = dual_encoder(model).to(self.accelerator.device)
         self.loss_settings = LossSettings(
             args.beta, args.label_smoothing, args.desirable_weight, args.undesirable_weight
         )
-        texts = None if args.train_text_model else FrozenTexts(self.model, processing_class)
-        self.policy = Policy(processing_class, self.candidate_texts, texts)
-        if ref_model is None:
+        texts = None if args.train_text_model else FrozenTexts(model, processing_class)
+        self.policy: Policy | ConceptPolicy = Policy(processing_class, self.candidate_texts, texts)
+        if concept is not None:
+            reference = model.requires_grad_(False).eval()  # which nothing changes
+        elif ref_model is None:
             reference = without_new_adapters(frozen_copy(self.model), peft_config)
         else:
             reference, texts = ref_model.requires_grad_(False).eval().to(self.accelerator.device), None
         self._rewarded = bool(REFERENCED & set(args.loss_type))
         sees = SEES if self._rewarded and not args.reference_free else SEES[1:]
         self.reference = ReferencePolicy(reference, processing_class, self.candidate_texts, texts, sees)
+        if concept is not None:
+            self.policy = ConceptPolicy(self.reference)
         self._means = {True: RunningMeans(), False: RunningMeans()}
 
     # ---- The method ----------------------------------------------------------------------------------------
@@ -186,6 +199,8 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
             logps, self.args.loss_type, self.args.weights, self.loss_settings, self._reference_point(kl, clean)
         )
         loss = (weight * losses).sum() / total + self.args.reg_weight * (clean * kl).sum() / clean_total
+        if self.concept is not None:  # the batch's share of it: micro-batches and processes add up to one penalty
+            loss = loss + self.args.penalty_weight * self.concept.penalty() * weight.sum() / total
 
         self._log_rows(logps, losses, kl, inputs)
         if num_items_in_batch is not None:  # processes average their gradients, but the sums above are to be added
@@ -282,7 +297,8 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
     def _embed_fixed_images(self, pairs: PreferencePairs, pays: bool) -> None:
         """Let the reference see fixed images once, where it pays or the arguments say so."""
         wanted = self.args.precompute_ref_log_probs
-        if pays if wanted is None else wanted:
+        pairs.without_images = self.concept is not None
+        if (pays or self.concept is not None) if wanted is None else wanted:
             with self.accelerator.autocast():
                 embed_fixed_images(
                     self.reference,
@@ -293,6 +309,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
                     self.args.dataloader_num_workers,
                     bool(self.args.disable_tqdm),
                     EmbeddingCache(self.args.embeddings_cache) if self.args.embeddings_cache else None,
+                    self.reference.sees if self.concept is None else SEES,
                 )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -361,7 +378,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Parameters that weight decay pulls to 0: none for which 0 has no meaning, scales and embeddings."""
-        without = ("logit_scale", "class_embedding", "position_embedding")
+        without = ("logit_scale", "class_embedding", "position_embedding", "image_weight", "text_weight")
         return [n for n in super().get_decay_parameter_names(model) if not any(part in n for part in without)]
 
 

@@ -75,6 +75,7 @@ EXAMPLE_PRINTS = {
 }
 # What a page leaves in its folder.
 PROMISES = {
+    "bias.md": ["bias/report.json"],
     "quickstart.md": [
         "aligned/model.safetensors",
         "long/README.md",

@@ -49,7 +49,7 @@ def test_card_holds_no_secret(tmp_path):
 
 
 def test_adapters_are_loaded_onto_their_base(tmp_path):
-    loaded = card(tmp_path, adapter=True)
+    loaded = card(tmp_path, kind="adapter")
     assert loaded.data.library_name == "peft"
     assert 'PeftModel.from_pretrained(CLIPModel.from_pretrained("openai/clip-vit-base-patch32"), "robust-clip")' in (
         loaded.text

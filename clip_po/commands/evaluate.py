@@ -14,6 +14,7 @@ from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
 from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments
+from clip_po.commands.fairness import FairnessArguments, attribute_suite, run_fairness
 from clip_po.commands.suite import chosen_suite, run_suite
 from clip_po.data.fonts import unseen_fonts
 from clip_po.evaluation.page import report_page, write_page
@@ -32,7 +33,7 @@ from clip_po.models import image_size, load_model
 
 
 @dataclass
-class EvaluateArguments(TaskArguments):
+class EvaluateArguments(FairnessArguments, TaskArguments):
     """Arguments of `clip-po evaluate`."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The checkpoint: a folder or a Hub id."})
@@ -49,8 +50,8 @@ class EvaluateArguments(TaskArguments):
     suite: str | None = field(
         default=None,
         metadata={
-            "help": "Measure a suite instead: typographic, retention, retrieval or a YAML file; with --dataset_name "
-            "what the suite measures on that data set."
+            "help": "Measure a suite instead: typographic, retention, retrieval, fairness or a YAML file; with "
+            "--dataset_name what the suite measures on that data set."
         },
     )
     suite_folder: str | None = field(
@@ -96,9 +97,10 @@ def main(argv: Sequence[str]) -> None:
     accelerator = Accelerator()
     # Never a folder named like a Hub id: from_pretrained would look for the model in it.
     beside = Path(args.model_name_or_path if Path(args.model_name_or_path).is_dir() else "evaluation")
-    if args.suite is not None:
-        suite = chosen_suite(args)
-        run_suite(args, suite, *load_models(args, accelerator), accelerator, beside)
+    if args.fairness is not None or args.suite is not None:
+        suite = chosen_suite(args) if args.fairness is None else attribute_suite(args)
+        run = run_fairness if suite.measures == "fairness" else run_suite
+        run(args, suite, *load_models(args, accelerator), accelerator, beside)
         return
     task = Task.load(args.model_name_or_path)
     dataset = args.load(args.dataset_test_split, args.seed)

@@ -51,10 +51,10 @@ class DataCollatorForContrastivePreference:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Make the batch; all rows have the same keys."""
-        batch: dict[str, Any] = {"pixel_values": self._pixels([row["image"] for row in rows])}
-        for name in ("reg", "target"):
-            if f"{name}_image" in rows[0]:
-                batch[f"{name}_pixel_values"] = self._pixels([row[f"{name}_image"] for row in rows])
+        batch: dict[str, Any] = {}
+        for name in ("", "reg_", "target_"):
+            if f"{name}image" in rows[0]:  # rows of which every embedding is known come without
+                batch[f"{name}pixel_values"] = self._pixels([row[f"{name}image"] for row in rows])
         for name in ("weight", "reg_row_weight"):
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         for name in ("ref_image_embeds", "ref_reg_image_embeds", "ref_target_image_embeds"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_po.caching import fingerprint, image_digest
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.formats import Row, check_preferences, check_regularization, read_row, to_texts
+from clip_po.data.formats import IMAGE_COLUMNS, Row, check_preferences, check_regularization, read_row, to_texts
 from clip_po.data.labelled import read_image, read_images, read_labels, read_weights
 from clip_po.data.typographic import TypographicAttack
 from clip_po.losses import SINGLE_REJECTED, TARGETED
@@ -114,16 +114,22 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
     def row(self, index: int, epoch: int) -> Row:
         """The preference of row `index` as drawn in `epoch`."""
         clean = self.clean(index)
-        name = self.class_names[self.labels[index]]
-        words = self.attack.written(index, epoch, exclude={name})
+        words = self._written(index, epoch)
+        image = self.attack.draw(clean, " ".join(words), index, epoch)
+        return {"image": image, "clean_image": clean, **self.texts_of(index, epoch)}
+
+    def texts_of(self, index: int, epoch: int) -> Row:
+        """What `row` holds besides images, which are neither read nor drawn."""
+        name, words = self.class_names[self.labels[index]], self._written(index, epoch)
         others = [n for n in self.class_names if n != name and n not in words] if self.rejected == "others" else []
         return {
-            "image": self.attack.draw(clean, " ".join(words), index, epoch),
-            "clean_image": clean,
             "chosen": self.template.replace("{}", name),
             "rejected": [self.template.replace("{}", rejected) for rejected in (*words, *others)],
             "weight": self.weights[index],
         }
+
+    def _written(self, index: int, epoch: int) -> Sequence[str]:
+        return self.attack.written(index, epoch, exclude={self.class_names[self.labels[index]]})
 
 
 class PreferencePairs(torch.utils.data.Dataset[Row]):
@@ -159,6 +165,8 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         self.targets = None if regularization == "clean_image" else targets
         self.reference: Mapping[str, Tensor] = {}
         self._columns: dict[str, Dataset] = {}
+        self.without_images = False
+        self._texts: list[Row] | None = None
 
     def __len__(self) -> int:
         return len(self.preferences)
@@ -222,22 +230,39 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
             return self.preferences.row(index, epoch)
         return to_texts(read_row(self.preferences, index, self.name), self.candidate_texts)
 
+    @property
+    def embedded(self) -> bool:
+        """Whether every image of every row is known by its embedding, so that rows come without images."""
+        wanted = {"image", *(["reg_image"] if self.regularization is not None else [])}
+        return self.without_images and wanted | ({"target_image"} if self.targets else set()) <= set(self.reference)
+
+    def _texts_of(self, index: int, epoch: int) -> Row:
+        if hasattr(self.preferences, "row"):
+            return self.preferences.texts_of(index, epoch)
+        if self._texts is None:
+            columns = [c for c in self.preferences.column_names if c not in IMAGE_COLUMNS]
+            self._texts = self.preferences.select_columns(columns).to_list()
+        return to_texts(dict(self._texts[index]), self.candidate_texts)
+
     def __getitem__(self, key: int | RowKey) -> Row:
         epoch, position, index = key if isinstance(key, tuple) else (0, key, key)
-        row = self._preference(index, epoch)
+        embedded = self.embedded
+        row = self._texts_of(index, epoch) if embedded else self._preference(index, epoch)
         padding = position >= len(self)
         row["weight"] = 0.0 if padding else row.get("weight", 1.0)
         row["reg_row_weight"] = 0.0 if padding or self.regularization is None else 1.0
         if "image" in self.reference:
             row["ref_image_embeds"] = self.reference["image"][index]
         if self.targets is not None:
-            row["target_image"] = row["clean_image"]
+            if not embedded:
+                row["target_image"] = row["clean_image"]
             if "target_image" in self.reference:
                 row["ref_target_image_embeds"] = self.reference["target_image"][index]
         if self.regularization is not None:
             reg_index = self._reg_index(epoch, position, index)
             apart = isinstance(self.regularization, Dataset)
-            row["reg_image"] = self.fixed_image("reg_image", reg_index) if apart else row["clean_image"]
+            if not embedded:
+                row["reg_image"] = self.fixed_image("reg_image", reg_index) if apart else row["clean_image"]
             if "reg_image" in self.reference:
                 row["ref_reg_image_embeds"] = self.reference["reg_image"][reg_index]
         return row

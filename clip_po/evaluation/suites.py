@@ -22,6 +22,7 @@ MEASURES: Mapping[str, frozenset[str]] = {
     "typographic": frozenset({*LAYOUTS, "labelled"}),
     "retention": frozenset({"labelled"}),
     "retrieval": frozenset({"captioned"}),
+    "fairness": frozenset({"attributes"}),
 }
 """What a suite can measure, and the layouts that it takes for that."""
 
@@ -44,7 +45,8 @@ class Entry:
         license: As far as known.
         config: Name of the configuration.
         split: Name of the split.
-        columns: Names of the columns `image`, `label`, `word`, `caption`, where they are called otherwise.
+        columns: Names of the columns `image`, `label`, `word`, `caption`, `attribute`, `cluster`, where they are
+            called otherwise.
         where: For the layout "columns": keep rows with these values in these columns.
         candidates: For photographs with words: some of `CANDIDATES`, one result each.
         variant: For photographs: one of `VARIANTS`.

@@ -22,7 +22,7 @@ ENTRY = {
 
 
 def test_the_suites_of_the_package_are_whole():
-    assert suite_names() == ["retention", "retrieval", "typographic"]
+    assert suite_names() == ["fairness", "retention", "retrieval", "typographic"]
     for name in suite_names():
         suite = load_suite(name)
         assert suite.name == suite.measures == name
