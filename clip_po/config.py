@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from clip_po.losses import LOSSES
 from clip_po.redaction import redacted
+
+logger = logging.get_logger(__name__)
 
 PAPER_BATCH_SIZE = 512
 
@@ -222,3 +225,32 @@ class ContrastivePOConfig(TrainingArguments):
         """
         share = preset_batch_size(overrides.get("gradient_accumulation_steps", 1))
         return cls(**{**preset(name), "per_device_train_batch_size": share, **overrides})
+
+
+def check_args(args: Any, compute_metrics: Any) -> None:
+    """Refuse a configuration that a trainer can't use, and settle what depends on the machine.
+
+    Args:
+        args: The configuration.
+        compute_metrics: As for the trainer.
+
+    Raises:
+        TypeError: No ContrastivePOConfig.
+        ValueError: Metrics without `batch_eval_metrics`.
+    """
+    if not isinstance(args, ContrastivePOConfig):
+        raise TypeError(f"args must be a ContrastivePOConfig, got {type(args).__name__}.")
+    if compute_metrics is not None and not args.batch_eval_metrics:
+        raise ValueError(
+            "compute_metrics needs batch_eval_metrics=True in ContrastivePOConfig: evaluation keeps no logits, so "
+            "metrics are computed batch by batch. The function takes (eval_prediction, compute_result) and returns "
+            "the metrics when compute_result is True."
+        )
+    if args.n_gpu > 1:
+        logger.warning(
+            f"One process trains on one of the {args.n_gpu} GPUs. To use them all: accelerate launch your_script.py"
+        )
+        args._n_gpu = 1
+    if args.ddp_find_unused_parameters is None:
+        # What does not train is frozen, so DDP need not search the graph each step.
+        args.ddp_find_unused_parameters = False

@@ -15,9 +15,10 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 from transformers.utils import logging
 
 from clip_po.caching import EmbeddingCache
+from clip_po.checkpoints import CheckpointMark, WholeCheckpoints, whole_checkpoint
 from clip_po.concept import ConceptTransform
 from clip_po.concept_policy import ConceptPolicy
-from clip_po.config import ADAMAX, ContrastivePOConfig
+from clip_po.config import ADAMAX, ContrastivePOConfig, check_args
 from clip_po.data.collator import DataCollatorForContrastivePreference, row_weights
 from clip_po.data.formats import check_candidates
 from clip_po.data.pairs import EvaluationPairs, PreferencePairs, checked_pairs
@@ -49,7 +50,7 @@ SMALLEST_WEIGHT = 1e-8
 """Stands in for a sum of weights that is 0, so that a batch of nothing but padding has the gradient 0."""
 
 
-class ContrastivePOTrainer(SafePublishing, Trainer):
+class ContrastivePOTrainer(SafePublishing, WholeCheckpoints, Trainer):
     """Trainer for preference optimization of contrastive vision-language models.
 
     The softmax over candidate texts is a policy; DPO, IPO or KTO moves it towards the chosen texts, and
@@ -111,7 +112,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         concept: ConceptTransform | None = None,
     ) -> None:
         args = args if args is not None else ContrastivePOConfig(default_output_dir(model))
-        _check_args(args, compute_metrics)
+        check_args(args, compute_metrics)
         check_candidates(candidate_texts)
         self.candidate_texts = None if candidate_texts is None else list(candidate_texts)
         model = load_policy(model, ref_model, args, peft_config)
@@ -144,6 +145,7 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.add_callback(CheckpointMark(self.accelerator.wait_for_everyone, self.callback_handler))
         self.encoder: CLIPModel = dual_encoder(model).to(self.accelerator.device)
         self.loss_settings = LossSettings(
             args.beta, args.label_smoothing, args.desirable_weight, args.undesirable_weight
@@ -222,6 +224,9 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The batches of an optimizer step, and the weights of their rows over all processes, Tensor[2]."""
+        if self.state.global_step >= self.state.max_steps:  # a finished run was resumed: Trainer takes a step too many
+            self.control.should_training_stop = True
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -282,10 +287,10 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         return output
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; as `Trainer.train`, and callbacks find in `args.resume_from_checkpoint` where a run goes on from."""
-        if isinstance(resume_from_checkpoint, str):
-            self.args.resume_from_checkpoint = resume_from_checkpoint
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        """As `Trainer.train`, but from whole checkpoints only; `args.resume_from_checkpoint` says from which."""
+        folder = whole_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        self.args.resume_from_checkpoint = folder
+        return super().train(folder, *args, **kwargs)
 
     # ---- Data ----------------------------------------------------------------------------------------------
 
@@ -380,22 +385,3 @@ class ContrastivePOTrainer(SafePublishing, Trainer):
         """Parameters that weight decay pulls to 0: none for which 0 has no meaning, scales and embeddings."""
         without = ("logit_scale", "class_embedding", "position_embedding", "image_weight", "text_weight")
         return [n for n in super().get_decay_parameter_names(model) if not any(part in n for part in without)]
-
-
-def _check_args(args: ContrastivePOConfig, compute_metrics: Any) -> None:
-    if not isinstance(args, ContrastivePOConfig):
-        raise TypeError(f"args must be a ContrastivePOConfig, got {type(args).__name__}.")
-    if compute_metrics is not None and not args.batch_eval_metrics:
-        raise ValueError(
-            "compute_metrics needs batch_eval_metrics=True in ContrastivePOConfig: evaluation keeps no logits, so "
-            "metrics are computed batch by batch. The function takes (eval_prediction, compute_result) and returns "
-            "the metrics when compute_result is True."
-        )
-    if args.n_gpu > 1:
-        logger.warning(
-            f"One process trains on one of the {args.n_gpu} GPUs. To use them all: accelerate launch your_script.py"
-        )
-        args._n_gpu = 1
-    if args.ddp_find_unused_parameters is None:
-        # What does not train is frozen, so DDP need not search the graph each step.
-        args.ddp_find_unused_parameters = False
