@@ -1,4 +1,4 @@
-"""clip-po train | evaluate | demo. Imports nothing heavy until it knows what to do, so that --help is quick."""
+"""clip-po COMMAND. Imports nothing heavy until it knows what to do, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ COMMANDS = {
     "train": "Align a CLIP on labelled images, on which words are written.",
     "evaluate": "Measure what words on images do to a checkpoint, before and after alignment.",
     "compare": "Run several methods and seeds on one model and data set, in one table.",
-    "demo": "Align the embedded model by CE, DPO, IPO and KTO and show what each gains and costs.",
+    "steer": "Turn what the written word says up, off or around by one number, without training the model.",
+    "demo": "Align the embedded model by several methods and show what each gains and costs.",
 }
 
 

@@ -48,7 +48,7 @@ def test_an_unknown_command_is_refused():
     done = run("align")
     assert done.returncode == 2
     assert "'align'" in done.stderr
-    assert "train, evaluate, compare, demo" in done.stderr
+    assert "train, evaluate, compare, steer, demo" in done.stderr
 
 
 def test_a_refusal_is_one_line_and_no_traceback():

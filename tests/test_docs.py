@@ -4,8 +4,8 @@ How a page is run, from top to bottom, in an empty folder:
 
 - A `python` block is executed in the page's one namespace.
 - A `yaml` block whose first line is `# some/name.yaml` is written to that file.
-- In a `bash` block, each command must be `clip-po train`, `clip-po evaluate`, `clip-po compare` or
-  `python examples/...`.
+- In a `bash` block, each command must be `clip-po train`, `clip-po evaluate`, `clip-po compare`, `clip-po steer`
+  or `python examples/...`.
 - A block that can't be run here is preceded by `<!-- not run: reason -->`.
 - Blocks without a language, and those of other languages, are text.
 """
@@ -44,8 +44,11 @@ OVERRIDES = {
     "--dataloader_num_workers 0",
     "clip-po evaluate": "--batch_size 8 --num_workers 0",
     "clip-po compare": "--seeds 0 --batch_size 8",
+    "clip-po steer": "--max_steps 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 8",
     "typographic.py": "--max_steps 2 --per_device_train_batch_size 4",
     "label_free.py": "--max_steps 2 --per_device_train_batch_size 4",
+    "steer.py": "--max_steps 2 --per_device_train_batch_size 4",
+    "steer_gender.py": "--max_steps 2 --per_device_train_batch_size 4",
 }
 # What a recipe of clip-po compare gets besides, by its parts: training of any kind is cut short.
 SHORT_TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4}
@@ -56,6 +59,12 @@ EXAMPLE_COMMANDS = {
     "--output_dir aligned",
     "label_free.py": "python examples/label_free.py --model openai/clip-vit-base-patch32 --dataset path/to/images "
     "--class_names cat dog bird ship --output_dir aligned",
+    "steer.py": "python examples/steer.py --model openai/clip-vit-base-patch32 --dataset path/to/photos "
+    "--output_dir aligned",
+    # What is labelled there are kinds of things; faces would be labelled alike.
+    "steer_gender.py": "python examples/steer_gender.py --model openai/clip-vit-base-patch32 "
+    "--dataset path/to/photos --attribute label --attribute_names bird cat dog ship --reg_dataset path/to/images "
+    "--reg_image_column image --top_k 2 --t 0 1 --other_texts 'a car' --output_dir aligned",
     "train.yaml": "clip-po train --config train.yaml",
     "compare.yaml": "clip-po compare --config compare.yaml",
     # As they stand, on other data: flags win over the file.
@@ -70,6 +79,8 @@ EXAMPLE_RESULTS = {"compare.yaml": "comparison/report.html"}
 # What each example prints.
 EXAMPLE_PRINTS = {
     "typographic.py": ["clean", "typographic", "recovery", "clean cost"],
+    "steer.py": ["right - reading (points)", "| -2   |", "| 0.25 |"],
+    "steer_gender.py": ["label named |", "max_skew@2 |", "| 1   |"],
     "label_free.py": ["Answers that a word does not change: ", "Clean answers that changed: "],
     "compare.yaml": ["| text removal", "| label-free, soft", "| interpolation of CE", "Highest recovery"],
 }
@@ -90,6 +101,15 @@ PROMISES = {
         "bounded/model.safetensors",
         "stopped/model.safetensors",
         "averaged/model.safetensors",
+    ],
+    "steer.md": [
+        "steered/concept.safetensors",
+        "steered/checkpoint/model.safetensors",
+        "steered/report.json",
+        "steered/curve.png",
+        "swept/report.json",
+        "steered-python/concept.safetensors",
+        "steered-python/plain/model.safetensors",
     ],
     "compare.md": [
         "comparison/report.json",
@@ -183,7 +203,7 @@ def shorten(recipe):
 
 def run_command(words, localize, monkeypatch):
     words = [localize(word) for word in words]
-    if words[0] == "clip-po" and words[1:2] in (["train"], ["evaluate"], ["compare"]):
+    if words[0] == "clip-po" and words[1:2] in (["train"], ["evaluate"], ["compare"], ["steer"]):
         if words[1] == "compare":
             shorten(Path(words[words.index("--config") + 1]))
         assert main([*words[1:], *OVERRIDES[" ".join(words[:2])].split()]) == 0, " ".join(words)

@@ -36,6 +36,7 @@ BASE = "before"
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "CE": {"loss_type": ["sft"], "reg_weight": 2.0},
+    "CE + soft": {"loss_type": ["sft", "distillation"], "reg_weight": 1.0},
     "DPO": {"loss_type": ["sigmoid"], "beta": 1.0, "reg_weight": 2.0},
     "IPO": {"loss_type": ["ipo"], "beta": 0.1, "reg_weight": 10.0},
     "KTO": {"loss_type": ["kto_pair"], "beta": 1.0, "reg_weight": 1.0},
@@ -118,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
     models: dict[str, Any] = {BASE: load_model(str(MODEL_PATH))}
     with tempfile.TemporaryDirectory() as scratch:
         for method in args.methods:
-            print(f"Aligning by {method:<4}", end="", flush=True)
+            print(f"Aligning by {method:<9}", end="", flush=True)
             began = time.time()
             models[method] = align(method, rows, processor, scratch, args.seed)
             took[method] = time.time() - began

@@ -20,6 +20,8 @@ from clip_po.cli import COMMANDS
 from clip_po.commands.compare import CompareArguments
 from clip_po.commands.demo import DemoArguments
 from clip_po.commands.evaluate import EvaluateArguments
+from clip_po.commands.steer import DEFAULTS as STEER_DEFAULTS
+from clip_po.commands.steer import SteerArguments
 from clip_po.commands.train_arguments import DEFAULTS, TrainArguments
 from clip_po.config import ContrastivePOConfig
 
@@ -46,6 +48,11 @@ clip-po evaluate --model_name_or_path aligned --base_model_name_or_path openai/c
 clip-po evaluate --model_name_or_path aligned --suite typographic --suite_folder sets""",
     "compare": """\
 clip-po compare --config examples/compare.yaml --output_dir comparison""",
+    "steer": """\
+clip-po steer --output_dir steered   (the embedded digits)
+clip-po steer --model_name_or_path openai/clip-vit-base-patch32 --dataset_name cifar10 \\
+    --image_column img --output_dir steered --choose at_most --max_clean_cost 0.5
+clip-po steer --transform steered --t -1 0 0.5 1 2 --output_dir swept   (without training)""",
     "demo": """\
 clip-po demo --output_dir demo_output""",
 }
@@ -92,13 +99,19 @@ def page(command: str) -> str:
     if command == "demo":
         sections = {"The demo": own_fields(DemoArguments)}
     else:
-        task = {"train": TrainArguments, "evaluate": EvaluateArguments, "compare": CompareArguments}[command]
+        task = {
+            "train": TrainArguments,
+            "evaluate": EvaluateArguments,
+            "compare": CompareArguments,
+            "steer": SteerArguments,
+        }[command]
         sections = {"Data and attack": [*own_fields(ScriptArguments), *own_fields(task, ScriptArguments)]}
     overrides: dict[str, Any] = {}
-    if command == "train":
-        overrides = dict(DEFAULTS)
+    if command in ("train", "steer"):
+        overrides = dict(DEFAULTS if command == "train" else STEER_DEFAULTS)
         sections["The method"] = own_fields(ContrastivePOConfig, TrainingArguments)
-        sections["Model and LoRA"] = own_fields(ModelConfig)
+        if command == "train":
+            sections["Model and LoRA"] = own_fields(ModelConfig)
         # As ContrastivePOConfig has them: with its defaults.
         own = {field.name for field in sections["The method"]}
         inherited = [field for field in own_fields(ContrastivePOConfig) if field.name not in own]

@@ -20,9 +20,9 @@ from clip_po.evaluation.choice import check_bound
 BATCH_SIZE = 64
 
 DEFAULTS: Mapping[str, Any] = {
-    "loss_type": ["sigmoid", "sft"],
+    "loss_type": ["sft", "distillation"],
     "beta": 1.0,
-    "reg_weight": 3.0,
+    "reg_weight": 1.0,
     "per_device_eval_batch_size": 256,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
@@ -34,10 +34,10 @@ DEFAULTS: Mapping[str, Any] = {
     "learning_rate": None,
     "num_train_epochs": None,
 }
-"""Defaults of the command line, chosen by experiment on photographs and digits (benchmarks/photographs.py).
+"""Defaults of the command line, chosen by comparison (benchmarks/photographs.yaml, docs/results.md).
 
 DPO alone moves one difference of logits: it unlearns the word, but not what the ink hides. Cross-entropy on the chosen
-text beside it teaches that too."""
+text teaches that too, and the reference's answer on the clean image, as a soft target, holds the other classes."""
 
 
 @dataclass
