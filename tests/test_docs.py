@@ -65,6 +65,11 @@ EXAMPLE_COMMANDS = {
     "steer_gender.py": "python examples/steer_gender.py --model openai/clip-vit-base-patch32 "
     "--dataset path/to/photos --attribute label --attribute_names bird cat dog ship --reg_dataset path/to/images "
     "--reg_image_column image --top_k 2 --t 0 1 --other_texts 'a car' --output_dir aligned",
+    "recipes/fairface_gender.yaml": "python examples/steer_gender.py "
+    f"--config {EXAMPLES}/recipes/fairface_gender.yaml --other_texts 'a car' "
+    "--model openai/clip-vit-base-patch32 --dataset path/to/photos --train_split train --test_split test "
+    "--attribute label --attribute_names bird cat dog ship --reg_dataset path/to/images --reg_image_column image "
+    "--top_k 2 --output_dir aligned",
     "train.yaml": "clip-po train --config train.yaml",
     "compare.yaml": "clip-po compare --config compare.yaml",
     # As they stand, on other data: flags win over the file.
