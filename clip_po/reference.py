@@ -148,10 +148,12 @@ def embed_fixed_images(
     if pairs.reference:
         return
     embeds = {}
+    maker = None if cache is None else _maker(reference, processor)
     for column in pairs.fixed_images:
         if column not in images:
             continue
-        name = None if cache is None else _fingerprint(reference, pairs, processor, column)
+        source = None if maker is None else pairs.digest(column)
+        name = None if maker is None or source is None else fingerprint(maker, source)
         known = None if cache is None or name is None else cache.get(name, pairs.image_count(column))
         # Where processes have disks of their own, all compute unless all have found.
         hits = accelerator.reduce(torch.tensor(float(known is not None), device=accelerator.device), "sum")
@@ -179,13 +181,8 @@ def embed_fixed_images(
     pairs.attach_reference(embeds)
 
 
-def _fingerprint(
-    reference: ReferencePolicy, pairs: PreferencePairs, processor: ProcessorMixin, column: str
-) -> str | None:
-    """The name of a column's embeddings; None where the images can't be named."""
-    images = pairs.digest(column)
-    if images is None:
-        return None
+def _maker(reference: ReferencePolicy, processor: ProcessorMixin) -> str:
+    """A name of all that embeddings depend on but the images."""
     encoder = dual_encoder(reference.model)
     tower = [model_digest(part) for part in (encoder.vision_model, encoder.visual_projection)]
-    return fingerprint(*tower, processor_digest(processor), images)
+    return fingerprint(*tower, processor_digest(processor))

@@ -144,14 +144,15 @@ def main(argv: Sequence[str]) -> None:
         seconds=time.time() - start,
     )
     print(f"Report: {path}")
-    put_into_card(folder, markdown_summary(read_report(path)))
+    report = read_report(path)
+    put_into_card(folder, markdown_summary(report))
     examples = [] if base is None else choose_examples(answers, "base", "aligned", seed=args.seed)
     changes = changes_line(answers, "base", "aligned") if base else ""
     figures = {}
     if base is not None:
         accuracies = {name: (m["clean_accuracy"], m["typographic_accuracy"]) for name, m in found.items()}
         figures["Clean against typographic accuracy, with 95% intervals"] = trade_off_plot(accuracies, base=base)
-    page = report_page(read_report(path), examples=examples, picture=images.picture, changes=changes, figures=figures)
+    page = report_page(report, examples=examples, picture=images.picture, changes=changes, figures=figures)
     print(f"Page: {write_page(folder / 'report.html', page)}")
     if examples:
         picture = folder / "before_after.png"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import CLIPProcessor
 
 from clip_po.commands.arguments import DEFAULT_TEMPLATE
+from clip_po.commands.fairness import load_together
 from clip_po.data.fonts import unseen_fonts
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.layouts import LAYOUTS
@@ -92,17 +92,14 @@ class SuiteRun:
 
     def _load(self, entry: Entry) -> tuple[Dataset | None, str]:
         """The data of an entry, or why no process measures it: one that lacks it would leave the others waiting."""
-        dataset, reason = None, ""
-        # The first process downloads, the others find it in the cache.
-        with self.accelerator.main_process_first():
-            try:
-                dataset = load_entry(entry, self.args.suite_folder)
-                if not len(dataset):
-                    reason = f"the split {entry.split!r} is empty"
-            except Exception as error:  # what the Hub, its cache and decoders raise has no common class
-                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        reasons = [other for other in gather_object([reason]) if other]
-        return (None, reasons[0]) if reasons else (dataset, "")
+
+        def load() -> Dataset:
+            dataset = load_entry(entry, self.args.suite_folder)
+            if not len(dataset):
+                raise ValueError(f"the split {entry.split!r} is empty")
+            return dataset
+
+        return load_together(load, self.accelerator)
 
     def _part(self, dataset: Dataset, about: dict[str, Any]) -> Dataset:
         """The rows that are measured: all, or as many as --max_samples says."""

@@ -183,13 +183,11 @@ class TypographicAttack:
         """
         excluded = {word.lower() for word in exclude}
         rng = self._random("word", index, epoch)
-        classes = len(set(self.words))
         chosen: list[str] = []
         # The number is drawn last, so that an attack of one word draws the same word whatever `count` says.
         while len(chosen) < self.count[1]:
-            vocabulary = self.vocabulary
             others = self.other_share > 0 and rng.random() < self.other_share
-            pool = vocabulary[classes:] if others else list(self.words)
+            pool = self.vocabulary[len(set(self.words)) :] if others else list(self.words)
             words = [word for word in pool if word.lower() not in excluded]
             if not words:
                 raise ValueError(f"words: all of {pool!r} are excluded for row {index}; give more words.")
