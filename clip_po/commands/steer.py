@@ -263,6 +263,16 @@ def choose_scale(
     return choose_neutral(sweep_scales(validation, transform, inside, path, resamples=1))
 
 
+def meeting_point(
+    args: SteerArguments, test: VariantEmbeddings, transform: ConceptTransform, path: ScalePath
+) -> ScalePoint | None:
+    """Where the answers meet on the images that are measured: how far off a choice on others was, and no choice."""
+    try:
+        return choose_scale(args, test, transform, path)
+    except ValueError:  # they don't meet on these
+        return None
+
+
 def main(argv: Sequence[str]) -> None:
     """Train, choose, sweep; print the table, and write report, curve, transformation and folded checkpoint."""
     args, config = parse(argv)
@@ -295,7 +305,9 @@ def main(argv: Sequence[str]) -> None:
     path: ScalePath = args.path or ("singular" if transform.towers == "shared" else "straight")
     chosen = choose_scale(args, embedded(case.validation), transform, path).t
     ts = sorted({*args.t, chosen})
-    points = sweep_scales(embedded(case.test), transform, ts, path)
+    measured = embedded(case.test)
+    points = sweep_scales(measured, transform, ts, path)
+    oracle = meeting_point(args, measured, transform, path) if args.choose == "neutral" else None
     elsewhere = [] if case.unseen is None else sweep_scales(embedded(case.unseen), transform, ts, path)
     if not accelerator.is_main_process:
         return
@@ -321,13 +333,23 @@ def main(argv: Sequence[str]) -> None:
             **{f"t={point.t:g}": point.metrics() for point in points},
             **{f"t={point.t:g}, unseen fonts": point.metrics() for point in elsewhere},
         },
-        settings={**asdict(args), "path": path, "towers": transform.towers, "chosen": chosen, "training": training},
+        settings={
+            **asdict(args),
+            "path": path,
+            "towers": transform.towers,
+            "chosen": chosen,
+            "meets_at": None if oracle is None else oracle.t,
+            "training": training,
+        },
         data=case.about,
         seconds=seconds,
     )
     print(f"{len(case.test)} typographic images; in brackets 95% intervals:\n")
     print(scale_table({f"{point.t:g}": point for point in points}))
     print(f"\nChosen on {len(case.validation)} validation images ({args.choose}): t = {chosen:g}. {seconds:.0f} s.")
+    if oracle is not None:
+        apart = f"{oracle.difference.value:.1f} points apart"
+        print(f"On the images measured themselves the two answers meet at t = {oracle.t:g}, {apart}.")
     for point in (point for point in elsewhere if point.t == chosen):
         found = f"reading {format_estimate(point.reading)}, right {format_estimate(point.right)}"
         print(f"The same t on the words of an attack that training did not see: {found}.")

@@ -105,4 +105,5 @@ def test_the_digits_turn_from_word_to_digit(tmp_path, capsys):
     assert 0 < chosen < 1
     # 500 digits in 3 renderings: the interval is about 10 points wide.
     assert abs(neutral["difference"]["value"]) < 10
+    assert abs(report["settings"]["meets_at"] - chosen) < 0.1
     assert report["models"]["t=2"]["typographic_accuracy"]["value"] > 0.9
