@@ -22,9 +22,10 @@ from clip_po.commands.contestants import METHODS, WITHOUT_SEED, Contest, Contest
 from clip_po.data.fonts import training_fonts, unseen_fonts
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.comparison import Results, comparison_table, pooled
+from clip_po.evaluation.figures import save_figure
 from clip_po.evaluation.page import report_page, write_page
 from clip_po.evaluation.pictures import changes_line, choose_examples
-from clip_po.evaluation.plots import cost_plot, format_seconds, save_figure, trade_off_plot
+from clip_po.evaluation.plots import cost_plot, format_seconds, trade_off_plot
 from clip_po.evaluation.report import read_report, write_report
 from clip_po.evaluation.robustness import (
     BLANK,

@@ -23,7 +23,8 @@ from clip_po.data.fonts import training_fonts, unseen_fonts
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.data.typographic import TypographicAttack
 from clip_po.evaluation.choice import check_bound
-from clip_po.evaluation.plots import save_figure, sweep_plot
+from clip_po.evaluation.figures import save_figure
+from clip_po.evaluation.plots import sweep_plot
 from clip_po.evaluation.report import format_estimate, write_report
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.steering import (

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from clip_po.evaluation.bootstrap import Estimate
+from clip_po.evaluation.figures import figure_svg
 from clip_po.evaluation.pictures import CHANGES, Example
-from clip_po.evaluation.plots import figure_svg, format_seconds
+from clip_po.evaluation.plots import format_seconds
 from clip_po.evaluation.report import UNDEFINED, format_estimate, format_number, report_estimates
 from clip_po.evaluation.robustness import COLUMNS
 from clip_po.evaluation.summary import (

@@ -8,7 +8,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from clip_po.evaluation.bootstrap import Estimate
-from clip_po.evaluation.plots import cost_plot, figure_svg, format_seconds, save_figure, sweep_plot, trade_off_plot
+from clip_po.evaluation.figures import figure_svg, save_figure
+from clip_po.evaluation.plots import cost_plot, format_seconds, sweep_plot, trade_off_plot
 
 
 def around(value, width=0.01):
