@@ -5,7 +5,7 @@ CONSTRAINTS ?= requirements/tested.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test suite lint help wheel lower-bounds clean
+.PHONY: demo test test-long suite lint help wheel lower-bounds clean
 
 demo: $(STAMP)
 	$(BIN)/clip-po demo --output_dir demo_output
@@ -14,6 +14,10 @@ test: lint suite
 
 suite: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# Fault runs of minutes, which `make test` leaves out.
+test-long: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

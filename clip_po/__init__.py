@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clip_po.config import ContrastivePOConfig
     from clip_po.data.collator import DataCollatorForContrastivePreference
     from clip_po.data.pairs import TypographicPreferences
+    from clip_po.data.streamed_pairs import TypographicStream
     from clip_po.data.typographic import TypographicAttack
     from clip_po.evaluation.choice import choose, sweep, sweep_table
     from clip_po.evaluation.robustness import (
@@ -38,6 +39,7 @@ _HOMES = {
     "RobustnessImages": "clip_po.evaluation.robustness",
     "TypographicAttack": "clip_po.data.typographic",
     "TypographicPreferences": "clip_po.data.pairs",
+    "TypographicStream": "clip_po.data.streamed_pairs",
     "choose": "clip_po.evaluation.choice",
     "evaluate_robustness": "clip_po.evaluation.robustness",
     "fold": "clip_po.concept",
@@ -60,6 +62,7 @@ __all__ = [
     "RobustnessImages",
     "TypographicAttack",
     "TypographicPreferences",
+    "TypographicStream",
     "choose",
     "evaluate_robustness",
     "fold",

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from clip_po.checkpoints import saving
 from clip_po.policy import dual_encoder
 
 AVERAGE_FILE = "moving_average.safetensors"
@@ -168,8 +169,9 @@ class BetaMovingAverageCallback(TrainerCallback):
         file = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", AVERAGE_FILE)
         metadata = {**self._key(state), "weight_sum": repr(self._weight_sum)}
         partial = file.with_suffix(".partial")
-        save_file({name: average.contiguous() for name, average in self._average.items()}, partial, metadata)
-        os.replace(partial, file)
+        with saving(file, str(args.output_dir)):
+            save_file({name: average.contiguous() for name, average in self._average.items()}, partial, metadata)
+            os.replace(partial, file)
 
     @torch.no_grad()
     def on_train_end(
@@ -190,7 +192,7 @@ class BetaMovingAverageCallback(TrainerCallback):
         return {"beta": repr(float(self.beta)), "step": str(state.global_step), "steps": str(state.max_steps)}
 
     def _restore(self, file: Path, state: TrainerState) -> None:
-        with safe_open(file, framework="pt") as stored:
+        with _opened(file) as stored:
             metadata, names = stored.metadata() or {}, set(stored.keys())
             wanted = self._key(state)
             if (found := {name: metadata.get(name) for name in wanted}) != wanted:
@@ -209,6 +211,16 @@ class BetaMovingAverageCallback(TrainerCallback):
             for name, average in self._average.items():
                 average.copy_(stored.get_tensor(name))
         self._weight_sum = float(metadata["weight_sum"])
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is no safetensors file ({error}), so no mean that BetaMovingAverageCallback wrote, and is not "
+            "read. Resume from an earlier checkpoint, resume without the callback, or start anew."
+        ) from error
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

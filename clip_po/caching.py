@@ -13,6 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ProcessorMixin
+from transformers.utils import logging
+
+from clip_po.checks import check_writable
+
+logger = logging.get_logger(__name__)
 
 _NAME = "embeds"
 
@@ -82,31 +87,54 @@ def _digest(parts: Iterable[bytes]) -> str:
 class EmbeddingCache:
     """Embeddings in a folder, each set in a safetensors file named by its fingerprint.
 
-    A file appears whole or not at all; one that can't be read counts as absent and is written anew.
+    A file appears whole or not at all; one that can't be read, or holds anything but so many embeddings of finite
+    numbers, counts as absent and is written anew.
 
     Args:
         folder: Made where it is missing.
+
+    Raises:
+        OSError: The folder can't be written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        check_writable(folder, "embeddings_cache")
         self.folder = Path(folder)
 
-    def get(self, name: str, rows: int) -> Tensor | None:
-        """The embeddings of a fingerprint, Tensor[rows, D]; None where there are none of so many rows."""
+    def get(self, name: str, rows: int, dim: int | None = None) -> Tensor | None:
+        """The embeddings of a fingerprint, as they were put there.
+
+        Args:
+            name: The fingerprint.
+            rows: How many there must be.
+            dim: D, how many numbers each must have; any where it is None.
+
+        Returns:
+            Tensor[rows, D]; None where there are none such.
+        """
         file = self.folder / f"{name}.safetensors"
         try:
             embeds = load_file(file)[_NAME]
-        except (FileNotFoundError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, KeyError):
             return None
-        return embeds if len(embeds) == rows else None
+        right = embeds.ndim == 2 and len(embeds) == rows and dim in (None, embeds.shape[1])
+        return embeds if right and bool(embeds.isfinite().all()) else None
 
     def put(self, name: str, embeds: Tensor) -> None:
-        """Keep embeddings, Tensor[N, D], under a fingerprint."""
+        """Keep embeddings, Tensor[N, D], under a fingerprint.
+
+        Where the disk is full there is a warning and nothing is kept: they are at hand, and a run can go on.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{name}.safetensors"
         partial = file.with_name(f".{name}.{os.getpid()}.partial")
         try:
             save_file({_NAME: embeds.contiguous()}, partial)
             os.replace(partial, file)
+        except (OSError, SafetensorError) as error:
+            logger.warning(
+                f"The embeddings of {len(embeds)} images could not be kept in {str(self.folder)!r} ({error}): another "
+                "run will compute them again. Free some space there."
+            )
         finally:
             partial.unlink(missing_ok=True)

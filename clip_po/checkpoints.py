@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -72,24 +76,78 @@ def whole_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str)
     return str(resume_from_checkpoint)
 
 
+class SavingError(OSError):
+    """Something could not be written to its end; the message says where, why, and what is left."""
+
+
+@contextlib.contextmanager
+def saving(folder: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what writers raise on a full or broken disk into one error that says what to do.
+
+    Args:
+        folder: What is written.
+        output_dir: Where the run's checkpoints lie.
+
+    Raises:
+        SavingError: It could not be written.
+    """
+    try:
+        yield
+    except (SavingError, HfHubHTTPError):  # the latter of a push, which is an OSError too
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # as torch.save says it
+            raise
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f" {shutil.disk_usage(output_dir).free / 2**20:,.0f} MiB are free there."
+        last = last_whole_checkpoint(output_dir)
+        left = f"The last whole checkpoint is {last!r}" if last else "There is no whole checkpoint yet"
+        again = "resume with resume_from_checkpoint=True" if last else "start again"
+        raise SavingError(
+            f"{str(folder)!r} could not be written to its end ({type(error).__name__}: {error}).{free} {left}. Make "
+            f"room or mend the disk, set save_total_limit to keep less, and {again}."
+        ) from error
+
+
 class WholeCheckpoints(_Base):
     """What a trainer does so that a checkpoint counts only when it is whole.
 
-    Trainer deletes older checkpoints before its callbacks have written their part. Its method that writes one is
-    replaced so that nothing is deleted there; `CheckpointMark` does it.
+    Trainer deletes older checkpoints before its callbacks have written their part, and the last one in the end. Its
+    methods that do so are replaced so that nothing is deleted there; `CheckpointMark` does it.
     """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; a disk that is full or broken ends in a `SavingError`."""
+        with saving(output_dir or str(self.args.output_dir), str(self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        given = self.args.resume_from_checkpoint
+        if self.state.global_step == self._initial_global_step and given and Path(given).resolve() == folder.resolve():
+            return  # a finished run was resumed: while the same is written again, there would be none
         if self.args.should_save and folder.is_dir():
-            Path(folder, MARK).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+            _delete(folder)
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
+        with saving(folder, str(self.args.output_dir)), _deleting_nothing(self.args):
             super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer would now delete the last checkpoint where another one is the best, and a finished run could not be
+        # told from one that was killed.
+        with _deleting_nothing(self.args):
+            return super()._finalize_training(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _deleting_nothing(args: TrainingArguments) -> Iterator[None]:
+    """Keep Trainer from deleting checkpoints, which it does with their marks in them, in any order."""
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield
+    finally:
+        args.save_total_limit = limit
 
 
 class CheckpointMark(TrainerCallback):
@@ -116,20 +174,34 @@ class CheckpointMark(TrainerCallback):
         if not args.should_save:
             return
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        for file in folder.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        Path(folder, MARK).touch()
-        _flush(folder)
-        for step, path in _numbered(folder.parent):
-            if step > state.global_step and not is_whole(path):  # of a run that was killed while it wrote
-                shutil.rmtree(path)
-        rotate_checkpoints(
-            output_dir=str(args.output_dir),
-            save_total_limit=args.save_total_limit,
-            best_model_checkpoint=state.best_model_checkpoint,
-            use_mtime=True,  # an earlier run may have left higher numbers
-        )
+        with saving(folder, str(args.output_dir)):
+            for path in (*folder.rglob("*"), folder):
+                _flush(path)
+            Path(folder, MARK).touch()
+            _flush(folder)
+            _flush(folder.parent)
+        if args.save_total_limit is not None and args.save_total_limit > 0:
+            kept = {folder, *([Path(state.best_model_checkpoint)] if state.best_model_checkpoint else [])}
+            _rotate(folder.parent, args.save_total_limit, kept)
+
+
+def _rotate(output_dir: Path, limit: int, kept: set[Path]) -> None:
+    """Delete checkpoints over the limit: first those that are not whole, then those marked the longest time ago.
+
+    The number of the step says nothing of the age: an earlier run may have left higher ones.
+    """
+    checkpoints = [path for _, path in sorted(_numbered(output_dir))]
+    checkpoints.sort(key=lambda path: (is_whole(path), (path / MARK if is_whole(path) else path).stat().st_mtime_ns))
+    over = len(checkpoints) - max(limit, len(kept.intersection(checkpoints)))
+    for path in [path for path in checkpoints if path not in kept][: max(0, over)]:
+        _delete(path)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint, which is no whole one any more before anything else of it is gone."""
+    Path(folder, MARK).unlink(missing_ok=True)
+    _flush(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

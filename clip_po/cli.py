@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib import import_module, metadata
 from importlib.resources import files
 
+from clip_po.redaction import redacted
+
 COMMANDS = {
     "train": "Align a CLIP on labelled images, on which words are written.",
     "evaluate": "Measure what words on images do to a checkpoint, before and after alignment.",
@@ -14,6 +16,10 @@ COMMANDS = {
     "steer": "Turn what the written word says up, off or around by one number, without training the model.",
     "demo": "Align the embedded model by several methods and show what each gains and costs.",
 }
+
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 def usage() -> str:
@@ -39,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, or 2 for arguments that can't be used.
+        The exit status: 0, 2 for arguments that can't be used or a run that had to stop, or 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -58,10 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = import_module(f"clip_po.commands.{command}")
     try:
         module.main(rest)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         # What the package refuses says what to do: a traceback would hide it.
-        print(f"clip-po {command}: {error}", file=sys.stderr)
+        print(redacted(f"clip-po {command}: {error}"), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        go_on = {"train": " The last whole checkpoint stays: go on from it with --resume_from_checkpoint true."}
+        print(f"clip-po {command}: interrupted.{go_on.get(command, '')}", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

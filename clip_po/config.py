@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from clip_po.checks import (
+    BELOW_ONE,
+    COUNT,
+    COUNT_OR_NONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    STEPS,
+    Allowed,
+    check_number,
+    check_writable,
+)
 from clip_po.losses import LOSSES
 from clip_po.redaction import redacted
 
@@ -33,6 +45,34 @@ PRESET_TRAINING: Mapping[str, Any] = {
 }
 
 ADAMAX = "adamax"
+
+NUMBERS: Mapping[str, Allowed] = {
+    "learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "adam_beta1": BELOW_ONE,
+    "adam_beta2": BELOW_ONE,
+    "adam_epsilon": NOT_NEGATIVE,
+    "num_train_epochs": POSITIVE,
+    "max_steps": STEPS,
+    "per_device_train_batch_size": COUNT,
+    "per_device_eval_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "dataloader_num_workers": COUNT_OR_NONE,
+    "logging_steps": POSITIVE,
+    "save_steps": POSITIVE,
+    "seed": SEED,
+    "reg_weight": NOT_NEGATIVE,
+    "penalty_weight": NOT_NEGATIVE,
+    "desirable_weight": NOT_NEGATIVE,
+    "undesirable_weight": NOT_NEGATIVE,
+}
+"""What numbers may be that Trainer takes as they are, to fail or to learn nothing when they are used."""
+
+SMOOTHING = Allowed("lie in [0, 0.5)", lambda number: 0 <= number < 0.5)
+
+OWN_SWITCHES = ("reference_free", "in_batch_candidates", "train_text_model", "train_logit_scale")
+"""Arguments that are True or False: any word, "false" too, would count as True."""
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -78,6 +118,13 @@ class ContrastivePOConfig(TrainingArguments):
         penalty_weight (`float`, defaults to `0.1`): Weight of ||I - W W^T||_F where the trainer is given a
             `concept`, >= 0.
 
+        in_batch_candidates (`bool`, defaults to `False`): Let the policy choose among all texts of the global
+            batch, each once, where no `candidate_texts` are given, instead of each row's own. Under gradient
+            accumulation those of one micro-batch of all processes; the rows that fill up a last batch bring theirs.
+
+        logging_nan_inf_filter (`bool`, defaults to `False`): Trainer's filter, which would log a loss of nan as the
+            mean of others and asks the device after each batch. Training stops instead, before the weights get it.
+
         > The model
 
         train_text_model (`bool`, defaults to `False`): Train the text tower too, instead of keeping it frozen.
@@ -86,6 +133,12 @@ class ContrastivePOConfig(TrainingArguments):
             is given a name.
         base_model_id (`str`, *optional*): What adapters and the model card name as the base model, where it was
             loaded from a folder: its id on the Hub.
+
+        > The images
+
+        on_bad_image (`str`, defaults to `"raise"`): What an image that can't be read or is refused does: `"raise"`
+            stops with its row's name; `"skip"` gives what depends on it the weight 0, and logs count such rows in
+            `skipped_rows`.
 
         > The reference
 
@@ -106,6 +159,9 @@ class ContrastivePOConfig(TrainingArguments):
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate of the optimizer."})
     logging_steps: float = field(
         default=10, metadata={"help": "Log every that many steps; below 1, that share of all steps."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log a loss of nan as the mean of others; training stops before it anyway."}
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
@@ -134,6 +190,9 @@ class ContrastivePOConfig(TrainingArguments):
         default=0.1,
         metadata={"help": "Weight of ||I - W W^T||_F where a concept's transformation W is trained, >= 0."},
     )
+    in_batch_candidates: bool = field(
+        default=False, metadata={"help": "Every text of the global batch is a candidate of each of its rows."}
+    )
     train_text_model: bool = field(default=False, metadata={"help": "Train the text tower too."})
     train_logit_scale: bool = field(default=False, metadata={"help": "Train the logit scale too."})
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -142,6 +201,9 @@ class ContrastivePOConfig(TrainingArguments):
     base_model_id: str | None = field(
         default=None,
         metadata={"help": "Hub id of the base model, for adapters and card, where it came from a folder."},
+    )
+    on_bad_image: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "An image that can't be read: raise, or skip its row and count it."}
     )
     precompute_ref_log_probs: bool | None = field(
         default=None,
@@ -166,24 +228,32 @@ class ContrastivePOConfig(TrainingArguments):
             self.optim = ADAMAX
 
     def _check(self) -> None:
+        if not isinstance(self.loss_type, (list, tuple)):
+            raise TypeError(
+                f"loss_type must be the name of a loss or a list of them, got {self.loss_type!r} "
+                f"({type(self.loss_type).__name__}); there are {sorted(LOSSES)}."
+            )
         unknown = [name for name in self.loss_type if name not in LOSSES]
         if unknown or not self.loss_type:
             raise ValueError(
                 f"loss_type must name one or more of {sorted(LOSSES)}, got {self.loss_type!r}. "
                 "DPO is 'sigmoid', KTO on pairs 'kto_pair', cross-entropy 'sft'."
             )
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+        weights = self.loss_weights
+        if weights is not None and not (isinstance(weights, (list, tuple)) and len(weights) == len(self.loss_type)):
             raise ValueError(
                 f"loss_weights must hold one weight for each of the {len(self.loss_type)} loss types "
                 f"{self.loss_type!r}, got {self.loss_weights!r}."
             )
-        if not 0 < self.beta < float("inf"):
-            raise ValueError(
-                f"beta must be a finite number > 0, got {self.beta!r}. To train without a pull to the reference, "
-                "use loss_type='sft' or reference_free=True."
-            )
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing!r}.")
+        for position, weight in enumerate(weights or ()):
+            check_number(f"loss_weights[{position}]", weight, NOT_NEGATIVE)
+        check_number(
+            "beta",
+            self.beta,
+            POSITIVE,
+            "To train without a pull to the reference, use loss_type='sft' or reference_free=True.",
+        )
+        check_number("label_smoothing", self.label_smoothing, SMOOTHING)
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor!r} is Trainer's, for classifiers, and has no "
@@ -194,13 +264,35 @@ class ContrastivePOConfig(TrainingArguments):
                 f"train_sampling_strategy must be 'random' or 'sequential', got {self.train_sampling_strategy!r}: "
                 "preferences have no lengths to group by."
             )
-        for name in ("reg_weight", "penalty_weight", "desirable_weight", "undesirable_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}.")
+        if self.on_bad_image not in ("raise", "skip"):
+            raise ValueError(f"on_bad_image must be 'raise' or 'skip', got {self.on_bad_image!r}.")
+        for name, allowed in NUMBERS.items():
+            if (value := getattr(self, name)) is not None:  # clip-po train chooses some by the data later
+                check_number(name, value, allowed)
+        if self.data_seed is not None:
+            check_number("data_seed", self.data_seed, SEED)
+        for name in OWN_SWITCHES:
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__}).")
+        if self.precompute_ref_log_probs not in (None, True, False):
+            raise TypeError(
+                f"precompute_ref_log_probs must be True, False or None, got {self.precompute_ref_log_probs!r}."
+            )
+        for name in ("output_dir", "embeddings_cache"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (str, os.PathLike)) or not str(value)):
+                raise TypeError(f"{name} must be the path of a folder, got {value!r}: say where files are to go.")
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments as trackers and files get them: without secrets, at any depth."""
         return redacted(super().to_dict())
+
+    def __str__(self) -> str:
+        """The arguments as logs show them: without secrets, at any depth."""
+        shown = sorted(redacted({f.name: getattr(self, f.name) for f in fields(self)}).items())
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown)})"
+
+    __repr__ = __str__
 
     @property
     def weights(self) -> list[float]:
@@ -227,24 +319,37 @@ class ContrastivePOConfig(TrainingArguments):
         return cls(**{**preset(name), "per_device_train_batch_size": share, **overrides})
 
 
-def check_args(args: Any, compute_metrics: Any) -> None:
+def check_args(args: Any, compute_metrics: Any, candidate_texts: Any = None) -> None:
     """Refuse a configuration that a trainer can't use, and settle what depends on the machine.
 
     Args:
         args: The configuration.
         compute_metrics: As for the trainer.
+        candidate_texts: As for the trainer.
 
     Raises:
-        TypeError: No ContrastivePOConfig.
-        ValueError: Metrics without `batch_eval_metrics`.
+        TypeError: No ContrastivePOConfig, or an argument of another type.
+        ValueError: Metrics without `batch_eval_metrics`, candidates of two kinds, or a number that was set to what
+            it can't be after the configuration was made.
+        OSError: `output_dir` can't be written to.
     """
     if not isinstance(args, ContrastivePOConfig):
         raise TypeError(f"args must be a ContrastivePOConfig, got {type(args).__name__}.")
+    args._check()
+    for name, allowed in NUMBERS.items():
+        check_number(name, getattr(args, name), allowed)
+    if args.should_save:
+        check_writable(args.output_dir)
     if compute_metrics is not None and not args.batch_eval_metrics:
         raise ValueError(
             "compute_metrics needs batch_eval_metrics=True in ContrastivePOConfig: evaluation keeps no logits, so "
             "metrics are computed batch by batch. The function takes (eval_prediction, compute_result) and returns "
             "the metrics when compute_result is True."
+        )
+    if args.in_batch_candidates and candidate_texts is not None:
+        raise ValueError(
+            "in_batch_candidates=True takes the candidates from each batch, but candidate_texts names them for every "
+            "row. Leave one of the two out."
         )
     if args.n_gpu > 1:
         logger.warning(
@@ -254,3 +359,6 @@ def check_args(args: Any, compute_metrics: Any) -> None:
     if args.ddp_find_unused_parameters is None:
         # What does not train is frozen, so DDP need not search the graph each step.
         args.ddp_find_unused_parameters = False
+    if args.ddp_broadcast_buffers is None:
+        # CLIP's are the numbers of positions, which nothing changes: no need to wait for them before each forward.
+        args.ddp_broadcast_buffers = False

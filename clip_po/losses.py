@@ -60,9 +60,13 @@ def sigmoid_loss(
     Returns:
         Tensor[B], one loss per preference.
 
+    Raises:
+        ValueError: The shapes don't belong together.
+
     Source: Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; S-DPO: Chen et al. 2024, arXiv 2406.09215;
     label smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
     """
+    _check_shapes(chosen_logratios, rejected_logratios)
     margin = -torch.logsumexp(beta * (rejected_logratios - chosen_logratios.unsqueeze(-1)), dim=-1)
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
@@ -171,6 +175,15 @@ def kl_regularization(ref_logps: Tensor, policy_logps: Tensor) -> Tensor:
     return (ref_logps.exp() * ratios).sum(dim=-1)
 
 
+def _check_shapes(chosen: Tensor, rejected: Tensor) -> None:
+    # Of Tensor[B] and Tensor[B] the difference would be taken between all rows.
+    if rejected.ndim != chosen.ndim + 1 or rejected.shape[:-1] != chosen.shape:
+        raise ValueError(
+            f"rejected must be Tensor[B, R] where chosen is Tensor[B], got {list(rejected.shape)} and "
+            f"{list(chosen.shape)}. One rejected text a row is rejected.unsqueeze(-1)."
+        )
+
+
 def _single(rejected: Tensor, loss_type: str) -> Tensor:
     if rejected.shape[-1] != 1:
         raise ValueError(
@@ -272,8 +285,15 @@ def preference_loss(
         Tensor[B], one loss per preference.
 
     Raises:
-        ValueError: `kto_pair` without a KL, or a loss that takes one rejected text was given several.
+        ValueError: An unknown name, a weight too many or too few, `kto_pair` without a KL, or a loss that takes one
+            rejected text was given several.
     """
+    unknown = [name for name in loss_types if name not in LOSSES]
+    if unknown or len(loss_types) != len(loss_weights):
+        raise ValueError(
+            f"loss_types must be names of {sorted(LOSSES)}, each with a weight, got {list(loss_types)} with the "
+            f"weights {list(loss_weights)}."
+        )
     losses = [
         weight * LOSSES[name](logps, kl, settings) for name, weight in zip(loss_types, loss_weights, strict=True)
     ]

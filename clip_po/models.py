@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, CLIPModel, CLIPProcessor, PreTrainedModel, ProcessorMixin, set_seed
+from transformers import (
+    AutoConfig,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    set_seed,
+)
 from transformers.utils import logging
 
 from clip_po.concept import ConceptTransform
 from clip_po.config import ContrastivePOConfig
+from clip_po.pickles import refuse_pickles
 from clip_po.policy import dual_encoder
+from clip_po.resuming import differences, first_line
 
 logger = logging.get_logger(__name__)
 
@@ -31,16 +43,99 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
     Raises:
         TypeError: The checkpoint is of another architecture.
         OSError: There is no such model, or its weights are not in safetensors.
-        ValueError: The folder holds no model.
+        ValueError: The folder holds no model, or weights that can't be read or lack some of the model's.
     """
-    config = AutoConfig.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
-    if config.model_type != "clip":
+    if not kwargs.get("use_safetensors", True):
+        raise ValueError(
+            f"use_safetensors={kwargs['use_safetensors']!r} would read weights from a pickle, which may run any "
+            "program. Leave it out: weights are read from safetensors only."
+        )
+    hub = {k: v for k, v in kwargs.items() if k in ("revision", "token")}
+    # The type as it is written: where AutoConfig does not know it, it asks whether to run the model's own code.
+    written, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    kind = written.get("model_type") or AutoConfig.from_pretrained(name, trust_remote_code=False, **hub).model_type
+    if kind != "clip":
         raise TypeError(
-            f"{name!r} is a {config.model_type!r} model, but clip_po aligns CLIPModel checkpoints (model_type "
+            f"{name!r} is a {kind!r} model, but clip_po aligns CLIPModel checkpoints (model_type "
             "'clip'), which have an image and a text tower. Give such a checkpoint, for example "
             "'openai/clip-vit-base-patch32'."
         )
-    return CLIPModel.from_pretrained(name, **{"dtype": torch.float32, "use_safetensors": True, **kwargs})
+    refuse_pickles(name, **hub)
+    given = {"dtype": torch.float32, **kwargs, "use_safetensors": True}
+    try:
+        model, found = CLIPModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **given)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {name!r} can't be read ({error}). Copy or download them again.") from error
+    # What is missing or of another size would start from random weights.
+    missing = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+    if missing:
+        raise ValueError(
+            f"The weights of {name!r} are not those of its config.json: {len(missing)} are missing or of another "
+            f"size, such as {missing[0]!r}. Copy or download the checkpoint again, config.json and weights together."
+        )
+    return model
+
+
+def load_any(name: str) -> CLIPModel | PeftModel:
+    """A plain model, or a base model with the adapters that a folder or Hub id holds.
+
+    Args:
+        name: Folder or Hub id.
+
+    Raises:
+        ValueError: Adapters that can't be read, that name no base model, or that are of another one.
+        TypeError, OSError, ValueError: As for `load_model`.
+    """
+    try:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"The adapter_config.json of {name!r} can't be read ({error}). Save the adapters again."
+        ) from error
+    except ValueError:  # no adapters there
+        return load_model(name)
+    if base is None or (os.path.isabs(base) and not os.path.isdir(base)):
+        raise ValueError(
+            f"The adapters in {name!r} name {base!r} as their base model, which is not there. Write its Hub id or "
+            "folder into their adapter_config.json, as base_model_name_or_path."
+        )
+    refuse_pickles(name)
+    model = load_model(base)
+    try:
+        adapted = PeftModel.from_pretrained(model, name)
+        stored = {key: tuple(weight.shape) for key, weight in load_peft_weights(name, device="cpu").items()}
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"The adapters in {name!r} can't be put on their base model {base!r} ({first_line(error)}). Give the "
+            "model that they were trained on as base_model_name_or_path in their adapter_config.json, or save them "
+            "again."
+        ) from error
+    wanted = {key: tuple(weight.shape) for key, weight in get_peft_model_state_dict(adapted).items()}
+    if stored != wanted:
+        raise ValueError(
+            f"The adapters in {name!r} are of another model than their base model {base!r}: "
+            f"{differences(stored, wanted)}. Write the model that they were trained on into their "
+            "adapter_config.json, as base_model_name_or_path."
+        )
+    return adapted
+
+
+def check_finite(model: nn.Module, name: str = "model") -> None:
+    """Refuse a model with weights that are no finite numbers: whatever it is asked, it answers nothing.
+
+    Args:
+        model: The model.
+        name: What messages call it.
+
+    Raises:
+        ValueError: Says which weights.
+    """
+    spoiled = [n for n, p in model.named_parameters() if not p.is_meta and not bool(torch.isfinite(p).all())]
+    if spoiled:
+        raise ValueError(
+            f"{len(spoiled)} weights of {name} hold nan or infinity, such as {spoiled[0]!r}: its training diverged, "
+            "or the file is damaged. Load an earlier checkpoint."
+        )
 
 
 def load_policy(
@@ -55,6 +150,15 @@ def load_policy(
         ValueError: The arguments don't fit together; the message says which and what to do.
         TypeError: No CLIPModel.
     """
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config must be a PeftConfig, such as LoraConfig(r=16, target_modules=...), got {peft_config!r}."
+        )
+    if peft_config is not None and peft_config.task_type is not None:
+        raise ValueError(
+            f"peft_config.task_type is {str(peft_config.task_type)!r}, which asks for a language model's methods. Set "
+            "task_type=None."
+        )
     if ref_model is not None:
         reference = dual_encoder(ref_model, "ref_model")
         if not isinstance(model, str) and reference is dual_encoder(model):
@@ -68,11 +172,16 @@ def load_policy(
             "train_logit_scale=True with adapters: an adapter checkpoint can't hold the logit scale, so it would be "
             "lost. Leave it frozen, or train the full model."
         )
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     if isinstance(model, str):
         model = load_model(model, **init_kwargs(args.model_init_kwargs))
     elif args.model_init_kwargs:
         logger.warning("model_init_kwargs are ignored: the model is an object already, not a name.")
     encoder = dual_encoder(model)
+    check_finite(encoder)
+    if ref_model is not None:
+        check_finite(ref_model, "ref_model")
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError(
@@ -87,7 +196,13 @@ def load_policy(
     elif peft_config is not None:
         # Adapters start from random weights: the same ones for the same seed.
         set_seed(args.seed)
-        model = get_peft_model(encoder, peft_config)
+        try:
+            model = get_peft_model(encoder, peft_config)
+        except ValueError as error:
+            raise ValueError(
+                f"peft_config does not fit the model ({error}). Target the layers of its vision tower, with "
+                r"target_modules=r'.*vision_model.*\.(q_proj|v_proj)'."
+            ) from error
     else:
         for name, parameter in encoder.named_parameters():
             frozen = name.startswith(TEXT_TOWER) and not args.train_text_model
@@ -121,6 +236,7 @@ def check_concept(
         "ref_model": ref_model is not None,
         "train_text_model=True": args.train_text_model,
         "train_logit_scale=True": args.train_logit_scale,
+        "activation_checkpointing=True": bool(args.activation_checkpointing),
     }
     wrong = [name for name, there in given.items() if there]
     if wrong:
@@ -138,7 +254,7 @@ def check_concept(
 
 def init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """`model_init_kwargs` as a dictionary of its own."""
-    if isinstance(kwargs, str):
+    if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ValueError(f"model_init_kwargs must be a dict (as JSON on the command line), got {kwargs!r}.")
     return dict(kwargs or {})
 
@@ -164,7 +280,8 @@ def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixi
     name = dual_encoder(model).config.name_or_path
     kwargs = init_kwargs(args.model_init_kwargs)
     try:
-        return CLIPProcessor.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in ("revision", "token")})
+        hub = {k: v for k, v in kwargs.items() if k in ("revision", "token")}
+        return CLIPProcessor.from_pretrained(name, trust_remote_code=False, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No processor was given, and none can be loaded from {name!r}, where the model came from ({error}). "
@@ -205,9 +322,9 @@ def image_size(processor: ProcessorMixin) -> int | None:
     return (size or {}).get("height") or (size or {}).get("shortest_edge")
 
 
-def default_output_dir(model: str | nn.Module) -> str:
+def default_output_dir(model: str | os.PathLike[str] | nn.Module) -> str:
     """Where a trainer without arguments writes: the model's name and -PO."""
-    name = model if isinstance(model, str) else dual_encoder(model).config.name_or_path
+    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else dual_encoder(model).config.name_or_path
     return f"{name.rstrip('/').split('/')[-1] or 'clip'}-PO"
 
 

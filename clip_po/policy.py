@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, ProcessorMixin
 
 from clip_po.losses import PreferenceLogps, kl_regularization
+from clip_po.shared_texts import embeds_of_all, share_of_texts
 
 
 def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
@@ -51,8 +52,16 @@ def candidate_logps(
     Returns:
         Tensor[B, N] (or [B, M]) in nats, at least float32; -inf for an absent candidate.
 
+    Raises:
+        ValueError: The embeddings are of different sizes.
+
     Source: Radford et al. 2021, arXiv 2103.00020, Sec. 2.3; as a policy: Afzali et al. 2025, arXiv 2411.08923.
     """
+    if image_embeds.shape[-1] != text_embeds.shape[-1]:
+        raise ValueError(
+            f"image_embeds have {image_embeds.shape[-1]} numbers each, text_embeds {text_embeds.shape[-1]}: they are "
+            "of different models. Embed images and texts by one model."
+        )
     dtype = torch.promote_types(image_embeds.dtype, torch.float32)
     with torch.autocast(image_embeds.device.type, enabled=False):
         logits = logit_scale * image_embeds.to(dtype) @ text_embeds.to(dtype).T
@@ -134,18 +143,34 @@ def encode_texts(model: nn.Module, processor: ProcessorMixin, texts: Sequence[st
         Tensor[M, D], at least float32, on the model's device.
 
     Raises:
-        ValueError: `texts` is a single string or empty.
+        ValueError: `texts` is a single string or empty, or an embedding is not finite.
     """
+    with torch.autocast(dual_encoder(model).device.type, enabled=False):
+        return encode_texts_autocast(model, processor, texts, batch_size)
+
+
+def encode_texts_autocast(
+    model: nn.Module, processor: ProcessorMixin, texts: Sequence[str], batch_size: int = 256
+) -> Tensor:
+    """As `encode_texts`, but in the precision of the autocast around the call."""
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts must be a list of at least one text, got {texts!r}.")
     encoder = dual_encoder(model)
     embeds = []
-    with evaluating(encoder), torch.autocast(encoder.device.type, enabled=False):
+    with evaluating(encoder):
         for start in range(0, len(texts), batch_size):
             tokens = tokenize(encoder, processor, texts[start : start + batch_size])
             features = encoder.get_text_features(**tokens).pooler_output
             embeds.append(F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1))
-    return torch.cat(embeds)
+    found = torch.cat(embeds)
+    spoiled = (~found.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+    if spoiled:
+        raise ValueError(
+            f"The embeddings of {len(spoiled)} of {len(texts)} texts, such as {texts[spoiled[0]]!r}, hold nan or "
+            "infinity: so do weights of the text tower, or its numbers overflow. Load an earlier checkpoint, or use "
+            "float32."
+        )
+    return found
 
 
 def encode_images(model: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -156,9 +181,10 @@ def encode_images(model: nn.Module, pixel_values: Tensor) -> Tensor:
         pixel_values: Tensor[B, C, H, W].
 
     Returns:
-        Tensor[B, D].
+        Tensor[B, D], at least float32.
     """
-    return F.normalize(dual_encoder(model).get_image_features(pixel_values).pooler_output, dim=-1)
+    features = dual_encoder(model).get_image_features(pixel_values).pooler_output
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def tokenize(encoder: CLIPModel, processor: ProcessorMixin, texts: Sequence[str]) -> Any:
@@ -186,10 +212,16 @@ class FrozenTexts:
     Args:
         model: The model whose text tower is frozen.
         processor: Its processor.
+        encode: `encode_texts`, or `encode_texts_autocast`.
     """
 
-    def __init__(self, model: nn.Module, processor: ProcessorMixin) -> None:
-        self._encode = lambda texts: encode_texts(model, processor, texts)
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: ProcessorMixin,
+        encode: Callable[[nn.Module, ProcessorMixin, Sequence[str]], Tensor] = encode_texts,
+    ) -> None:
+        self._encode = lambda texts: encode(model, processor, texts)
         self._known: dict[str, Tensor] = {}
         self._last: tuple[Sequence[str], Tensor] | None = None
 
@@ -240,15 +272,27 @@ class Policy:
             *([batch["reg_pixel_values"]] if "reg_pixel_values" in batch else []),
         ]
         texts = batch_texts(self.candidate_texts, batch)
+        shared = "candidates" not in batch  # then all processes have the same texts
         # CLIPModel runs both towers: the shortest text stands in where the embeddings are known already.
-        tokens = tokenize(encoder, self.processor, [""] if self.frozen_texts else texts)
-        outputs = model(**tokens, pixel_values=torch.cat(pixels))
-        text_embeds = self.frozen_texts(texts) if self.frozen_texts else outputs.text_embeds
+        encoded = [""] if self.frozen_texts else share_of_texts(texts) if shared else texts
+        outputs = model(**tokenize(encoder, self.processor, encoded), pixel_values=torch.cat(pixels))
+        image_embeds = _unit_norm(outputs.vision_model_output.pooler_output)
+        if self.frozen_texts:
+            text_embeds = self.frozen_texts(texts)
+        else:
+            own = _unit_norm(outputs.text_model_output.pooler_output)
+            text_embeds = embeds_of_all(own, len(texts)) if shared else own
         logps = [
             candidate_logps(embeds, text_embeds, encoder.logit_scale.exp(), batch.get("candidates"))
-            for embeds in outputs.image_embeds.split(len(pixels[0]))
+            for embeds in image_embeds.split(len(pixels[0]))
         ]
         return BatchLogps(logps[0], logps[1] if len(logps) > 1 else None)
+
+
+def _unit_norm(features: Tensor) -> Tensor:
+    """As CLIPModel computes it, bit for bit, but never in half precision: its own embeddings are rounded once more."""
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    return wide / wide.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

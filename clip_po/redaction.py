@@ -9,8 +9,8 @@ from typing import Any
 
 REDACTED = "<redacted>"
 
-_SECRET_NAMES = ("token", "secret", "password")
-_HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9_]{16,}")
+_SECRET_NAMES = ("token", "secret", "password", "api_key", "credential")
+_HUB_TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9_-]{16,}(?:\.[A-Za-z0-9_-]+)*")  # those of OAuth have dots
 
 
 def redacted(settings: Any) -> Any:
@@ -20,8 +20,8 @@ def redacted(settings: Any) -> Any:
         settings: Mappings, lists, dataclasses and plain values.
 
     Returns:
-        The same in mappings and lists; a text under a name that speaks of a token, secret or password is replaced,
-        and so is a Hub token in any text.
+        The same in mappings and lists; a text under a name that speaks of a token, secret, password, key of an API or
+        credential is replaced, and so is a Hub token in any text.
     """
     if is_dataclass(settings) and not isinstance(settings, type):
         settings = asdict(settings)

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
 from clip_po.caching import EmbeddingCache, fingerprint, model_digest, processor_digest
-from clip_po.data.collator import to_pixels
 from clip_po.data.pairs import PreferencePairs
+from clip_po.data.pixels import to_pixels
+from clip_po.data.skipping import blank_image
 from clip_po.policy import (
     BatchLogps,
     FrozenTexts,
@@ -118,6 +120,12 @@ class _Images(torch.utils.data.Dataset[Any]):
         return self.pairs.fixed_image(self.column, index)
 
 
+def _batch(processor: ProcessorMixin, images: Sequence[Image.Image | None]) -> tuple[Tensor, Tensor]:
+    """Pixels, blank for images that can't be read, and which can."""
+    pixels = to_pixels(processor, [image or blank_image() for image in images])
+    return pixels, torch.tensor([image is not None for image in images])
+
+
 def embed_fixed_images(
     reference: ReferencePolicy,
     pairs: PreferencePairs,
@@ -147,14 +155,16 @@ def embed_fixed_images(
     """
     if pairs.reference:
         return
-    embeds = {}
-    maker = None if cache is None else _maker(reference, processor)
+    embeds: dict[str, Tensor] = {}
+    readable: dict[str, Tensor] = {}
+    maker = None if cache is None else _maker(reference, processor, accelerator.mixed_precision)
+    dim = dual_encoder(reference.model).config.projection_dim
     for column in pairs.fixed_images:
         if column not in images:
             continue
         source = None if maker is None else pairs.digest(column)
         name = None if maker is None or source is None else fingerprint(maker, source)
-        known = None if cache is None or name is None else cache.get(name, pairs.image_count(column))
+        known = None if cache is None or name is None else cache.get(name, pairs.image_count(column), dim)
         # Where processes have disks of their own, all compute unless all have found.
         hits = accelerator.reduce(torch.tensor(float(known is not None), device=accelerator.device), "sum")
         if known is not None and hits.item() == accelerator.num_processes:
@@ -165,7 +175,7 @@ def embed_fixed_images(
                 _Images(pairs, column),
                 batch_size=batch_size,
                 num_workers=num_workers,
-                collate_fn=functools.partial(to_pixels, processor),
+                collate_fn=functools.partial(_batch, processor),
             )
         )
         batches = tqdm(
@@ -174,15 +184,20 @@ def embed_fixed_images(
             disable=disable_tqdm or not accelerator.is_local_main_process,
             leave=False,
         )
-        found = [accelerator.gather(reference.image_embeds(pixels)).float().cpu() for pixels in batches]
+        found, able = [], []
+        for pixels, can_be_read in batches:
+            found.append(accelerator.gather(reference.image_embeds(pixels)).float().cpu())
+            able.append(accelerator.gather(can_be_read).cpu())
         embeds[column] = torch.cat(found)[: pairs.image_count(column)]
-        if cache is not None and name is not None and accelerator.is_local_main_process:
+        readable[column] = torch.cat(able)[: pairs.image_count(column)]
+        whole = bool(readable[column].all())  # an image that can't be read now may be mended later
+        if cache is not None and name is not None and whole and accelerator.is_local_main_process:
             cache.put(name, embeds[column])
-    pairs.attach_reference(embeds)
+    pairs.attach_reference(embeds, readable)
 
 
-def _maker(reference: ReferencePolicy, processor: ProcessorMixin) -> str:
+def _maker(reference: ReferencePolicy, processor: ProcessorMixin, precision: str) -> str:
     """A name of all that embeddings depend on but the images."""
     encoder = dual_encoder(reference.model)
     tower = [model_digest(part) for part in (encoder.vision_model, encoder.visual_projection)]
-    return fingerprint(*tower, processor_digest(processor))
+    return fingerprint(*tower, processor_digest(processor), precision)

@@ -14,14 +14,16 @@ from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer, Tr
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 from transformers.utils import logging
 
-from clip_po.caching import EmbeddingCache
+from clip_po.activations import NoInputGradients
 from clip_po.checkpoints import CheckpointMark, WholeCheckpoints, whole_checkpoint
 from clip_po.concept import ConceptTransform
 from clip_po.concept_policy import ConceptPolicy
 from clip_po.config import ADAMAX, ContrastivePOConfig, check_args
 from clip_po.data.collator import DataCollatorForContrastivePreference, row_weights
 from clip_po.data.formats import check_candidates
-from clip_po.data.pairs import EvaluationPairs, PreferencePairs, checked_pairs
+from clip_po.data.pairs import PreferencePairs
+from clip_po.divergence import StopsWhereNotFinite
+from clip_po.feeding import FeedsRows
 from clip_po.hub import SafePublishing
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, preference_metrics
@@ -33,16 +35,21 @@ from clip_po.models import (
     load_processor,
     without_new_adapters,
 )
+from clip_po.pickles import SafeLoading
 from clip_po.policy import (
     FrozenTexts,
     Policy,
     dual_encoder,
+    encode_texts,
+    encode_texts_autocast,
     frozen_copy,
     preference_logps,
     regularization_kl,
 )
-from clip_po.reference import SEES, ReferencePolicy, embed_fixed_images
-from clip_po.sampling import EpochSampler
+from clip_po.reference import SEES, ReferencePolicy
+from clip_po.resuming import ResumesExactly
+from clip_po.sharding import allow_sharding
+from clip_po.shared_texts import in_batch_candidates
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +57,9 @@ SMALLEST_WEIGHT = 1e-8
 """Stands in for a sum of weights that is 0, so that a batch of nothing but padding has the gradient 0."""
 
 
-class ContrastivePOTrainer(SafePublishing, WholeCheckpoints, Trainer):
+class ContrastivePOTrainer(
+    SafePublishing, SafeLoading, WholeCheckpoints, ResumesExactly, StopsWhereNotFinite, FeedsRows, Trainer
+):
     """Trainer for preference optimization of contrastive vision-language models.
 
     The softmax over candidate texts is a policy; DPO, IPO or KTO moves it towards the chosen texts, and
@@ -63,8 +72,9 @@ class ContrastivePOTrainer(SafePublishing, WholeCheckpoints, Trainer):
         args (`ContrastivePOConfig`, *optional*): Settings; the defaults write to `<model>-PO`.
         data_collator (`Callable`, *optional*): Default: `DataCollatorForContrastivePreference`.
         train_dataset (`datasets.Dataset` or `TypographicPreferences`): Preferences, in a format of
-            `clip_po.data.formats`.
-        eval_dataset (the same, or a `dict` of them, *optional*): Preferences to evaluate on.
+            `clip_po.data.formats`. A `datasets.IterableDataset` or `TypographicStream` is read as it comes; it needs
+            `max_steps`.
+        eval_dataset (the same but no stream, or a `dict` of them, *optional*): Preferences to evaluate on.
         processing_class (`CLIPProcessor`, *optional*): Default: loaded from where the model came from.
         compute_metrics (`Callable`, *optional*): Takes an `EvalPrediction` of one batch (log-probabilities [B, N]
             and positions of the chosen texts [B]) and `compute_result`; needs `batch_eval_metrics=True`.
@@ -112,7 +122,7 @@ class ContrastivePOTrainer(SafePublishing, WholeCheckpoints, Trainer):
         concept: ConceptTransform | None = None,
     ) -> None:
         args = args if args is not None else ContrastivePOConfig(default_output_dir(model))
-        check_args(args, compute_metrics)
+        check_args(args, compute_metrics, candidate_texts)
         check_candidates(candidate_texts)
         self.candidate_texts = None if candidate_texts is None else list(candidate_texts)
         model = load_policy(model, ref_model, args, peft_config)
@@ -125,7 +135,7 @@ class ContrastivePOTrainer(SafePublishing, WholeCheckpoints, Trainer):
         pairs: PreferencePairs | None = None
         evaluated: Any = None
         if train_dataset is not None:
-            pairs = checked_pairs(train_dataset, reg_dataset, self.candidate_texts, args, "train_dataset")
+            pairs = self._training_pairs(train_dataset, args, concept)
         if isinstance(eval_dataset, (dict, DatasetDict)):
             several = eval_dataset.items()
             evaluated = {name: self._evaluation_pairs(rows, args, f"eval_dataset[{name!r}]") for name, rows in several}
@@ -145,22 +155,33 @@ class ContrastivePOTrainer(SafePublishing, WholeCheckpoints, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.add_callback(NoInputGradients())
         self.add_callback(CheckpointMark(self.accelerator.wait_for_everyone, self.callback_handler))
+        # Gradients live in DDP's buckets, not beside them: one copy less of all that trains.
+        self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.encoder: CLIPModel = dual_encoder(model).to(self.accelerator.device)
+        if self.is_fsdp_enabled:
+            allow_sharding(self.encoder)
         self.loss_settings = LossSettings(
             args.beta, args.label_smoothing, args.desirable_weight, args.undesirable_weight
         )
-        texts = None if args.train_text_model else FrozenTexts(model, processing_class)
-        self.policy: Policy | ConceptPolicy = Policy(processing_class, self.candidate_texts, texts)
         if concept is not None:
             reference = model.requires_grad_(False).eval()  # which nothing changes
         elif ref_model is None:
             reference = without_new_adapters(frozen_copy(self.model), peft_config)
         else:
-            reference, texts = ref_model.requires_grad_(False).eval().to(self.accelerator.device), None
+            reference = ref_model.requires_grad_(False).eval().to(self.accelerator.device)
         self._rewarded = bool(REFERENCED & set(args.loss_type))
         sees = SEES if self._rewarded and not args.reference_free else SEES[1:]
+        # Where the text tower trains, bfloat16's error would else stand on one side of the log-ratios alone.
+        encode = encode_texts_autocast if args.train_text_model else encode_texts
+        texts = FrozenTexts(reference, processing_class, encode)
         self.reference = ReferencePolicy(reference, processing_class, self.candidate_texts, texts, sees)
+        # Of the two that share a frozen text tower the reference's is asked: the policy's may get sharded.
+        texts = texts if ref_model is None else FrozenTexts(model, processing_class)
+        self.policy: Policy | ConceptPolicy = Policy(
+            processing_class, self.candidate_texts, None if args.train_text_model else texts
+        )
         if concept is not None:
             self.policy = ConceptPolicy(self.reference)
         self._means = {True: RunningMeans(), False: RunningMeans()}
@@ -294,82 +315,9 @@ class ContrastivePOTrainer(SafePublishing, WholeCheckpoints, Trainer):
 
     # ---- Data ----------------------------------------------------------------------------------------------
 
-    def _evaluation_pairs(
-        self, dataset: Any, args: ContrastivePOConfig, name: str = "eval_dataset"
-    ) -> PreferencePairs:
-        return checked_pairs(dataset, self.reg_dataset, self.candidate_texts, args, name, EvaluationPairs)
-
-    def _embed_fixed_images(self, pairs: PreferencePairs, pays: bool) -> None:
-        """Let the reference see fixed images once, where it pays or the arguments say so."""
-        wanted = self.args.precompute_ref_log_probs
-        pairs.without_images = self.concept is not None
-        if (pays or self.concept is not None) if wanted is None else wanted:
-            with self.accelerator.autocast():
-                embed_fixed_images(
-                    self.reference,
-                    pairs,
-                    self.processing_class,
-                    self.accelerator,
-                    self.args.eval_batch_size,
-                    self.args.dataloader_num_workers,
-                    bool(self.args.disable_tqdm),
-                    EmbeddingCache(self.args.embeddings_cache) if self.args.embeddings_cache else None,
-                    self.reference.sees if self.concept is None else SEES,
-                )
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Rows in the order of `EpochSampler`, with the reference's embeddings of fixed images where that pays."""
-        if self.train_dataset is None:
-            raise ValueError("Training needs a train_dataset; pass it to the trainer.")
-        rows = len(self.train_dataset) * self.args.num_train_epochs
-        if self.args.max_steps > 0:
-            rows = self.args.max_steps * self.args.gradient_accumulation_steps * self._global_batch_size()
-        self._embed_fixed_images(self.train_dataset, pays=rows > len(self.train_dataset))
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        if self.args.train_sampling_strategy == "sequential":
-            seed = None
-        return self._loader(self.train_dataset, self._train_batch_size, seed, self.args.dataloader_drop_last)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Rows in the order of the data set; a `str` names one of several evaluation data sets."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        if dataset is None:
-            raise ValueError("Evaluation needs an eval_dataset; pass it to the trainer or to evaluate().")
-        if not isinstance(dataset, PreferencePairs):
-            dataset = self._evaluation_pairs(dataset, self.args)
-        self._embed_fixed_images(dataset, pays=False)  # embeddings of every row stay only where they are asked for
-        return self._loader(dataset, self.args.eval_batch_size, seed=None, drop_last=False)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """As `get_eval_dataloader`."""
-        return self.get_eval_dataloader(test_dataset)
-
-    def _global_batch_size(self) -> int:
-        return self._train_batch_size * self.accelerator.num_processes
-
-    def _loader(self, dataset: PreferencePairs, batch_size: int, seed: int | None, drop_last: bool) -> DataLoader[Any]:
-        # A data set smaller than a batch is one batch, not one filled up with rows of weight 0.
-        batch_size = min(batch_size, -(-len(dataset) // self.accelerator.num_processes))
-        sampler = EpochSampler(len(dataset), batch_size * self.accelerator.num_processes, seed, drop_last)
-        loader = self.accelerator.prepare(
-            DataLoader(
-                dataset,
-                batch_size=batch_size,
-                sampler=sampler,
-                collate_fn=self.data_collator,
-                num_workers=self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
-                prefetch_factor=self.args.dataloader_prefetch_factor,
-                # An evaluation has a loader of its own: its workers would stay for good.
-                persistent_workers=self.args.dataloader_persistent_workers and seed is not None,
-                multiprocessing_context=self.args.dataloader_multiprocessing_context,
-            )
-        )
-        # accelerate passes the epoch on to the sampler only from here; else a resume would replay epoch 0.
-        loader.set_sampler(sampler)
-        return loader
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        return in_batch_candidates(inputs) if self.args.in_batch_candidates else inputs
 
     # ---- Optimizer -----------------------------------------------------------------------------------------
 

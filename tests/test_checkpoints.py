@@ -1,30 +1,41 @@
 """Nothing is lost: a killed run goes on from a whole checkpoint and ends with the same bits."""
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
+import importlib
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from samples import PROMPTS, make_preferences
-from transformers import TrainerCallback
+from samples import PROMPTS, make_preferences, tiny_config, tiny_processor
+from transformers import CLIPModel, TrainerCallback
 
 from clip_po.averaging import AVERAGE_FILE, BetaMovingAverageCallback
 from clip_po.checkpoints import MARK, is_whole, last_whole_checkpoint, whole_checkpoint
 from clip_po.config import ContrastivePOConfig
 from clip_po.trainer import ContrastivePOTrainer
 
-WORKER = Path(__file__).with_name("kill_worker.py")
+
+class StopAt(TrainerCallback):
+    """Ends a training before its last step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+
+
+@pytest.fixture
+def kills(monkeypatch):
+    """The benchmark that kills runs."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module("kills")
 
 
 @pytest.fixture
 def make_trainer(clip_folder, tmp_path):
-    def make(*callbacks, folder="run", **arguments):
+    def make(*callbacks, folder="run", model=clip_folder, eval_dataset=None, **arguments):
         config = {
             "output_dir": str(tmp_path / folder),
             "per_device_train_batch_size": 4,
@@ -37,9 +48,10 @@ def make_trainer(clip_folder, tmp_path):
             **arguments,
         }
         return ContrastivePOTrainer(
-            str(clip_folder),
+            str(model),
             args=ContrastivePOConfig(**config),
             train_dataset=make_preferences(13),
+            eval_dataset=eval_dataset,
             candidate_texts=PROMPTS,
             callbacks=list(callbacks),
         )
@@ -101,38 +113,124 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(make_trainer, tmp
     assert whole_checkpoint(False, str(tmp_path)) is None
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_steps": -1, "num_train_epochs": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_steps": -1, "num_train_epochs": 2},
+        {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch", "save_total_limit": 1},
+    ],
+)
 def test_resuming_a_finished_run_changes_nothing(make_trainer, settings):
-    trainer = make_trainer(save_steps=1, **settings)
+    trainer = make_trainer(**{"save_steps": 1, **settings})
     trainer.train()
-    again = make_trainer(save_steps=1, **settings)
+    weights = Path(last_whole_checkpoint(trainer.args.output_dir), "model.safetensors")
+    written = weights.stat().st_mtime_ns
+    again = make_trainer(**{"save_steps": 1, **settings})
     again.train(resume_from_checkpoint=True)
+    assert weights.stat().st_mtime_ns == written  # to write it again would leave no whole checkpoint meanwhile
     assert again.state.global_step == trainer.state.global_step
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name])
 
 
+def test_a_checkpoint_stops_being_whole_before_anything_of_it_is_deleted(make_trainer, monkeypatch):
+    seen = []
+
+    def rmtree(path, **_):  # of a run that is killed before it has deleted a file
+        seen.append((path.name, is_whole(path), Path(last_whole_checkpoint(path.parent)).name))
+
+    monkeypatch.setattr("clip_po.checkpoints.shutil", SimpleNamespace(rmtree=rmtree))
+    make_trainer(save_total_limit=1).train()
+    assert seen == [
+        ("checkpoint-2", False, "checkpoint-4"),
+        ("checkpoint-2", False, "checkpoint-6"),
+        ("checkpoint-4", False, "checkpoint-6"),
+    ]
+
+
+def test_a_half_deleted_checkpoint_takes_no_place_of_a_whole_one(make_trainer):
+    trainer = make_trainer(StopAt(6), max_steps=8)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    (folder / "checkpoint-4" / MARK).unlink()  # which makes it the one that was changed last
+    make_trainer(max_steps=8, save_total_limit=2).train(resume_from_checkpoint=True)
+    assert checkpoints(trainer) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_killed_between_mark_and_deleting(make_trainer):
+    trainer = make_trainer(StopAt(4), max_steps=8)
+    trainer.train()
+    assert checkpoints(trainer) == ["checkpoint-2", "checkpoint-4"]
+    resumed = make_trainer(max_steps=8, save_total_limit=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert checkpoints(trainer) == ["checkpoint-8"]
+    assert resumed.state.global_step == 8
+
+
+def test_the_best_checkpoint_is_kept_with_the_last(make_trainer):
+    class EarlyIsBest(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_early"] = -state.global_step
+
+    trainer = make_trainer(
+        EarlyIsBest(),
+        max_steps=6,
+        save_total_limit=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="eval_early",
+        greater_is_better=True,
+        eval_dataset=make_preferences(13),
+    )
+    trainer.train()
+    assert checkpoints(trainer) == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_all_that_a_run_consists_of_comes_back(make_trainer, tmp_path, kills):
+    """Optimizer, schedule, random numbers, order of rows, averaged weights, what the reference said, evaluations."""
+    settings = {
+        "max_steps": 9,
+        "save_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_dataset": make_preferences(5),
+        "model": tmp_path / "dropout",
+    }
+    CLIPModel(tiny_config({"attention_dropout": 0.2})).save_pretrained(settings["model"])
+    tiny_processor().save_pretrained(settings["model"])
+    first = make_trainer(BetaMovingAverageCallback(), folder="first", **settings)
+    first.train()
+    first.save_model()
+    for step in (3, 6):
+        resumed = make_trainer(BetaMovingAverageCallback(), folder=f"from {step}", **settings)
+        checkpoint = Path(first.args.output_dir, f"checkpoint-{step}")
+        shutil.copytree(checkpoint, Path(resumed.args.output_dir, checkpoint.name))
+        resumed.train(resume_from_checkpoint=True)
+        resumed.save_model()
+        assert kills.differences(Path(first.args.output_dir), Path(resumed.args.output_dir), 9) == []
+
+
+def test_differences_are_seen(make_trainer, tmp_path, kills):
+    one, other = (make_trainer(folder=name, seed=seed) for name, seed in (("one", 1), ("other", 2)))
+    for trainer in (one, other):
+        trainer.train()
+        trainer.save_model()
+    found = kills.differences(Path(one.args.output_dir), Path(other.args.output_dir), 6)
+    assert {"model.safetensors", "checkpoint-6/optimizer.pt", "checkpoint-6/rng_state.pth"} <= set(found)
+    assert "checkpoint-6/config.json" not in found
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(clip_folder, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(WORKER.parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, kills):
+    outcome = kills.kill_and_resume(tmp_path, kills=3)
+    assert (outcome.different, outcome.looks_in_vain) == ([], 0)
+    assert [kill.whole_step is not None for kill in outcome.kills] == [True] * 3
 
-    def start(folder):
-        return subprocess.Popen([sys.executable, str(WORKER), str(clip_folder), str(folder)], env=environment)
 
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait(120) == 0
-    rng = random.Random(0)
-    for _ in range(3):
-        process = start(killed)
-        # From the first step on, which writes a checkpoint as every step does, at any moment.
-        deadline = time.time() + 60
-        before = set(killed.glob("checkpoint-*"))
-        while set(killed.glob("checkpoint-*")) == before and process.poll() is None and time.time() < deadline:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0.0, 0.4))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert last_whole_checkpoint(killed) is not None or len(list(killed.glob("checkpoint-*"))) <= 1
-    assert start(killed).wait(120) == 0
-    expected, found = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+@pytest.mark.long
+def test_a_run_killed_many_times_ends_with_the_same_bits(tmp_path, kills):
+    outcome = kills.kill_and_resume(tmp_path, kills=8, seed=1)
+    assert (outcome.different, outcome.looks_in_vain) == ([], 0)
+    assert {kill.phase for kill in outcome.kills} >= {"writing", "training"}

@@ -150,6 +150,7 @@ def test_what_was_saved_folds_into_a_plain_model_that_says_the_same(make_trainer
         ({"peft_config": LoraConfig(target_modules=r".*vision_model.*q_proj")}, "peft_config"),
         ({"train_text_model": True}, "train_text_model=True"),
         ({"train_logit_scale": True}, "train_logit_scale=True"),
+        ({"activation_checkpointing": True}, "activation_checkpointing=True"),
         ({"concept": ConceptTransform(8)}, "8"),
         ({"penalty_weight": -1.0}, "penalty_weight"),
     ],

@@ -12,7 +12,7 @@ import yaml
 from datasets import ClassLabel, Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from trl import ScriptArguments
+from trl import ScriptArguments, TrlParser
 
 from clip_po.data.loading import load_split
 from clip_po.data.typographic import TypographicAttack
@@ -164,8 +164,14 @@ class Task:
                 return None
         if file is None:
             return None
-        found: dict[str, Any] = json.loads(file.read_text())
-        return cls(class_names=list(found["class_names"]), prompt_template=str(found["prompt_template"]))
+        try:
+            found: dict[str, Any] = json.loads(file.read_text())
+            return cls(class_names=list(found["class_names"]), prompt_template=str(found["prompt_template"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{str(file)!r} holds no class_names and prompt_template as JSON ({type(error).__name__}: {error}). "
+                "Delete it and give --class_names and --prompt_template, or save the model again."
+            ) from error
 
 
 def flag_value(name: str, argv: Sequence[str]) -> str | None:
@@ -176,6 +182,33 @@ def flag_value(name: str, argv: Sequence[str]) -> str | None:
         if word.startswith(f"--{name}="):
             return word.split("=", 1)[1]
     if name != "config" and (file := flag_value("config", argv)) is not None:
-        with open(file) as stream:
-            return (yaml.safe_load(stream) or {}).get(name)
+        return read_recipe(file).get(name)
     return None
+
+
+def parse_flags(parser: TrlParser, argv: Sequence[str]) -> tuple[Any, ...]:
+    """The arguments that flags and `--config` give, one object for each class of the parser.
+
+    Raises:
+        ValueError, OSError: As for `read_recipe`.
+    """
+    if (file := flag_value("config", argv)) is not None:
+        read_recipe(file)  # TrlParser says nothing of the file that it can't read
+    return parser.parse_args_and_config(list(argv))
+
+
+def read_recipe(file: str) -> dict[str, Any]:
+    """What a YAML file of flags says.
+
+    Raises:
+        ValueError: It is no YAML, or no mapping of flags to values.
+        OSError: It can't be read.
+    """
+    with open(file, encoding="utf-8") as stream:
+        try:
+            found = yaml.safe_load(stream)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config {file!r} is no YAML file ({error}). Mend it.") from error
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"--config {file!r} must hold flags and their values, such as beta: 0.1, got {found!r}.")
+    return found or {}

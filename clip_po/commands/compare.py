@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from transformers import CLIPProcessor
 from transformers.utils import logging
 from trl import TrlParser
 
-from clip_po.commands.arguments import DEFAULT_TEMPLATE, TaskArguments, flag_value
+from clip_po.checks import check_writable
+from clip_po.commands.arguments import DEFAULT_TEMPLATE, TaskArguments, flag_value, read_recipe
 from clip_po.commands.contestants import METHODS, WITHOUT_SEED, Contest, Contestant, make
 from clip_po.data.fonts import training_fonts, unseen_fonts
 from clip_po.evaluation.bootstrap import Estimate
@@ -72,6 +72,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what can't run before the first method does."""
+        for part, settings in (("methods", self.methods), ("attacks", self.attacks)):
+            if not isinstance(settings, Mapping) or not all(isinstance(s, Mapping) for s in settings.values()):
+                raise ValueError(
+                    f"{part} must name settings by name, such as DPO: {{loss_type: sigmoid}}, or {{}} for none; got "
+                    f"{settings!r}."
+                )
+        if not isinstance(self.training, Mapping):
+            raise ValueError(f"training must hold flags of clip-po train and their values, got {self.training!r}.")
         if not self.methods:
             raise ValueError("The recipe names no methods; give at least one under methods:, such as DPO: {}.")
         names = list(self.methods)
@@ -90,7 +98,7 @@ def parse(argv: Sequence[str]) -> tuple[CompareArguments, Recipe]:
     file = flag_value("config", argv)
     if file is None:
         raise ValueError("--config is missing: a YAML recipe with methods; examples/compare.yaml is one.")
-    found = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    found = read_recipe(file)
     recipe = Recipe(
         **{"attacks": DEFAULT_ATTACKS, "methods": {}, "training": {}, **{k: found.pop(k) for k in PARTS if k in found}}
     )
@@ -114,7 +122,7 @@ def runs(args: CompareArguments, recipe: Recipe) -> Iterator[tuple[str, int, Map
 
 def contest_of(args: CompareArguments, recipe: Recipe) -> Contest:
     """Model and data that all methods start from."""
-    processor = CLIPProcessor.from_pretrained(args.model_name_or_path)
+    processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     dataset = args.load(args.dataset_train_split, 0)
     names = args.names(dataset)
     template = args.prompt_template or DEFAULT_TEMPLATE
@@ -211,6 +219,7 @@ def main(argv: Sequence[str]) -> None:
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing: give it as a flag or in the recipe.")
     start, folder = time.time(), Path(str(args.output_dir))
+    check_writable(folder, "--output_dir")
     logging.disable_progress_bar()  # of loading and saving models, which would stand between the lines
     contest = contest_of(args, recipe)
     images = test_images(args, recipe, contest)

@@ -15,11 +15,11 @@ from transformers import CLIPModel, CLIPProcessor
 
 from clip_po.averaging import interpolate
 from clip_po.commands import train
-from clip_po.commands.evaluate import load_any
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.data.typographic import TypographicAttack
 from clip_po.evaluation.choice import ALPHAS, choose, sweep
 from clip_po.evaluation.robustness import RobustnessImages
+from clip_po.models import load_any
 from clip_po.rivals.defense_prefix import learn_prefix, prefix_class_embeddings
 from clip_po.rivals.head_ablation import ablate_reading_heads
 from clip_po.rivals.text_removal import TextRemoval, processor_without_text

@@ -14,7 +14,8 @@ from transformers import CLIPModel, CLIPProcessor, PrinterCallback
 from transformers.utils import logging
 from trl import TrlParser
 
-from clip_po.commands.arguments import Task
+from clip_po.checks import check_writable
+from clip_po.commands.arguments import Task, parse_flags
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.pairs import TypographicPreferences
@@ -108,7 +109,8 @@ def best(answers: Answers, methods: Sequence[str]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Train, measure, print the table, and write report, picture and the best checkpoint."""
-    (args,) = TrlParser([DemoArguments], prog="clip-po demo").parse_args_and_config(list(argv))
+    (args,) = parse_flags(TrlParser([DemoArguments], prog="clip-po demo"), argv)
+    check_writable(args.output_dir, "--output_dir")
     start = time.time()
     logging.disable_progress_bar()  # of loading and saving the few megabytes of the model
     processor = CLIPProcessor.from_pretrained(MODEL_PATH)

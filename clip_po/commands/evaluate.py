@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from peft import PeftConfig, PeftModel
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPProcessor
 from trl import TrlParser
 
-from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments
+from clip_po.checks import COUNT, COUNT_OR_NONE, check_number, check_writable
+from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments, parse_flags
 from clip_po.commands.fairness import FairnessArguments, attribute_suite, run_fairness
 from clip_po.commands.suite import chosen_suite, run_suite
 from clip_po.data.fonts import unseen_fonts
@@ -29,7 +29,7 @@ from clip_po.evaluation.robustness import (
 )
 from clip_po.evaluation.summary import markdown_summary
 from clip_po.hub import put_into_card
-from clip_po.models import image_size, load_model
+from clip_po.models import image_size, load_any
 
 
 @dataclass
@@ -61,24 +61,19 @@ class EvaluateArguments(FairnessArguments, TaskArguments):
 
     def __post_init__(self) -> None:
         """As for every command, but a suite brings its data sets."""
+        for name in ("renderings", "batch_size"):
+            check_number(f"--{name}", getattr(self, name), COUNT)
+        for name in ("resamples", "num_workers"):
+            check_number(f"--{name}", getattr(self, name), COUNT_OR_NONE)
         if self.suite is None:
             super().__post_init__()
         else:
             self.check()
 
 
-def load_any(name: str) -> CLIPModel | PeftModel:
-    """A plain model, or a base model with the adapters that a folder or Hub id holds."""
-    try:
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    except ValueError:  # no adapters there
-        return load_model(name)
-    return PeftModel.from_pretrained(load_model(base), name)
-
-
 def load_models(args: EvaluateArguments, accelerator: Accelerator) -> tuple[CLIPProcessor, dict[str, Any]]:
     """The processor, and "aligned" and (where it was named) "base", on the process's device."""
-    processor = CLIPProcessor.from_pretrained(args.model_name_or_path)
+    processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     models = {"aligned": load_any(str(args.model_name_or_path))}
     if args.base_model_name_or_path is not None:
         models = {"base": load_any(args.base_model_name_or_path), **models}
@@ -90,13 +85,15 @@ def load_models(args: EvaluateArguments, accelerator: Accelerator) -> tuple[CLIP
 def main(argv: Sequence[str]) -> None:
     """Print the table, and write report.json, report.html and the picture beside the checkpoint."""
     parser = TrlParser([EvaluateArguments], prog="clip-po evaluate")
-    (args,) = parser.parse_args_and_config(list(argv))
+    (args,) = parse_flags(parser, argv)
     if args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a Hub id or the folder of a CLIPModel.")
     start = time.time()
     accelerator = Accelerator()
     # Never a folder named like a Hub id: from_pretrained would look for the model in it.
     beside = Path(args.model_name_or_path if Path(args.model_name_or_path).is_dir() else "evaluation")
+    if accelerator.is_main_process:
+        check_writable(args.output_dir or beside, "--output_dir")
     if args.fairness is not None or args.suite is not None:
         suite = chosen_suite(args) if args.fairness is None else attribute_suite(args)
         run = run_fairness if suite.measures == "fairness" else run_suite

@@ -15,7 +15,8 @@ from datasets import Dataset, concatenate_datasets
 from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
-from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments
+from clip_po.checks import check_writable
+from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task, TaskArguments, parse_flags
 from clip_po.concept import CONCEPT_FILE, ConceptTransform, ScalePath, fold
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
@@ -144,7 +145,7 @@ def parse(argv: Sequence[str]) -> tuple[SteerArguments, ContrastivePOConfig]:
     """The arguments: flags over YAML (`--config`) over `DEFAULTS`."""
     parser = TrlParser([SteerArguments, ContrastivePOConfig], prog="clip-po steer")
     parser.set_defaults_with_config(**DEFAULTS)
-    args, config = parser.parse_args_and_config(list(argv))
+    args, config = parse_flags(parser, argv)
     return args, config
 
 
@@ -180,7 +181,7 @@ def digits_case(args: SteerArguments, seed: int) -> Case:
 def labelled_case(args: SteerArguments, seed: int) -> Case:
     """A model and a data set of the user's."""
     model = load_model(str(args.model_name_or_path))
-    processor = CLIPProcessor.from_pretrained(args.model_name_or_path)
+    processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     train, test = args.load(args.dataset_train_split, seed), args.load(args.dataset_test_split, seed)
     known = Task.load(str(args.model_name_or_path))
     names = args.names(train, known)
@@ -277,6 +278,8 @@ def meeting_point(
 def main(argv: Sequence[str]) -> None:
     """Train, choose, sweep; print the table, and write report, curve, transformation and folded checkpoint."""
     args, config = parse(argv)
+    if config.should_save:
+        check_writable(config.output_dir, "--output_dir")
     start = time.time()
     case = (digits_case if args.dataset_name is None else labelled_case)(args, config.seed)
     folder = Path(str(config.output_dir))

@@ -16,6 +16,7 @@ from trl import ModelConfig, get_peft_config
 
 from clip_po.averaging import interpolate
 from clip_po.callbacks import RobustnessCallback
+from clip_po.checks import check_writable
 from clip_po.commands.arguments import DEFAULT_TEMPLATE, Task
 from clip_po.commands.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.config import ContrastivePOConfig
@@ -47,8 +48,8 @@ def align(
         raise ValueError("--model_name_or_path is missing: a Hub id or the folder of a CLIPModel.")
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("--load_in_4bit and --load_in_8bit are not supported: a CLIP is small. Leave them out.")
-    if args.output_dir is None:
-        raise ValueError("--output_dir is missing: where the checkpoint goes.")
+    if args.should_save:
+        check_writable(args.output_dir, "--output_dir")
     dataset = task_args.load(task_args.dataset_train_split, args.seed)
     task = Task(task_args.names(dataset), task_args.prompt_template or DEFAULT_TEMPLATE)
     model, processor = load_start(args, model_args)

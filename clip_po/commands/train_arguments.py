@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import ModelConfig, TrlParser
 
 from clip_po.averaging import BetaMovingAverageCallback
-from clip_po.commands.arguments import TaskArguments, flag_value
+from clip_po.commands.arguments import TaskArguments, flag_value, parse_flags
 from clip_po.config import PRESETS, ContrastivePOConfig, preset, preset_batch_size
 from clip_po.evaluation.choice import check_bound
 
@@ -173,11 +173,12 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, Mod
     parser = TrlParser([TrainArguments, ContrastivePOConfig, ModelConfig], prog="clip-po train")
     chosen = flag_value("preset", argv)
     share = workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    defaults = {**DEFAULTS, "output_dir": None, "lora_target_modules": None, "dataloader_num_workers": share}
+    # None would become "trainer_output", in whatever folder the command is called.
+    defaults = {**DEFAULTS, "output_dir": "", "lora_target_modules": None, "dataloader_num_workers": share}
     if chosen is not None:
         defaults |= preset(chosen)
     parser.set_defaults_with_config(**defaults)
-    task_args, args, model_args = parser.parse_args_and_config(list(argv))
+    task_args, args, model_args = parse_flags(parser, argv)
     if args.per_device_train_batch_size is None:
         paper = preset_batch_size(args.gradient_accumulation_steps)
         args.per_device_train_batch_size = BATCH_SIZE if chosen is None else paper

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
 from clip_po.data.formats import Row
+from clip_po.data.pixels import to_pixels
 
-
-def to_pixels(processor: ProcessorMixin, images: Sequence[Image.Image]) -> Tensor:
-    """Images as the model reads them, Tensor[B, C, H, W]."""
-    return processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+NOTES = ("skipped", "stream_mark")
+"""What rows say that is not for the model."""
 
 
 @dataclass
@@ -54,7 +52,7 @@ class DataCollatorForContrastivePreference:
         batch: dict[str, Any] = {}
         for name in ("", "reg_", "target_"):
             if f"{name}image" in rows[0]:  # rows of which every embedding is known come without
-                batch[f"{name}pixel_values"] = self._pixels([row[f"{name}image"] for row in rows])
+                batch[f"{name}pixel_values"] = to_pixels(self.processor, [row[f"{name}image"] for row in rows])
         for name in ("weight", "reg_row_weight"):
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         for name in ("ref_image_embeds", "ref_reg_image_embeds", "ref_target_image_embeds"):
@@ -79,8 +77,29 @@ class DataCollatorForContrastivePreference:
         """Look the candidate texts' positions up once."""
         self._positions = {text: position for position, text in enumerate(self.candidate_texts or ())}
 
-    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        return to_pixels(self.processor, images)
+
+@dataclass
+class WithNotes:
+    """A collator, and past it what rows say that is not for the model: any collator of the user's will do.
+
+    A batch gets `skipped`, a list of why each of its rows was skipped ("" for those that were not; padding is left
+    out), and `stream_mark`, where a stream stood; each where rows have it.
+
+    Args:
+        collate: The trainer's collator.
+    """
+
+    collate: Callable[[list[Row]], dict[str, Any]]
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Make the batch."""
+        notes: dict[str, Any] = {}
+        if "skipped" in rows[0]:
+            notes["skipped"] = [row["skipped"] for row in rows if row["skipped"] is not None]
+        if "stream_mark" in rows[-1]:
+            notes["stream_mark"] = rows[-1]["stream_mark"]
+        kept = [{key: value for key, value in row.items() if key not in NOTES} for row in rows]
+        return {**self.collate(kept), **notes}
 
 
 def _ragged(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from PIL import Image, ImageDraw, ImageFont, ImageStat
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from clip_po.data.images import to_rgb
 
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -19,6 +23,7 @@ SMALLEST_TEXT = 6  # pixels of height; below it no font is legible
 _MEASURED_AT = 24  # pixels of height at which inks are compared
 
 
+@functools.lru_cache(maxsize=4096)
 def relative_luminance(colour: Colour) -> float:
     """Brightness of a colour as an eye sees it.
 
@@ -66,8 +71,8 @@ def load_font(name: str, pixels: int) -> Font:
 
 
 def enlarge(image: Image.Image, min_side: int) -> Image.Image:
-    """The image with a short side of at least `min_side` pixels, in RGB; a larger one keeps its size."""
-    image = image.convert("RGB")
+    """The image with a short side of at least `min_side` pixels, in RGB; a larger one is given back as it is."""
+    image = to_rgb(image)
     short = min(image.size)
     if short >= min_side:
         return image
@@ -101,39 +106,57 @@ class TextStyle:
     sticker: Colour | None
 
 
-def _fit(text: str, style: TextStyle, width: int, height: int, padding: int) -> tuple[int, Font, int]:
-    """How many lines the text needs, the largest font at which it fits, its outline in pixels."""
+def _fit(text: str, style: TextStyle, width: int, height: int, padding: int) -> tuple[int, int, int] | None:
+    """How many lines the text needs, the largest font at which it fits and its outline, both in pixels.
+
+    None where it does not fit at the smallest legible size either, whatever its lines.
+    """
 
     def measure(lines: str, pixels: int) -> tuple[float, float, int]:
-        font = load_font(style.font, pixels)
         stroke = round(style.outline * pixels)
-        left, top, right, bottom = _CANVAS.multiline_textbbox((0, 0), lines, font=font, stroke_width=stroke)
-        across, down = right - left + 2 * padding, bottom - top + 2 * padding
-        return across * cosine + down * sine, across * sine + down * cosine, stroke
+        left, top, right, bottom = _box(lines, style.font, pixels, stroke)
+        return *_turned(right - left + 2 * padding, bottom - top + 2 * padding, style), stroke
 
-    sine, cosine = abs(math.sin(math.radians(style.rotation))), abs(math.cos(math.radians(style.rotation)))
+    cosine, sine = _turned(1, 0, style)
     wanted = max(SMALLEST_TEXT, round(style.size * min(width, height)))
+    # What no turned line can be longer than, and no turned block higher.
+    longest, highest = (
+        min(side / max(cosine, 1e-9), other / max(sine, 1e-9)) for side, other in ((width, height), (height, width))
+    )
     while True:
         least = max(SMALLEST_TEXT, wanted // 2)
-        for count in range(1, len(text) + 1):
+        # A text of thousands of letters is not tried in numbers of lines that are sure to be too few or too many.
+        left, _, right, _ = _box("".join(text.split()), style.font, least, 0)
+        fewest, most = int(0.9 * (right - left) / max(longest, 1)), int(highest / (least / 2 + _LEADING)) + 1
+        for count in range(max(1, fewest), min(len(text), most) + 1):
             lines = _break(text, count)
             pixels = wanted
             while True:
                 text_width, text_height, stroke = measure(lines, pixels)
                 if text_width <= width and text_height <= height:
-                    return count, load_font(style.font, pixels), stroke
+                    return count, pixels, stroke
                 if pixels <= least:
                     break
                 pixels = max(least, min(pixels - 1, int(pixels * min(width / text_width, height / text_height))))
         if wanted <= SMALLEST_TEXT:
-            break
+            return None
         wanted = least
-    # Even letter by letter it is too large: the smallest legible size on one line, cut by the image's edge.
-    _, _, stroke = measure(text, SMALLEST_TEXT)
-    return 1, load_font(style.font, SMALLEST_TEXT), stroke
+
+
+def _turned(across: float, down: float, style: TextStyle) -> tuple[float, float]:
+    """Width and height of what a box takes up when it is rotated."""
+    sine, cosine = abs(math.sin(math.radians(style.rotation))), abs(math.cos(math.radians(style.rotation)))
+    return across * cosine + down * sine, across * sine + down * cosine
 
 
 _CANVAS = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+_LEADING = 4  # pixels that Pillow puts between lines
+
+
+@functools.lru_cache(maxsize=4096)
+def _box(lines: str, font: str, pixels: int, stroke: int) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of lines set at the origin, asked for to choose a size and again to draw."""
+    return _CANVAS.multiline_textbbox((0, 0), lines, font=load_font(font, pixels), stroke_width=stroke)
 
 
 def _break(text: str, count: int) -> str:
@@ -158,7 +181,8 @@ def draw_text(
 ) -> Image.Image:
     """Write a text on a copy of an image.
 
-    A text that is too wide first shrinks to half its size, then breaks into lines, and so on until it fits.
+    A text that is too wide first shrinks to half its size, then breaks into lines, and so on until it fits. One that
+    is too long for any legible size ends where the image does.
 
     Args:
         image: Any PIL image; the result is RGB of the same size.
@@ -172,11 +196,10 @@ def draw_text(
         The image with the text.
 
     Raises:
-        ValueError: The text is empty.
+        ValueError: The text is empty, or the font has none of its letters.
     """
-    if not text.strip():
-        raise ValueError(f"A word to write must not be empty, got {text!r}.")
-    image = image.convert("RGB")
+    check_visible(text, style.font)
+    image = to_rgb(image)
     block = _set(text, style, image.size, sized_for or text)
     behind = style.sticker or _colour_behind(image, block.size, style)
     fill = _legible(style.colours, behind, min_contrast)
@@ -203,7 +226,7 @@ def draw_blank(image: Image.Image, text: str, style: TextStyle) -> Image.Image:
         text: The text whose place is covered; not empty.
         style: As for `draw_text`; bare text is covered by a box of the style's first colour.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     style = replace(style, sticker=style.sticker or style.colours[0])
     size = _set(text, style, image.size, text).size
     return _stick(image, Image.new("RGBA", size, (*(style.sticker or style.colours[0]), 255)), style)
@@ -225,11 +248,28 @@ def _set(text: str, style: TextStyle, image_size: tuple[int, int], sized_for: st
     if style.sticker:
         padding = max(1, round(0.04 * min(image_size)))
     width, height = (side - 2 * margin for side in image_size)
-    count, font, stroke = _fit(sized_for, style, width, height, padding)
+    fitted = _fit(sized_for, style, width, height, padding)
+    if fitted is None:
+        text, sized_for = text.strip(), sized_for.strip()
+        style = replace(style, size=0.0)
+        # Its beginning, as much of it as fits; where not even a letter does, the image's edge cuts that.
+        letters = bisect.bisect_left(
+            range(2, len(sized_for)), True, key=lambda n: _fit(sized_for[:n], style, width, height, padding) is None
+        )
+        text, sized_for = text[: letters + 1], sized_for[: letters + 1]
+        smallest = (1, SMALLEST_TEXT, round(style.outline * SMALLEST_TEXT))
+        fitted = _fit(sized_for, style, width, height, padding) or smallest
+    count, pixels, stroke = fitted
     lines = _break(text, count)
-    left, top, right, bottom = _CANVAS.multiline_textbbox((0, 0), lines, font=font, stroke_width=stroke)
-    size = (round(right - left) + 2 * padding, round(bottom - top) + 2 * padding)
-    return _Block(lines, font, stroke, (padding - left, padding - top), size)
+    while True:
+        left, top, right, bottom = _box(lines, style.font, pixels, stroke)
+        size = (round(right - left) + 2 * padding, round(bottom - top) + 2 * padding)
+        # Sized for another text, this one may be a little wider, and would lose its last letter at the edge.
+        inside = all(taken < side - 2 for taken, side in zip(_turned(*size, style), image_size, strict=True))
+        if inside or pixels <= SMALLEST_TEXT:
+            break
+        pixels -= 1
+    return _Block(lines, load_font(style.font, pixels), stroke, (padding - left, padding - top), size)
 
 
 def _margin(image_size: tuple[int, int]) -> int:
@@ -240,7 +280,10 @@ def _corner(size: tuple[int, int], image_size: tuple[int, int], style: TextStyle
     """Where the upper left corner of a box stands in the image."""
     margin = _margin(image_size)
     free = (side - 2 * margin - box for side, box in zip(image_size, size, strict=True))
-    x, y = (margin + round(share * max(0, space)) for share, space in zip(style.place, free, strict=True))
+    x, y = (
+        margin + round(share * max(0, space)) if -space < margin else max(0, margin + space // 2)
+        for share, space in zip(style.place, free, strict=True)
+    )
     return x, y
 
 
@@ -250,13 +293,18 @@ def _colour_behind(image: Image.Image, size: tuple[int, int], style: TextStyle) 
     x, y = _corner(covered.size, image.size, style)
     inside = (min(covered.width, image.width - x), min(covered.height, image.height - y))
     seen = image.crop((x, y, x + inside[0], y + inside[1]))
-    red, green, blue = (round(value) for value in ImageStat.Stat(seen, covered.crop((0, 0, *inside))).mean)
+    histogram = np.array(seen.histogram(covered.crop((0, 0, *inside)))).reshape(3, 256)
+    means = histogram @ np.arange(256) / histogram.sum(axis=1).clip(min=1)  # a tiny image may have nothing behind
+    red, green, blue = (round(mean) for mean in means.tolist())
     return red, green, blue
 
 
 def _stick(image: Image.Image, layer: Image.Image, style: TextStyle) -> Image.Image:
     """A copy of the image with a layer on it, turned and placed as the style says."""
     if style.rotation:
+        *colours, alpha = layer.split()
+        if len({band.tobytes() for band in colours}) == 1:  # black and white: two bands to turn and not four
+            layer = Image.merge("LA", (colours[0], alpha))
         layer = layer.rotate(style.rotation, Image.Resampling.BICUBIC, expand=True)
     if style.opacity < 1:
         layer.putalpha(layer.getchannel("A").point([round(a * style.opacity) for a in range(256)]))
@@ -277,6 +325,25 @@ def _letter_ink(letter: str, font: str) -> tuple[float, float]:
     """Ink in pixels, and width, of a letter."""
     loaded = load_font(font, _MEASURED_AT)
     return sum(loaded.getmask(letter)) / 255, loaded.getlength(letter)
+
+
+def check_visible(text: str, font: str) -> None:
+    """Refuse a text of which nothing would be seen, so that an image without a word never passes for an attack.
+
+    Args:
+        text: What is to be written.
+        font: As for `load_font`.
+
+    Raises:
+        ValueError: The text is empty, or the font draws none of its letters.
+    """
+    if not text.strip():
+        raise ValueError(f"A word to write must not be empty, got {text!r}.")
+    if not ink_and_width(text, font)[0]:
+        raise ValueError(
+            f"The font {font!r} draws nothing for the word {text!r}: it has none of its letters. Give fonts that have "
+            "them, or another word."
+        )
 
 
 def ink_and_width(text: str, font: str) -> tuple[float, float]:

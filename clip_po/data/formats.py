@@ -16,17 +16,27 @@ A class-preference names positions in `candidate_texts`. `rejected` may be absen
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import struct
+import zlib
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Image, List, Value
 from PIL import Image as PILImage
 
+from clip_po.data.images import to_rgb
+from clip_po.data.skipping import UnreadableImage
 from clip_po.losses import SINGLE_REJECTED, WITHOUT_REJECTED
 
 Row = dict[str, Any]
 
 IMAGE_COLUMNS = ("image", "clean_image")
+
+_DECODING = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError),
+    *(struct.error, zlib.error, PILImage.DecompressionBombError),
+)
+"""What decoders of broken files raise; other errors are those of a transform of the user's."""
 
 
 def as_list(value: Any) -> list[Any]:
@@ -44,11 +54,16 @@ def check_candidates(candidate_texts: Sequence[str] | None, name: str = "candida
         name: What messages call them.
 
     Raises:
-        ValueError: Fewer than two, or one stands in the list twice.
-        TypeError: Something in the list is no string.
+        ValueError: Fewer than two, an empty one, or one that stands in the list twice.
+        TypeError: No list, or something in it is no string.
     """
     if candidate_texts is None:
         return
+    if isinstance(candidate_texts, (Set, Mapping)) or not hasattr(candidate_texts, "__len__"):
+        raise TypeError(
+            f"{name} must be a list of texts, got {type(candidate_texts).__name__}: their order has to be the same in "
+            "every process and run. Give a list, such as sorted(texts)."
+        )
     if isinstance(candidate_texts, str) or len(candidate_texts) < 2:
         raise ValueError(
             f"{name} must be a list of at least two texts, got {candidate_texts!r}: with a single "
@@ -57,7 +72,9 @@ def check_candidates(candidate_texts: Sequence[str] | None, name: str = "candida
     seen: dict[str, int] = {}
     for position, text in enumerate(candidate_texts):
         if not isinstance(text, str):
-            raise TypeError(f"{name}[{position}] must be a string, got {text!r}.")
+            raise TypeError(f"{name}[{position}] must be a string, got {text!r}. Give every candidate as a text.")
+        if not text.strip():
+            raise ValueError(f"{name}[{position}] is empty, got {text!r}. Leave it out, or give its text.")
         if text in seen:
             raise ValueError(
                 f"{name}[{position}] is {text!r}, which stands at position {seen[text]} already. "
@@ -177,7 +194,9 @@ def check_row(row: Mapping[str, Any], candidate_texts: Sequence[str] | None, whe
     """
     weight = row.get("weight", 1.0)
     if weight is None or not 0 <= weight < float("inf"):
-        raise ValueError(f"{where}: column 'weight' must be a finite number >= 0, got {weight!r}.")
+        raise ValueError(
+            f"{where}: column 'weight' must be a finite number >= 0, got {weight!r}. Mend it, or drop the row."
+        )
     if "chosen" not in row:
         labels = as_list(row.get("rejected_label"))
         for column, values in (("label", [row["label"]]), ("rejected_label", labels)):
@@ -195,7 +214,10 @@ def check_row(row: Mapping[str, Any], candidate_texts: Sequence[str] | None, whe
     for column, texts in (("chosen", [chosen]), ("rejected", rejected)):
         for text in texts:
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{where}: column {column!r} must be a text that is not empty, got {text!r}.")
+                raise ValueError(
+                    f"{where}: column {column!r} must be a text that is not empty, got {text!r}. Fill it in, or drop "
+                    "the row."
+                )
     if chosen in rejected:
         raise ValueError(
             f"{where}: columns 'chosen' and 'rejected' are both {chosen!r}; a preference needs two different "
@@ -259,27 +281,48 @@ def check_regularization(dataset: Dataset, name: str = "reg_dataset") -> None:
 
 
 def read_row(dataset: Any, index: int, name: str) -> Row:
-    """Row `index` with its images decoded.
+    """Row `index` with its images decoded, in RGB.
 
     Raises:
-        ValueError: An image is missing or can't be read; the message names row and column.
+        UnreadableImage: An image is missing or can't be read; the message names row and column.
     """
     try:
         row = dataset[index]
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-        columns = [c for c, f in (getattr(dataset, "features", None) or {}).items() if isinstance(f, Image)]
-        raise ValueError(
-            f"{name} row {index}: an image in column {' or '.join(map(repr, columns)) or 'image'} can't be read "
+        for column in IMAGE_COLUMNS:
+            if isinstance(row.get(column), PILImage.Image):
+                row[column] = to_rgb(row[column])
+    except _DECODING as error:
+        raise UnreadableImage(
+            f"{name} row {index}: an image in column {_unreadable(dataset, index)} can't be read "
             f"({type(error).__name__}: {error}). Mend the file or leave the row out, for instance with "
             f"`dataset.select`."
         ) from error
     for column in IMAGE_COLUMNS:
-        if column in row and row[column] is None:
-            raise ValueError(
+        if column not in row:
+            continue
+        if row[column] is None:
+            raise UnreadableImage(
                 f"{name} row {index}: column {column!r} holds no image. Leave the row out, for instance with "
                 "`dataset.select`."
             )
+        if isinstance(row[column], (str, bytes, Mapping)):
+            raise UnreadableImage(
+                f"{name} row {index}: column {column!r} holds {type(row[column]).__name__}, expected an image. Paths "
+                f"and bytes become images by dataset.cast_column({column!r}, datasets.Image())."
+            )
     return row
+
+
+def _unreadable(dataset: Any, index: int) -> str:
+    """The columns of images of a row that can't be read; all of them where that can't be told."""
+    columns = [c for c, f in (getattr(dataset, "features", None) or {}).items() if isinstance(f, Image)] or ["image"]
+    broken = []
+    for column in columns:
+        try:
+            to_rgb(dataset.with_format(None).select_columns([column])[index][column])
+        except Exception:  # whatever it is, it is there that something is wrong
+            broken.append(column)
+    return " or ".join(map(repr, broken or columns))
 
 
 def to_texts(row: Row, candidate_texts: Sequence[str] | None) -> Row:

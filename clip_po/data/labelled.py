@@ -11,6 +11,9 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
+from clip_po.data.images import to_rgb
+from clip_po.data.skipping import UnreadableImage
+
 
 def check_class_names(class_names: Sequence[str]) -> None:
     """Refuse class names that are no list, empty or repeated.
@@ -20,6 +23,11 @@ def check_class_names(class_names: Sequence[str]) -> None:
     """
     if isinstance(class_names, str) or not class_names:
         raise ValueError(f"class_names must be a list of at least one name, got {class_names!r}.")
+    for position, name in enumerate(class_names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(
+                f"class_names[{position}] must be a text that is not empty, got {name!r}. Name the class."
+            )
     repeated = [name for name, count in Counter(class_names).items() if count > 1]
     if repeated:
         raise ValueError(
@@ -105,18 +113,18 @@ def read_image(images: Dataset, image_column: str, row: int) -> Image.Image:
     """The image of a row, in RGB.
 
     Raises:
-        ValueError: It can't be read, or is no image; the message names row and column.
+        UnreadableImage: It can't be read, or is no image; the message names row and column.
     """
     try:
         image = images[row][image_column]
         if isinstance(image, Image.Image):
-            return image.convert("RGB")
+            return to_rgb(image)
     except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
-        raise ValueError(
+        raise UnreadableImage(
             f"Row {row}: the image in column {image_column!r} can't be read "
             f"({type(error).__name__}: {error}). Mend the file, or filter the row out."
         ) from error
-    raise ValueError(
+    raise UnreadableImage(
         f"Row {row}: column {image_column!r} holds {type(image).__name__}, expected an image. Filter the row "
         f"out; paths become images by dataset.cast_column({image_column!r}, datasets.Image())."
     )

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+import datasets.config
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_dataset_builder, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import constants
+
+from clip_po.data.paths import check_links, check_resolved
 
 
 def load_split(name: str, split: str, config: str | None = None) -> Dataset:
@@ -18,8 +26,13 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
         config: Name of the configuration, for data sets that have several.
 
     Raises:
-        ValueError: There is no such data set or split; the message says what there is.
+        ValueError: There is no such data set or split; the message says what there is. Or it holds a program that
+            would have to run, or names or links to a file outside its folder.
     """
+    folders = [datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
+    if Path(name).is_dir():
+        check_links(name)
+        folders = [datasets.config.HF_DATASETS_CACHE, name]
     saved = _saved(name)
     if saved is not None:
         splits = {"train": saved} if isinstance(saved, Dataset) else saved
@@ -28,15 +41,12 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
                 f"{name!r} has no split {split!r}; it has {list(splits)}, and no slices. Give one of them by "
                 "--dataset_train_split or --dataset_test_split."
             )
-        return splits[split]
-    try:
-        return load_dataset(name, config, split=split)
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
-        raise ValueError(
-            f"The split {split!r} of the data set {name!r} can't be loaded ({error}). Give a Hub id, or a folder "
-            "written by save_to_disk, one of Parquet files (train-*.parquet) or one of images "
-            "(train/<class>/*.jpg), and its split by --dataset_train_split or --dataset_test_split."
-        ) from error
+        dataset = splits[split]
+        check_resolved([file["filename"] for file in dataset.cache_files], folders, f"The data set {name!r}")
+    else:
+        dataset = _loaded(name, split, config)
+    check_resolved(_image_paths(dataset), folders, f"The data set {name!r}")
+    return dataset
 
 
 def _saved(name: str) -> Dataset | DatasetDict | None:
@@ -44,3 +54,34 @@ def _saved(name: str) -> Dataset | DatasetDict | None:
     if not any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
         return None
     return load_from_disk(name)
+
+
+def _loaded(name: str, split: str, config: str | None) -> Dataset:
+    if Path(name).is_dir():  # its README may name files from anywhere
+        with _explained(name, split):
+            files = load_dataset_builder(name, config).config.data_files or {}
+        check_resolved([file for listed in files.values() for file in listed], [name], f"The data set {name!r}")
+    with _explained(name, split):
+        return load_dataset(name, config, split=split)
+
+
+@contextlib.contextmanager
+def _explained(name: str, split: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"The split {split!r} of the data set {name!r} can't be loaded ({error.__cause__ or error}). Give a Hub "
+            "id, or a folder written by save_to_disk, one of Parquet files (train-*.parquet) or one of images "
+            "(train/<class>/*.jpg), and its split by --dataset_train_split or --dataset_test_split."
+        ) from error
+
+
+def _image_paths(dataset: Dataset) -> Iterator[str]:
+    """Paths that stand in columns of images in the place of images."""
+    for column, feature in dataset.features.items():
+        if not isinstance(feature, Image):
+            continue
+        for chunk in dataset.data.column(column).chunks:
+            paths, images = (pc.struct_field(chunk, part) for part in ("path", "bytes"))
+            yield from paths.filter(pc.and_(images.is_null(), paths.is_valid())).to_pylist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,15 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from clip_po.caching import fingerprint, image_digest
-from clip_po.config import ContrastivePOConfig
-from clip_po.data.formats import IMAGE_COLUMNS, Row, check_preferences, check_regularization, read_row, to_texts
+from clip_po.data.formats import IMAGE_COLUMNS, Row, read_row, to_texts
 from clip_po.data.labelled import read_image, read_images, read_labels, read_weights
+from clip_po.data.skipping import UnreadableImage, blank_image
 from clip_po.data.typographic import TypographicAttack
-from clip_po.losses import SINGLE_REJECTED, TARGETED
+from clip_po.data.typographic_rows import TypographicRows
 from clip_po.sampling import RowKey, permutation
 
 
-class TypographicPreferences(torch.utils.data.Dataset[Row]):
+class TypographicPreferences(TypographicRows, torch.utils.data.Dataset[Row]):
     """Labelled images as preferences: an attack word is written on each; its class is chosen, the word rejected.
 
     Rows are image-preferences with a `clean_image`, drawn from (attack.seed, epoch, index) alone: the same in
@@ -40,9 +41,8 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
     Raises:
         ValueError: Missing columns, no class names, a label out of range, a template without its one `{}`, or an
             unknown `rejected`.
+        TypeError: `dataset` is no single split; a streamed one makes a `TypographicStream`.
     """
-
-    column_names = ("image", "clean_image", "chosen", "rejected", "weight")
 
     def __init__(
         self,
@@ -55,42 +55,15 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
         rejected: Literal["word", "others"] = "word",
         weight_column: str | None = None,
     ) -> None:
-        if rejected not in ("word", "others"):
-            raise ValueError(f"rejected must be 'word' or 'others', got {rejected!r}.")
-        if template.count("{}") != 1:
-            raise ValueError(f"template must hold one '{{}}' where the class name goes, got {template!r}.")
+        if isinstance(dataset, IterableDataset):
+            raise TypeError("dataset is streamed: TypographicStream(stream, attack, ...) takes its rows as they come.")
         names, labels = read_labels(dataset, label_column, class_names)
+        super().__init__(attack, names, template, rejected)
         self.dataset = dataset
-        self.class_names = list(names)
         self.labels: list[int] = labels.tolist()
         self.weights = [1.0] * len(labels) if weight_column is None else read_weights(dataset, weight_column)
         self.image_column, self.label_column = image_column, label_column
         self.images = read_images(dataset, image_column)
-        self.attack = attack
-        self.template = template
-        self.rejected = rejected
-
-    @property
-    def candidate_texts(self) -> list[str]:
-        """The prompts of the classes: candidate texts for the trainer."""
-        return [self.template.replace("{}", name) for name in self.class_names]
-
-    @property
-    def texts(self) -> list[str]:
-        """Every text that a row may carry."""
-        names = dict.fromkeys((*self.class_names, *self.attack.vocabulary))
-        return [self.template.replace("{}", name) for name in names]
-
-    @property
-    def most_rejected(self) -> int:
-        """The largest number of rejected texts of a row."""
-        others = len(self.class_names) - 1 if self.rejected == "others" else 0
-        return max(self.attack.count[1], others)
-
-    @property
-    def redrawn(self) -> bool:
-        """Whether the images differ from epoch to epoch."""
-        return self.attack.redraw == "every_epoch"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,22 +87,12 @@ class TypographicPreferences(torch.utils.data.Dataset[Row]):
     def row(self, index: int, epoch: int) -> Row:
         """The preference of row `index` as drawn in `epoch`."""
         clean = self.clean(index)
-        words = self._written(index, epoch)
-        image = self.attack.draw(clean, " ".join(words), index, epoch)
+        image = self.attacked(clean, self.labels[index], index, epoch)
         return {"image": image, "clean_image": clean, **self.texts_of(index, epoch)}
 
     def texts_of(self, index: int, epoch: int) -> Row:
         """What `row` holds besides images, which are neither read nor drawn."""
-        name, words = self.class_names[self.labels[index]], self._written(index, epoch)
-        others = [n for n in self.class_names if n != name and n not in words] if self.rejected == "others" else []
-        return {
-            "chosen": self.template.replace("{}", name),
-            "rejected": [self.template.replace("{}", rejected) for rejected in (*words, *others)],
-            "weight": self.weights[index],
-        }
-
-    def _written(self, index: int, epoch: int) -> Sequence[str]:
-        return self.attack.written(index, epoch, exclude={self.class_names[self.labels[index]]})
+        return {**self.preference(self.labels[index], index, epoch), "weight": self.weights[index]}
 
 
 class PreferencePairs(torch.utils.data.Dataset[Row]):
@@ -145,6 +108,7 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         seed: Seed of the order of the regularization images.
         name: What messages call the preferences.
         targets: "clean_image" where a loss compares with the reference on each row's clean image.
+        on_bad_image: As in `ContrastivePOConfig`. Under "skip" a row says in `skipped` why it is, or "".
     """
 
     def __init__(
@@ -155,6 +119,7 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         seed: int = 0,
         name: str = "train_dataset",
         targets: Literal["clean_image"] | None = None,
+        on_bad_image: Literal["raise", "skip"] = "raise",
     ) -> None:
         self.preferences = preferences
         self.regularization = regularization
@@ -163,7 +128,12 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         self.name = name
         # Where the ordinary image of a row is its own clean image, one is the other's target already.
         self.targets = None if regularization == "clean_image" else targets
+        self.on_bad_image = on_bad_image
+        own = ["weight"] * (targets is not None) + ["reg_row_weight"] * (regularization == "clean_image")
+        # The weights that say nothing without an image.
+        self._needed_by = {"image": ["weight"], "clean_image": own, "reg_image": ["reg_row_weight"]}
         self.reference: Mapping[str, Tensor] = {}
+        self._readable: Mapping[str, Tensor] = {}
         self._columns: dict[str, Dataset] = {}
         self.without_images = False
         self._texts: list[Row] | None = None
@@ -190,11 +160,18 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
             return len(self.regularization)
         return len(self)
 
-    def fixed_image(self, column: str, index: int) -> Image.Image:
-        """An image of `fixed_images`."""
-        if column == "reg_image" and isinstance(self.regularization, Dataset):
-            return read_row(self.regularization, index, "reg_dataset")["image"]
-        name = "image" if column == "image" else "clean_image"
+    def fixed_image(self, column: str, index: int) -> Image.Image | None:
+        """An image of `fixed_images`; None where it can't be read and rows without theirs are skipped."""
+        try:
+            if column == "reg_image" and isinstance(self.regularization, Dataset):
+                return read_row(self.regularization, index, "reg_dataset")["image"]
+            return self._image("image" if column == "image" else "clean_image", index)
+        except UnreadableImage:
+            if self.on_bad_image == "raise":
+                raise
+            return None
+
+    def _image(self, name: str, index: int) -> Image.Image:
         if hasattr(self.preferences, "row"):
             return self.preferences.clean(index) if name == "clean_image" else self.preferences.row(index, 0)[name]
         if name not in self._columns:
@@ -203,32 +180,75 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
 
     def digest(self, column: str) -> str | None:
         """What a column of `fixed_images` is made from, as one name; None where that can't be known."""
-        if column == "reg_image" and isinstance(self.regularization, Dataset):
-            return image_digest(self.regularization, "image")
         name = "image" if column == "image" else "clean_image"
-        if isinstance(self.preferences, Dataset):
-            return image_digest(self.preferences, name)
-        return self.preferences.digest(name) if hasattr(self.preferences, "digest") else None
+        try:
+            if column == "reg_image" and isinstance(self.regularization, Dataset):
+                return image_digest(self.regularization, "image")
+            if isinstance(self.preferences, Dataset):
+                return image_digest(self.preferences, name)
+            return self.preferences.digest(name) if hasattr(self.preferences, "digest") else None
+        except ValueError:  # a file is missing
+            if self.on_bad_image == "raise":
+                raise
+            return None
 
-    def attach_reference(self, embeds: Mapping[str, Tensor]) -> None:
+    def attach_reference(self, embeds: Mapping[str, Tensor], readable: Mapping[str, Tensor] | None = None) -> None:
         """Give rows the reference's embeddings of their fixed images.
 
         Args:
             embeds: By name of `fixed_images`: Tensor[`image_count`, D].
-        """
-        self.reference = embeds
+            readable: By the same names, Tensor[`image_count`] of bools: False where `fixed_image` gave None and the
+                embedding is that of a `blank_image`, so that its rows are skipped. Default: all are.
 
-    def _reg_index(self, epoch: int, position: int, index: int) -> int:
+        Raises:
+            ValueError: None of the images can be read.
+        """
+        for name, images in (readable or {}).items():
+            if not images.any():
+                raise ValueError(f"None of the {len(images)} images can be read. {self._why(name, 0)}")
+        self.reference, self._readable = embeds, readable or {}
+
+    def _why(self, column: str, index: int) -> str:
+        """Why a fixed image can't be read."""
+        reader = copy.copy(self)
+        reader.on_bad_image = "raise"
+        try:
+            reader.fixed_image(column, index)
+        except UnreadableImage as error:
+            return str(error)
+        return f"{self.name}: {column} {index} could not be read when the reference saw it, and can be by now."
+
+    def _reg_index(self, turn: int, index: int) -> int:
         """The regularization row of a row: all in turn, in a new random order each time through."""
         if not isinstance(self.regularization, Dataset):
             return index
-        cycle, offset = divmod(epoch * len(self) + position, len(self.regularization))
+        cycle, offset = divmod(turn, len(self.regularization))
         return permutation(len(self.regularization), self.seed, cycle)[offset]
 
-    def _preference(self, index: int, epoch: int) -> Row:
+    def _preference(self, index: int, epoch: int) -> tuple[Row, dict[str, str]]:
+        """A row, and by column why an image of it can't be read, where such rows are skipped."""
+        try:
+            if hasattr(self.preferences, "row"):
+                return self.preferences.row(index, epoch), {}
+            return to_texts(read_row(self.preferences, index, self.name), self.candidate_texts), {}
+        except UnreadableImage as error:
+            if self.on_bad_image == "raise":
+                raise
+            return self._blanked(index, epoch, str(error))
+
+    def _blanked(self, index: int, epoch: int, reason: str) -> tuple[Row, dict[str, str]]:
+        columns = [name for name in IMAGE_COLUMNS if name in self.preferences.column_names]
         if hasattr(self.preferences, "row"):
-            return self.preferences.row(index, epoch)
-        return to_texts(read_row(self.preferences, index, self.name), self.candidate_texts)
+            row = self.preferences.texts_of(index, epoch)
+        else:
+            if "texts" not in self._columns:
+                self._columns["texts"] = self.preferences.with_format(None).remove_columns(columns)
+            row = to_texts(self._columns["texts"][index], self.candidate_texts)
+        if hasattr(self.preferences, "row") or _transformed(self.preferences):  # one image is made from the other
+            return {**row, **{name: blank_image() for name in columns}}, dict.fromkeys(columns, reason)
+        images = {name: self.fixed_image(name, index) for name in columns}
+        reasons = {name: self._why(name, index) for name, image in images.items() if image is None}
+        return {**row, **{name: image or blank_image() for name, image in images.items()}}, reasons
 
     @property
     def embedded(self) -> bool:
@@ -246,25 +266,44 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
 
     def __getitem__(self, key: int | RowKey) -> Row:
         epoch, position, index = key if isinstance(key, tuple) else (0, key, key)
+        row, reasons = (self._texts_of(index, epoch), {}) if self.embedded else self._preference(index, epoch)
+        return self._complete(row, reasons, index, epoch * len(self) + position, padding=position >= len(self))
+
+    def _complete(self, row: Row, reasons: dict[str, str], index: int, turn: int, padding: bool) -> Row:
+        """A preference with weights, its ordinary image and target, and what the reference knows of them.
+
+        Args:
+            row: The preference.
+            reasons: By column, why its images can't be read.
+            index: Its number.
+            turn: The number of rows that came before it in all epochs.
+            padding: It is no row of its own.
+        """
         embedded = self.embedded
-        row = self._texts_of(index, epoch) if embedded else self._preference(index, epoch)
-        padding = position >= len(self)
-        row["weight"] = 0.0 if padding else row.get("weight", 1.0)
-        row["reg_row_weight"] = 0.0 if padding or self.regularization is None else 1.0
-        if "image" in self.reference:
-            row["ref_image_embeds"] = self.reference["image"][index]
-        if self.targets is not None:
-            if not embedded:
-                row["target_image"] = row["clean_image"]
-            if "target_image" in self.reference:
-                row["ref_target_image_embeds"] = self.reference["target_image"][index]
-        if self.regularization is not None:
-            reg_index = self._reg_index(epoch, position, index)
-            apart = isinstance(self.regularization, Dataset)
-            if not embedded:
-                row["reg_image"] = self.fixed_image("reg_image", reg_index) if apart else row["clean_image"]
-            if "reg_image" in self.reference:
-                row["ref_reg_image_embeds"] = self.reference["reg_image"][reg_index]
+        reg_index = self._reg_index(turn, index)
+        apart = isinstance(self.regularization, Dataset)
+        row["weight"] = row.get("weight", 1.0)
+        row["reg_row_weight"] = 0.0 if self.regularization is None else 1.0
+        if self.targets is not None and not embedded:
+            row["target_image"] = row["clean_image"]
+        if self.regularization is not None and not embedded:
+            image = self.fixed_image("reg_image", reg_index) if apart else row["clean_image"]
+            if image is None:
+                image, reasons["reg_image"] = blank_image(), self._why("reg_image", reg_index)
+            row["reg_image"] = image
+        for name, embeds in self.reference.items():
+            number = reg_index if name == "reg_image" else index
+            row[f"ref_{name}_embeds"] = embeds[number]
+            column = name if name == "image" or (name == "reg_image" and apart) else "clean_image"
+            if column not in reasons and name in self._readable and not self._readable[name][number]:
+                reasons[column] = self._why(name, number)
+        for name in {name for column in reasons for name in self._needed_by[column]}:
+            row[name] = 0.0
+        if self.on_bad_image == "skip":
+            said = "; ".join(dict.fromkeys(reason for column, reason in reasons.items() if self._needed_by[column]))
+            row["skipped"] = None if padding else said
+        if padding:
+            row["weight"] = row["reg_row_weight"] = 0.0
         return row
 
 
@@ -280,80 +319,3 @@ class EvaluationPairs(PreferencePairs):
     def redrawn(self) -> bool:
         """Whether a transform may change the images each time they are read."""
         return _transformed(self.preferences)
-
-
-def checked_pairs(
-    preferences: Any,
-    regularization: Dataset | None,
-    candidate_texts: Sequence[str] | None,
-    args: ContrastivePOConfig,
-    name: str,
-    kind: type[PreferencePairs] = PreferencePairs,
-) -> PreferencePairs:
-    """Preference pairs whose rows were checked, all but their images.
-
-    Args:
-        preferences: As for `PreferencePairs`.
-        regularization: Ordinary images, or None to take each row's `clean_image`.
-        candidate_texts: As for the trainer.
-        args: Says which columns the losses need, and the seed.
-        name: What messages call the preferences.
-        kind: `EvaluationPairs` for evaluation.
-
-    Raises:
-        ValueError, TypeError: What was found, in which row and column, and what to do.
-    """
-    if isinstance(preferences, (IterableDataset, torch.utils.data.IterableDataset)):
-        raise TypeError(
-            f"{name} is streamed, but rows are named by their number so that a run can be resumed exactly. Load it "
-            "without streaming=True, or save its rows first: Dataset.from_generator(...)."
-        )
-    if hasattr(preferences, "__len__") and len(preferences) == 0:
-        raise ValueError(f"{name} is empty; give it at least one row.")
-    if hasattr(preferences, "row"):
-        single = SINGLE_REJECTED & set(args.loss_type)
-        if single and preferences.most_rejected > 1:
-            raise ValueError(
-                f"{name} rejects up to {preferences.most_rejected} texts a row, but {sorted(single)} compare the "
-                "chosen text with one. Set rejected='word' and the attack's count=(1, 1), or use 'sigmoid' (S-DPO)."
-            )
-        missing = [text for text in preferences.texts if text not in (candidate_texts or preferences.texts)]
-        if missing:
-            raise ValueError(
-                f"{name} may draw the texts {missing[:3]} ({len(missing)} in all), which are not among the "
-                "candidate_texts. Pass candidate_texts=dataset.candidate_texts and attack words that are class "
-                "names, or leave candidate_texts out."
-            )
-    elif isinstance(preferences, Dataset):
-        check_preferences(preferences, candidate_texts, args.loss_type, name)
-    else:
-        raise TypeError(
-            f"{name} must be a datasets.Dataset or TypographicPreferences, got {type(preferences).__name__}. "
-            "Dataset.from_list(rows) makes one of a list of dicts."
-        )
-    source: Dataset | Literal["clean_image"] | None = None
-    if args.reg_weight > 0 or "kto_pair" in args.loss_type:
-        if regularization is None and "clean_image" not in preferences.column_names:
-            raise ValueError(
-                f"reg_weight={args.reg_weight} and loss_type={args.loss_type} need ordinary images, but there is no "
-                f"reg_dataset and {name} has no column 'clean_image'. Pass reg_dataset=..., or set reg_weight=0 "
-                "(not for kto_pair, whose reference point is their KL)."
-            )
-        if regularization is not None:
-            check_regularization(regularization)
-        source = regularization if regularization is not None else "clean_image"
-    targeted = sorted(TARGETED & set(args.loss_type))
-    if targeted and "clean_image" not in preferences.column_names:
-        raise ValueError(
-            f"loss_type={targeted} compares with the reference on each row's clean image, but {name} has no column "
-            "'clean_image': add the images before the attack, or leave the loss out."
-        )
-    seed = args.data_seed if args.data_seed is not None else args.seed
-    pairs = kind(preferences, source, candidate_texts, seed, name, "clean_image" if targeted else None)
-    if args.precompute_ref_log_probs and pairs.redrawn:
-        raise ValueError(
-            f"precompute_ref_log_probs=True, but the images of {name} are drawn anew each epoch. Set the attack's "
-            "redraw='never' so that they stay the same, or leave precompute_ref_log_probs out: clean images are "
-            "seen once all the same."
-        )
-    return pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Collection, Sequence
@@ -9,10 +10,12 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageColor
 
+from clip_po.checks import COUNT, FINITE, check_number
 from clip_po.data.drawing import (
     PILLOW_FONT,
     SMALLEST_TEXT,
     TextStyle,
+    check_visible,
     draw_blank,
     draw_text,
     enlarge,
@@ -87,7 +90,7 @@ class TypographicAttack:
         seed: Seed of all draws.
 
     Raises:
-        ValueError: An argument is out of range; the message says which.
+        ValueError, TypeError: An argument is out of range or of another type; the message says which.
 
     Source: the attack of Afzali et al. 2025, arXiv 2411.08923, with its parameters opened.
     """
@@ -112,6 +115,7 @@ class TypographicAttack:
 
     def __post_init__(self) -> None:
         """Check every argument before the first image is drawn."""
+        self._check_types()
         if isinstance(self.words, str) or len(set(self.words)) < 2 or not all(w.strip() for w in self.words):
             raise ValueError(
                 f"words must be a list of at least two different words, none empty, got {self.words!r}: "
@@ -142,8 +146,6 @@ class TypographicAttack:
             raise ValueError(f"sticker is the share of attacks on a sticker, 0 to 1, got {self.sticker!r}.")
         if self.redraw not in ("every_epoch", "never"):
             raise ValueError(f"redraw must be 'every_epoch' or 'never', got {self.redraw!r}.")
-        if self.min_side < 1:
-            raise ValueError(f"min_side is a number of pixels >= 1, got {self.min_side!r}.")
         if not 1 <= self.min_contrast <= 21:
             raise ValueError(f"min_contrast is a contrast ratio, 1 to 21, got {self.min_contrast!r}.")
         for name in ("places", "fonts", "colours", "sticker_colours"):
@@ -155,9 +157,29 @@ class TypographicAttack:
             raise ValueError(f"places: unknown {wrong}; known are {sorted(PLACES)}.")
         for font in self.fonts:
             load_font(font, SMALLEST_TEXT)
+            for word in self.vocabulary:
+                check_visible(word, font)
         for name in ("colours", "sticker_colours"):
             for colour in getattr(self, name):
                 _check_colour(colour, name)
+
+    def _check_types(self) -> None:
+        for name in ("words", "other_words", "places", "fonts", "colours", "sticker_colours"):
+            texts = getattr(self, name)
+            wrong = [text for text in texts if not isinstance(text, str)] if isinstance(texts, Sequence) else [texts]
+            if wrong or (name == "other_words" and isinstance(texts, str)):
+                raise TypeError(
+                    f"{name} must be a list of texts, got {wrong[0] if wrong else texts!r} in it or for it."
+                )
+        for name in ("size", "outline", "rotation", "opacity", "count"):
+            pair = getattr(self, name)
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(f"{name} must be two numbers, (lowest, highest), got {pair!r}.")
+            for number in pair:
+                check_number(name, number, COUNT if name == "count" else FINITE)
+        for name in ("other_share", "sticker", "min_contrast"):
+            check_number(name, getattr(self, name), FINITE)
+        check_number("min_side", self.min_side, COUNT, "Give the model's input size in pixels.")
 
     def _random(self, purpose: str, index: int, epoch: int) -> random.Random:
         return random.Random(f"{purpose}/{self.seed}/{0 if self.redraw == 'never' else epoch}/{index}")
@@ -170,6 +192,17 @@ class TypographicAttack:
         known = {word.casefold() for word in self.words}
         return list(dict.fromkeys([*self.words, *(w for w in self.other_words if w.casefold() not in known)]))
 
+    @functools.cached_property
+    def _pools(self) -> tuple[tuple[list[str], dict[str, list[int]]], ...]:
+        """Attack words and other words, each with the places of a word in lower case: there may be thousands."""
+        pools = []
+        for words in (list(self.words), self.vocabulary[len(set(self.words)) :]):
+            places: dict[str, list[int]] = {}
+            for place, word in enumerate(words):
+                places.setdefault(word.casefold(), []).append(place)
+            pools.append((words, places))
+        return tuple(pools)
+
     def written(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> tuple[str, ...]:
         """The attack words of a row.
 
@@ -181,18 +214,21 @@ class TypographicAttack:
         Raises:
             ValueError: No word is left.
         """
-        excluded = {word.lower() for word in exclude}
+        excluded = {word.casefold() for word in exclude}
         rng = self._random("word", index, epoch)
         chosen: list[str] = []
         # The number is drawn last, so that an attack of one word draws the same word whatever `count` says.
         while len(chosen) < self.count[1]:
             others = self.other_share > 0 and rng.random() < self.other_share
-            pool = self.vocabulary[len(set(self.words)) :] if others else list(self.words)
-            words = [word for word in pool if word.lower() not in excluded]
-            if not words:
+            pool, places = self._pools[others]
+            gone = sorted(place for word in excluded for place in places.get(word, ()))
+            if len(gone) == len(pool):
                 raise ValueError(f"words: all of {pool!r} are excluded for row {index}; give more words.")
-            chosen.append(rng.choice(words))
-            excluded.add(chosen[-1].lower())
+            place = rng.choice(range(len(pool) - len(gone)))  # of the words that are left, counted without a list
+            for missing in gone:
+                place += missing <= place
+            chosen.append(pool[place])
+            excluded.add(chosen[-1].casefold())
         return tuple(chosen[: rng.randint(*self.count)])
 
     def word(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> str:

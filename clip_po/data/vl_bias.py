@@ -15,7 +15,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from clip_po.evaluation.layouts import IMAGE_SUFFIXES, check_inside
+from clip_po.data.paths import IMAGE_SUFFIXES, check_inside, check_links
 
 _ACTIVITIES = """
 baking begging biking calling cleaning climbing cooking coughing crying drinking driving eating exercising falling
@@ -54,13 +54,14 @@ def load_vl_bias(folder: str | Path, part: str, genders: Mapping[str, str] | Non
 
     Raises:
         ValueError: An unknown part or gender, no images, an image of no known word, or an index that can't be read,
-            leaves the folder, or names a missing image. The message names the file.
+            leaves the folder, or names a missing image; or a link out of the folder. The message names the file.
 
     Source: Zhang, Wang and Sang 2022, arXiv 2207.01056, Sec. 4 (the data set), and the scripts that they published.
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {list(PARTS)}, got {part!r}.")
     base = Path(folder)
+    check_links(base)
     begins, words = PARTS[part]
     index = next(iter(sorted(base.glob(f"{begins}*.json"))), None)
     found = _indexed(base, index) if index is not None else _in_folders(base, begins, words)

@@ -12,6 +12,7 @@ import numpy as np
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.report import format_table, write_json
 from clip_po.evaluation.robustness import Answers, RobustnessImages
+from clip_po.redaction import redacted
 
 RESULT, ANSWERS = "result.json", "answers.npz"
 
@@ -36,7 +37,8 @@ class Results:
         if not file.is_file():
             return None
         result: dict[str, Any] = json.loads(file.read_text())
-        now = {**self.settings, "method": json.loads(json.dumps(settings, default=str))}
+        # Without secrets, as they were written.
+        now = redacted({**self.settings, "method": json.loads(json.dumps(settings, default=str))})
         if differ := sorted(k for k in now if result["settings"].get(k) != now[k]):
             raise ValueError(
                 f"{file.parent} holds {name!r}, seed {seed}, with other settings ({', '.join(differ)}). Remove the "

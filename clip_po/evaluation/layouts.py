@@ -10,15 +10,15 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from clip_po.data.labelled import check_class_names
 from clip_po.data.loading import load_split
+from clip_po.data.paths import IMAGE_SUFFIXES, check_inside, check_links
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ANNOTATION_FILES = ("annotations.json", "annotation.json")
 CLASSES_FILE = "classes.json"
 
@@ -39,12 +39,13 @@ def load_file_names(folder: Path, class_names: Sequence[str] | None = None) -> D
         One row an image, sorted by path.
 
     Raises:
-        ValueError: There are no images, or one has another name; or a label is no candidate. The message names
-            the file.
+        ValueError: There are no images, or one has another name, or is a link out of the folder; or a label is no
+            candidate. The message names the file.
 
     Source: Ilharco et al. 2022, arXiv 2208.05592; Azuma and Matsui 2023, arXiv 2304.04512: the names of the
     files in what they published.
     """
+    check_links(folder)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not _hidden(path))
     if not files:
         raise ValueError(
@@ -90,6 +91,7 @@ def load_annotation(folder: Path, class_names: Sequence[str] | None = None) -> D
 
     Source: Materzynska et al. 2022, arXiv 2206.07835: the files that they published.
     """
+    check_links(folder)
     file = next(
         (f for name in ANNOTATION_FILES for f in (folder / name, *sorted(folder.glob(f"*/{name}"))) if f.is_file()),
         None,
@@ -175,24 +177,6 @@ def load_columns(
     return images.add_column("label", encoded, feature=ClassLabel(names=names)).add_column(
         "word", words, feature=Value("string")
     )
-
-
-def check_inside(name: str, where: str) -> None:
-    """Refuse a path that a data set names and that would leave the data set's folder.
-
-    Args:
-        name: The path, relative to the folder.
-        where: The file that names it, for the message.
-
-    Raises:
-        ValueError: It is absolute, or climbs out by "..".
-    """
-    windows = PureWindowsPath(name)
-    if PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise ValueError(
-            f"{where} names the file {name!r}, which lies outside the data set's folder. It is not read: a data set "
-            "has no business there. Mend the path, or don't use this data set."
-        )
 
 
 def column_texts(dataset: Dataset, column: str) -> list[str]:

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from clip_po.checks import COUNT, COUNT_OR_NONE, check_number
 from clip_po.data.collator import to_pixels
 from clip_po.data.labelled import check_class_names, read_image, read_images, read_labels
 from clip_po.evaluation.bootstrap import Estimate, bootstrap_interval
+from clip_po.models import check_processor
 from clip_po.policy import dual_encoder, encode_texts, evaluating
 
 
@@ -51,16 +53,21 @@ def class_embeddings(model: Any, processor: Any, class_names: Sequence[str], tem
         Tensor[C, D], float32, unit-norm, on the model's device, without gradients.
 
     Raises:
-        ValueError: Names are missing or repeated, or a template has no or several `{}`.
+        ValueError: Names are missing or repeated, a template has no or several `{}`, the processor is another
+            model's, or the model's weights are not finite.
+        TypeError: A template is no text, or as for `clip_po.models.check_processor`.
 
     Source: Radford et al. 2021, arXiv 2103.00020, Sec. 3.1.4 (prompt ensembling in embedding space).
     """
+    check_processor(processor, model)
     check_class_names(class_names)
     if isinstance(templates, str) or not templates:
         raise ValueError(
             f'templates must be a list of at least one prompt, got {templates!r}; give ["a photo of a {{}}"].'
         )
     for template in templates:
+        if not isinstance(template, str):
+            raise TypeError(f'templates must be texts such as "a photo of a {{}}", got {template!r} among them.')
         if template.count("{}") != 1:
             raise ValueError(
                 f"Template {template!r} has {template.count('{}')} places for the class name; write exactly "
@@ -83,11 +90,25 @@ def classify(model: Any, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
 
     Returns:
         Tensor[B, C], float32, on the model's device.
+
+    Raises:
+        ValueError: `text_embeds` are of another size than the model's, or a logit is not finite.
     """
     clip = dual_encoder(model)
+    if text_embeds.shape[-1] != clip.config.projection_dim:
+        raise ValueError(
+            f"text_embeds have {text_embeds.shape[-1]} numbers each, but those of the model have "
+            f"{clip.config.projection_dim}: they are of another model. Make them by class_embeddings(model, ...)."
+        )
     features = clip.get_image_features(pixel_values=pixel_values.to(clip.device, clip.dtype)).pooler_output
     image_embeds = F.normalize(features.float(), dim=-1)
-    return clip.logit_scale.float().exp() * image_embeds @ text_embeds.to(image_embeds).T
+    logits = clip.logit_scale.float().exp() * image_embeds @ text_embeds.to(image_embeds).T
+    if not bool(logits.isfinite().all()):  # argmax would answer the first class
+        raise ValueError(
+            "The logits of the model hold nan or infinity: so do its weights or text_embeds, or its numbers overflow "
+            f"in {clip.dtype}. Load an earlier checkpoint, or use float32."
+        )
+    return logits
 
 
 def zero_shot_accuracy(
@@ -194,8 +215,11 @@ def collect_answers(
         Array [N, K] of the numbers in the order of the items, in every process.
 
     Raises:
-        ValueError: There are no items.
+        ValueError: There are no items, a number is not finite, or `batch_size` or `num_workers` can't be used.
+        TypeError: `batch_size` or `num_workers` is no whole number.
     """
+    check_number("batch_size", batch_size, COUNT)
+    check_number("num_workers", num_workers, COUNT_OR_NONE)
     total = len(items)  # type: ignore[arg-type]
     if not total:
         raise ValueError("The data set has no rows; give at least one image.")
@@ -215,4 +239,10 @@ def collect_answers(
         padded = F.pad(dealt, (0, 0, 0, share - len(dealt))).to(accelerator.device)
         gathered = accelerator.gather(padded).cpu().view(processes, share, width)
         dealt = gathered.transpose(0, 1).reshape(-1, width)[:total]
+    spoiled = (~dealt.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if spoiled:
+        raise ValueError(
+            f"What the model answers to {len(spoiled)} of {total} images holds nan or infinity, first to that of row "
+            f"{spoiled[0]}: so do its weights, or its numbers overflow. Load an earlier checkpoint, or use float32."
+        )
     return dealt.numpy()

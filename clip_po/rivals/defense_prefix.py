@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,7 +47,12 @@ class Prefix:
         Raises:
             ValueError: The file holds no such token.
         """
-        tensors = load_file(str(path))
+        try:
+            tensors = load_file(str(path))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(path)!r} is no safetensors file ({error}), as Prefix.save writes one; no other kind is read."
+            ) from error
         if "prefix" not in tensors:
             raise ValueError(f"{str(path)!r} holds {sorted(tensors)}, expected 'prefix', as Prefix.save writes it.")
         return cls(tensors["prefix"])

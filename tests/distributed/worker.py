@@ -5,24 +5,38 @@ import os
 import sys
 from pathlib import Path
 
+import datasets
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig
 from safetensors.torch import save_file
 from samples import PROMPTS, make_labelled, make_preferences
 from transformers import TrainerCallback
 
+from clip_po.concept import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.trainer import ContrastivePOTrainer
 
 GLOBAL_BATCH = 8
+IN_BATCH = {"own_texts": True, "in_batch_candidates": True, "learning_rate": 1e-3}
+# By name: arguments of the configuration; `lora`, `concept` and `own_texts` say what else differs.
 RUNS = {
     "sigmoid": {"loss_type": "sigmoid"},
-    "kto": {"loss_type": "kto_pair", "beta": 1.0},
+    "kto": {"loss_type": "kto_pair", "beta": 1.0, "gradient_accumulation_steps": 2},
     "accumulated": {"loss_type": ["ipo", "sft"], "gradient_accumulation_steps": 2, "train_text_model": True},
-    "scale": {"loss_type": "sigmoid", "train_logit_scale": True, "precompute_ref_log_probs": False},
-    "lora": {"loss_type": "sigmoid", "lora": True},
-    "distillation": {"loss_type": ["distillation", "sft"], "loss_weights": [1.0, 0.5]},
+    "in_batch": {**IN_BATCH, "gradient_accumulation_steps": 2, "train_text_model": True},
+    "in_batch_frozen": {**IN_BATCH, "loss_type": ["sigmoid", "distillation"], "max_steps": 10},
+    "scale": {"train_logit_scale": True, "precompute_ref_log_probs": False, "max_steps": 10},
+    "lora": {"lora": True, "max_steps": 10},
+    "concept": {"concept": True, "max_steps": 10},
+    "distillation": {"loss_type": ["distillation", "sft"], "loss_weights": [1.0, 0.5], "max_steps": 10},
+}
+SHARDED_RUNS = {
+    "sharded": {"loss_type": "kto_pair", "beta": 1.0, "max_steps": 4},
+    "sharded_in_batch": {**IN_BATCH, "train_text_model": True, "max_steps": 4},
+    "sharded_lora": {"lora": True, "max_steps": 4},
 }
 
 
@@ -37,49 +51,87 @@ class Gradients(TrainerCallback):
             self.first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def run(name, model, folder):
-    settings = dict(RUNS[name])
-    lora = settings.pop("lora", False)
-    steps = settings.get("gradient_accumulation_steps", 1)
+def preferences_with_own_texts(rows):
+    """Rows with one to three rejected texts, most of which other rows have too."""
+    preferences = make_preferences(rows)
+    rejected = [
+        [text for text in (*PROMPTS[row % 3 :], f"a {'xyz'[row % 3]}") if text != preferences[row]["chosen"]][:3]
+        for row in range(rows)
+    ]
+    rejected = [texts[: 1 + row % 3] for row, texts in enumerate(rejected)]
+    column = datasets.List(datasets.Value("string"))
+    return preferences.remove_columns("rejected").add_column("rejected", rejected, feature=column)
+
+
+def run(name, settings, model, folder):
+    """Train and evaluate; the logs, the first gradients and the final model go to `folder`/`name`-`processes`."""
+    settings = dict(settings)
+    lora, concept, own = (settings.pop(key, False) for key in ("lora", "concept", "own_texts"))
+    accumulation = settings.get("gradient_accumulation_steps", 1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    place = folder / f"{name}-{processes}"
     args = ContrastivePOConfig(
-        output_dir=str(folder / f"run-{name}-{processes}"),
-        per_device_train_batch_size=GLOBAL_BATCH // processes // steps,
+        output_dir=str(place),
+        per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
         per_device_eval_batch_size=4 // processes,
-        max_steps=50,
-        learning_rate=1e-2,
         optim="sgd",
         logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        **settings,
+        **{"max_steps": 50, "learning_rate": 1e-2, **settings},
     )
+    if name in SHARDED_RUNS and processes > 1:
+        shard_from_here_on()
     gradients = Gradients()
     trainer = ContrastivePOTrainer(
         model,
         args=args,
-        train_dataset=make_preferences(13),
-        eval_dataset=make_preferences(11),
+        train_dataset=(preferences_with_own_texts if own else make_preferences)(13),
+        eval_dataset=(preferences_with_own_texts if own else make_preferences)(11),
         reg_dataset=make_labelled(7),
-        candidate_texts=PROMPTS,
+        candidate_texts=None if own else PROMPTS,
         callbacks=[gradients],
         peft_config=LoraConfig(r=4, target_modules=r".*vision_model.*\.(q_proj|v_proj)", init_lora_weights=False)
         if lora
         else None,
+        concept=ConceptTransform(16) if concept else None,
     )
     trainer.train()
     result = trainer.evaluate()
+    if name in SHARDED_RUNS:
+        trainer.save_model()
     if trainer.is_world_process_zero():
+        place.mkdir(exist_ok=True)
         logs = [log for log in trainer.state.log_history if "loss" in log]
-        text = json.dumps({"train": logs, "eval": {k: v for k, v in result.items() if "per_second" not in k}})
-        (folder / f"{name}-{processes}.json").write_text(text)
-        save_file(gradients.first, folder / f"{name}-{processes}.safetensors")
+        kinds = sorted({type(parameter).__name__ for parameter in trainer.model.parameters()})
+        found = {"train": logs, "eval": {k: v for k, v in result.items() if "per_second" not in k}}
+        found |= {"processes": trainer.accelerator.num_processes, "kinds": kinds}
+        (place / "found.json").write_text(json.dumps(found))
+        if name not in SHARDED_RUNS:
+            save_file(gradients.first, place / "gradients.safetensors")
+
+
+def shard_from_here_on():
+    """Have accelerate prepare models for FSDP2 on a CPU too, where it would leave the plugin aside and use DDP."""
+    Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
+    )
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+
+
+def main(model, folder):
+    torch.set_num_threads(1)
+    for name, settings in {**RUNS, **SHARDED_RUNS}.items():  # nothing goes back to DDP
+        run(name, settings, model, Path(folder))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for run_name in RUNS:
-        run(run_name, sys.argv[1], Path(sys.argv[2]))
-    PartialState().destroy_process_group()  # else gloo may abort a process that ends before the others
+    main(*sys.argv[1:])
+    # Else gloo may abort a process that ends before the others.
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

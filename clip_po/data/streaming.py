@@ -1,0 +1,230 @@
+"""Rows of a stream by number: read forward, pass after pass, and again from where a run was interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+from PIL import Image
+
+from clip_po.data.formats import Row
+
+STREAM_FILE = "stream.json"
+"""In a checkpoint: the `StreamMark` of the last batch before it."""
+
+SURE = 64
+"""Rows that must be those of then before a stream counts as the same: of fewer the order may agree by chance."""
+
+
+@dataclass(frozen=True)
+class StreamMark:
+    """Where a stream stood before the first row of a global batch, and how to know it again from the rows since.
+
+    Attributes:
+        position: Rows that were dealt before it, padding included.
+        turn: Rows that were read before it in all passes.
+        epoch: Passes before this one.
+        number: Rows that were read before it in this pass.
+        digest: Of these rows of this pass.
+        start: `position` and `turn` at which this pass began.
+        state: What the data set says of where it stands; None at the start of a pass.
+        following: Rows that were read since: at least `SURE`, but where the pass began less long ago.
+        digest_after: Of the rows of this pass with these.
+        agreed: A digest that is the same in every process, as all pass over the same rows.
+    """
+
+    position: int = 0
+    turn: int = 0
+    epoch: int = 0
+    number: int = 0
+    digest: int = 0
+    start: tuple[int, int] = (0, 0)
+    state: Any = None
+    following: int = 0
+    digest_after: int = 0
+    agreed: int = 0
+
+    def of_pass(self) -> StreamMark:
+        """Where this pass began."""
+        return StreamMark(*self.start, epoch=self.epoch, start=self.start)
+
+    def save(self, folder: str | Path) -> None:
+        """Write it into a checkpoint."""
+        values = dataclasses.asdict(self)
+        try:
+            text = json.dumps(values)
+        except TypeError:  # a state of the user's own data set: its pass will be read again
+            text = json.dumps({**values, "state": None})
+        Path(folder, STREAM_FILE).write_text(text)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> StreamMark | None:
+        """That of a checkpoint; None where there is none."""
+        file = Path(folder, STREAM_FILE)
+        if not file.is_file():
+            return None
+        values = json.loads(file.read_text())
+        return cls(**{**values, "start": tuple(values["start"])})
+
+
+@dataclass(frozen=True)
+class StreamRow:
+    """A row of a stream.
+
+    Attributes:
+        values: Its columns; images are not decoded.
+        epoch: Passes before this one.
+        number: Its place in the pass.
+        turn: Rows of all passes before it.
+        padding: It is the last row of the pass once more, to fill up a global batch.
+    """
+
+    values: Row
+    epoch: int
+    number: int
+    turn: int
+    padding: bool
+
+
+class StreamReader:
+    """Reads a stream forward, pass after pass, each filled up to whole global batches.
+
+    Images are not decoded, so passing over rows costs no more than reading their bytes.
+
+    Args:
+        stream: The rows; its shuffling, if any, differs from pass to pass (`set_epoch`).
+        multiple: Rows of a global batch.
+        name: What messages call the stream.
+        mark: Where to start.
+    """
+
+    def __init__(self, stream: IterableDataset, multiple: int, name: str, mark: StreamMark | None = None) -> None:
+        # Of its own: what set_epoch says is else shared among the worker processes, which are not at the same pass.
+        self._stream = undecoded(stream)
+        self._multiple = multiple
+        self._name = name
+        self._mark = self._next_mark = mark or StreamMark()
+        self._agreed = 0
+        self.position = self._mark.position
+        self._number, self._digest = self._mark.number, self._mark.digest
+        self._rows = self._read()
+
+    @classmethod
+    def resumed(cls, stream: IterableDataset, multiple: int, name: str, mark: StreamMark) -> StreamReader:
+        """A reader that has just read the rows after a mark, which are those of then.
+
+        From where the data set says that it stood, if that gives the same rows, or else through its pass once more:
+        a buffer in which rows are shuffled is not part of what a data set says.
+
+        Raises:
+            ValueError: Neither gives the same rows.
+        """
+        wanted = (mark.epoch, mark.number + mark.following, mark.digest_after)
+        for start in (mark, mark.of_pass()) if mark.state is not None else (mark.of_pass(),):
+            reader = cls(stream, multiple, name, start)
+            try:
+                while reader._read_so_far[:2] < wanted[:2]:
+                    reader.take()
+            except ValueError:
+                if start.state is None:
+                    raise
+                continue  # the state is that of a stream of another make
+            if reader._read_so_far == wanted:
+                return reader
+        rows = f"{mark.number}..{mark.number + mark.following - 1}"
+        raise ValueError(
+            f"{name} can't be resumed exactly: rows {rows} of its pass {mark.epoch} are others than those that the "
+            "interrupted run saw. Give its shuffling a seed, stream.shuffle(seed=0), and have a generator give the "
+            "same rows each time; or go on with other rows, from the start of the stream, by ignore_data_skip=True."
+        )
+
+    @property
+    def _read_so_far(self) -> tuple[int, int, int]:
+        return self._mark.epoch, self._number, self._digest
+
+    def take(self) -> StreamRow:
+        """The next row.
+
+        Raises:
+            ValueError: The stream is empty, or fails.
+        """
+        row = next(self._rows)
+        self.position += 1
+        return row
+
+    def mark(self) -> StreamMark:
+        """A place to start from, so that what follows the last row is read again."""
+        following = self._number - self._mark.number
+        return dataclasses.replace(self._mark, following=following, digest_after=self._digest, agreed=self._agreed)
+
+    def _read(self) -> Iterator[StreamRow]:
+        begun = self._mark
+        position, turn, start, last, last_pass = begun.position, begun.turn, begun.start, {}, 0
+        for epoch in range(begun.epoch, 2**63):
+            rows = self._pass(epoch, begun.state if epoch == begun.epoch else None)
+            while True:
+                if position % self._multiple == 0:
+                    self._agreed = self._digest if self._number else last_pass
+                    self._move_mark(StreamMark(position, turn, epoch, self._number, self._digest, start))
+                values = next(rows, None)
+                if values is None:
+                    break
+                self._digest = digest(values, self._digest)
+                self._number += 1
+                yield StreamRow(values, epoch, self._number - 1, turn, padding=False)
+                position, turn, last = position + 1, turn + 1, values
+            if not self._number:
+                raise ValueError(f"{self._name} is empty; give it at least one row.")
+            while position % self._multiple:
+                yield StreamRow(last, epoch, self._number - 1, turn, padding=True)
+                position += 1
+            start, last_pass, self._number, self._digest = (position, turn), self._digest, 0, 0
+
+    def _move_mark(self, here: StreamMark) -> None:
+        if not here.number:
+            self._mark = self._next_mark = here
+        elif here.number - self._next_mark.number >= SURE:
+            self._mark = self._next_mark
+            self._next_mark = dataclasses.replace(here, state=self._stream.state_dict())
+
+    def _pass(self, epoch: int, state: Any) -> Iterator[Row]:
+        self._stream.set_epoch(epoch)
+        self._stream.load_state_dict(state)
+        # Not iter(stream), which in a worker process would give that worker's part of the files alone.
+        batches = iter(self._stream.iter(batch_size=1))
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:  # of the network, of files, or of functions of the user's
+                raise ValueError(
+                    f"{self._name} row {self._number} of the stream (pass {epoch}): the stream itself failed "
+                    f"({type(error).__name__}: {error}), and none can be read beyond its end. on_bad_image='skip' "
+                    "skips images that the trainer decodes: where a map of yours fails on one, have it return the "
+                    "image undecoded, by stream.cast_column('image', datasets.Image(decode=False)) before it."
+                ) from error
+            if batch is None:
+                return
+            yield {column: values[0] for column, values in batch.items()}
+
+
+def undecoded(stream: IterableDataset) -> IterableDataset:
+    """A copy of a stream whose images stay bytes or paths, so that a broken one does not end it."""
+    plain = stream.with_format(None)
+    return plain.decode(False) if plain.features else plain
+
+
+def digest(value: Any, before: int = 0) -> int:
+    """A checksum of a row as it was read, after those before it."""
+    if isinstance(value, Mapping):
+        for name in sorted(value):
+            before = digest(value[name], zlib.crc32(name.encode(), before))
+        return before
+    if isinstance(value, Image.Image):
+        return zlib.crc32(value.tobytes(), before)
+    return zlib.crc32(value if isinstance(value, bytes) else repr(value).encode(), before)
