@@ -1,0 +1,106 @@
+"""How the benchmarks measure: contestants take turns, each in a process of its own, and neighbours are compared."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_po.evaluation.report import format_table, write_json
+
+Step = Callable[[], Any]
+
+_step: Step
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that all of these benchmarks take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant; the median counts")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each contestant")
+    parser.add_argument("--quick", action="store_true", help="tiny, to try the script: the figures mean nothing")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    return parser
+
+
+def report(args: argparse.Namespace, columns: Sequence[str], rows: Sequence[Sequence[Any]], found: Any) -> None:
+    """Print a table and on what it was measured; write the figures where `--json` says."""
+    machine = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
+    print(format_table(columns, rows))
+    print(machine + (", quick: the figures mean nothing" if args.quick else ""))
+    if args.json is not None:
+        write_json(args.json, {"machine": machine, "quick": args.quick, "figures": found})
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss of a started process begins with what its parent held
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Contestant:
+    """A step that is made and taken in a process of its own, whose peak memory is its own too.
+
+    Args:
+        make: A function of a module, which returns the step; it is called once, in the new process.
+        *args: Its arguments.
+        threads: Threads of the process.
+    """
+
+    def __init__(self, make: Callable[..., Step], *args: Any, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, context, initializer=_make, initargs=(make, args, threads))
+
+    def __enter__(self) -> Contestant:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.shutdown()
+
+    def take(self) -> tuple[float, Any]:
+        """One step: its seconds, and what it returns."""
+        return self._process.submit(_take).result()
+
+    def peak(self) -> int:
+        """The largest resident memory of its process so far, in bytes."""
+        return self._process.submit(peak_memory).result()
+
+
+def _make(make: Callable[..., Step], args: Sequence[Any], threads: int) -> None:
+    global _step
+    torch.set_num_threads(threads)
+    _step = make(*args)
+
+
+def _take() -> tuple[float, Any]:
+    start = time.perf_counter()
+    found = _step()
+    return time.perf_counter() - start, found
+
+
+def take_turns(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant's step in each round, after a round that does not count."""
+    for contestant in contestants.values():
+        contestant.take()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, contestant in contestants.items():
+            seconds[name].append(contestant.take()[0])
+    return seconds
+
+
+def ratio(seconds: Sequence[float], of: Sequence[float]) -> float:
+    """The median of the rounds' ratios: neighbours in time share what else the machine does."""
+    return statistics.median(ours / theirs for ours, theirs in zip(seconds, of, strict=True))
