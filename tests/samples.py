@@ -5,6 +5,8 @@ import numpy as np
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
 
+from clip_po.config import ContrastivePOConfig
+
 CLASSES = ["cat", "dog", "bird", "ship"]
 PROMPTS = [f"a photo of a {name}" for name in CLASSES]
 IMAGE_SIZE = 32
@@ -57,6 +59,12 @@ def make_preferences(rows: int) -> datasets.Dataset:
         "rejected": [PROMPTS[(i + 1 + i % 3) % 4] for i in range(rows)],
     }
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def run_config(folder, **arguments):
+    """A short and silent run on the CPU; `arguments` win."""
+    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    return ContrastivePOConfig(str(folder), **{"per_device_train_batch_size": 4, **quiet, **arguments})
 
 
 SCENE_CLASSES = ("cat", "dog", "car")

@@ -7,12 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from samples import PROMPTS, make_preferences, tiny_config
+from samples import PROMPTS, make_preferences, run_config, tiny_config
 from torch.distributions import Beta
 from transformers import CLIPModel, TrainerCallback
 
 from clip_po.averaging import AVERAGE_FILE, BetaMovingAverageCallback, interpolate
-from clip_po.config import ContrastivePOConfig
 from clip_po.trainer import ContrastivePOTrainer
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*vision_model.*\.(q_proj|v_proj)", init_lora_weights=False)
@@ -113,19 +112,13 @@ class StopAt(TrainerCallback):
 def make_trainer(clip_folder, tmp_path):
     def make(*callbacks, folder="run", peft_config=None, eval_dataset=None, **arguments):
         config = {
-            "output_dir": str(tmp_path / folder),
-            "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,
             "max_steps": 6,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
             **arguments,
         }
         return ContrastivePOTrainer(
             str(clip_folder),
-            args=ContrastivePOConfig(**config),
+            args=run_config(tmp_path / folder, **config),
             train_dataset=make_preferences(13),
             candidate_texts=PROMPTS,
             callbacks=list(callbacks),

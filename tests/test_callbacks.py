@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences
+from samples import CLASSES, PROMPTS, make_labelled, make_preferences, run_config
 from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback
 
 from clip_po.callbacks import RobustnessCallback, trade_off
-from clip_po.config import ContrastivePOConfig
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.data.typographic import TypographicAttack
 from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness, robustness_report
@@ -34,22 +33,17 @@ def images(processor):
 def make_trainer(clip_folder, tmp_path):
     def make(*callbacks, folder="run", eval_dataset=None, **arguments):
         config = {
-            "output_dir": str(tmp_path / folder),
-            "per_device_train_batch_size": 4,
             "learning_rate": 2e-3,
             "max_steps": 8,
             "eval_strategy": "steps",
             "eval_steps": 2,
             "save_strategy": "steps",
             "save_steps": 2,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
             **arguments,
         }
         return ContrastivePOTrainer(
             str(clip_folder),
-            args=ContrastivePOConfig(**config),
+            args=run_config(tmp_path / folder, **config),
             train_dataset=TypographicPreferences(make_labelled(16), attack()),
             eval_dataset=eval_dataset if eval_dataset is not None else make_preferences(4),
             candidate_texts=PROMPTS,

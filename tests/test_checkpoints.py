@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from samples import PROMPTS, make_preferences, tiny_config, tiny_processor
+from samples import PROMPTS, make_preferences, run_config, tiny_config, tiny_processor
 from transformers import CLIPModel, TrainerCallback
 
 from clip_po.averaging import AVERAGE_FILE, BetaMovingAverageCallback
 from clip_po.checkpoints import MARK, is_whole, last_whole_checkpoint, whole_checkpoint
-from clip_po.config import ContrastivePOConfig
 from clip_po.trainer import ContrastivePOTrainer
 
 
@@ -37,19 +36,14 @@ def kills(monkeypatch):
 def make_trainer(clip_folder, tmp_path):
     def make(*callbacks, folder="run", model=clip_folder, eval_dataset=None, **arguments):
         config = {
-            "output_dir": str(tmp_path / folder),
-            "per_device_train_batch_size": 4,
             "max_steps": 6,
             "save_strategy": "steps",
             "save_steps": 2,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
             **arguments,
         }
         return ContrastivePOTrainer(
             str(model),
-            args=ContrastivePOConfig(**config),
+            args=run_config(tmp_path / folder, **config),
             train_dataset=make_preferences(13),
             eval_dataset=eval_dataset,
             candidate_texts=PROMPTS,

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig
-from samples import PROMPTS, make_labelled, make_preferences
+from samples import PROMPTS, make_labelled, make_preferences, run_config
 from torch.nn import functional as F
 from transformers import CLIPModel
 
 from clip_po.concept import ConceptTransform, fold
-from clip_po.config import ContrastivePOConfig
 from clip_po.data.collator import to_pixels
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.data.typographic import TypographicAttack
@@ -23,21 +22,15 @@ def make_trainer(clip_folder, tmp_path):
         names = ("reg_dataset", "peft_config", "ref_model", "eval_dataset")
         given = {name: arguments.pop(name) for name in names if name in arguments}
         config = {
-            "output_dir": str(tmp_path / folder),
-            "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,
             "max_steps": 6,
             "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
             "beta": 1.0,
             **arguments,
         }
         return ContrastivePOTrainer(
             str(clip_folder),
-            args=ContrastivePOConfig(**config),
+            args=run_config(tmp_path / folder, **config),
             train_dataset=make_preferences(13) if rows is None else rows,
             candidate_texts=PROMPTS,
             concept=concept or ConceptTransform(16),

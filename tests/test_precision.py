@@ -6,12 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from samples import PROMPTS, make_preferences
+from samples import PROMPTS, make_preferences, run_config
 from torch._dynamo.utils import counters
 from transformers import CLIPModel
 
 from clip_po.concept import ConceptTransform
-from clip_po.config import ContrastivePOConfig
 from clip_po.policy import tokenize
 from clip_po.trainer import ContrastivePOTrainer
 
@@ -33,24 +32,18 @@ KINDS = {
 def make_trainer(clip_folder, tmp_path_factory):
     def make(folder=None, adapters=None, concept=False, candidate_texts=PROMPTS, attention="sdpa", **arguments):
         config = {
-            "output_dir": str(folder or tmp_path_factory.mktemp("run")),
-            "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 5,
             "optim": "sgd",  # whose updates are as wrong as its gradients, no more
             "learning_rate": 0.5 if adapters or concept else 0.02,
             "max_steps": 5,
             "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
             "beta": 1.0,
             "model_init_kwargs": {"attn_implementation": attention},
             **arguments,
         }
         return ContrastivePOTrainer(
             str(clip_folder),
-            args=ContrastivePOConfig(**config),
+            args=run_config(folder or tmp_path_factory.mktemp("run"), **config),
             train_dataset=make_preferences(13),
             eval_dataset=make_preferences(7),
             candidate_texts=candidate_texts,

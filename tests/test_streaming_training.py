@@ -12,11 +12,10 @@ import datasets
 import pytest
 import streaming_worker
 import torch
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences
+from samples import CLASSES, PROMPTS, make_labelled, make_preferences, run_config
 from transformers import TrainerCallback
 
 from clip_po.concept import ConceptTransform
-from clip_po.config import ContrastivePOConfig
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.data.streamed_pairs import TypographicStream
 from clip_po.data.streaming import STREAM_FILE, StreamMark
@@ -39,20 +38,15 @@ class StopAt(TrainerCallback):
 def make_trainer(clip_folder, tmp_path):
     def make(train_dataset, callbacks=None, reg_dataset=None, concept=None, **arguments):
         config = {
-            "output_dir": str(tmp_path / "run"),
             "per_device_train_batch_size": 3,
             "learning_rate": 1e-3,
             "max_steps": 9,
             "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
             **arguments,
         }
         return ContrastivePOTrainer(
             str(clip_folder),
-            args=ContrastivePOConfig(**config),
+            args=run_config(tmp_path / "run", **config),
             train_dataset=train_dataset,
             candidate_texts=PROMPTS,
             callbacks=callbacks,

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences, tiny_config
+from samples import CLASSES, PROMPTS, make_labelled, make_preferences, run_config, tiny_config
 from transformers import CLIPModel, CLIPProcessor, TrainerCallback
 
 from clip_po.config import ContrastivePOConfig
@@ -40,20 +40,14 @@ def make_trainer(clip_folder, tmp_path):
         names = ("ref_model", "eval_dataset", "reg_dataset", "peft_config", "callbacks", "compute_metrics")
         given = {name: arguments.pop(name) for name in names if name in arguments}
         config = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
             "learning_rate": 1e-3,
             "max_steps": 6,
             "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
             **arguments,
         }
         return ContrastivePOTrainer(
             model if model is not None else str(clip_folder),
-            args=ContrastivePOConfig(**config),
+            args=run_config(tmp_path / "run", **config),
             train_dataset=train_dataset,
             candidate_texts=candidate_texts,
             **given,

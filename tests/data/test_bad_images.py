@@ -8,12 +8,11 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences, picture
+from samples import CLASSES, PROMPTS, make_labelled, make_preferences, picture, run_config
 from streaming_worker import BROKEN, with_broken
 from transformers import TrainerCallback
 
 from clip_po.concept import ConceptTransform
-from clip_po.config import ContrastivePOConfig
 from clip_po.data.collator import WithNotes
 from clip_po.data.pairs import PreferencePairs, TypographicPreferences
 from clip_po.data.skipping import SkippedRows, UnreadableImage
@@ -163,21 +162,15 @@ def test_what_rows_say_goes_past_any_collator():
 def make_trainer(clip_folder, tmp_path):
     def make(train_dataset, callbacks=None, eval_dataset=None, reg_dataset=None, concept=None, **arguments):
         config = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
             "learning_rate": 1e-3,
             "max_steps": 4,
             "logging_steps": 1,
-            "save_strategy": "no",
             "on_bad_image": "skip",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
             **arguments,
         }
         return ContrastivePOTrainer(
             str(clip_folder),
-            args=ContrastivePOConfig(**config),
+            args=run_config(tmp_path / "run", **config),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             reg_dataset=reg_dataset,
