@@ -160,7 +160,8 @@ def main() -> None:
     photographs = photographs.select(range(rows))
     processor = letter_processor(clip_config(quick=False))
 
-    attack = TypographicAttack(photographs.features["label"].names)
+    side = processor.image_processor.size["shortest_edge"]
+    attack = TypographicAttack(photographs.features["label"].names, crop=side)  # as clip-po train draws
     drawn = TypographicPreferences(photographs, attack)
     upright = TypographicPreferences(photographs, replace(attack, rotation=(0, 0), outline=(0, 0), sticker=0))
     pairs = PreferencePairs(drawn, "clean_image", drawn.candidate_texts)
@@ -169,7 +170,7 @@ def main() -> None:
         [row["image"]["bytes"] for row in photographs.cast_column("image", ImageFeature(decode=False))],
         [attack.word(row, exclude={drawn.class_names[drawn.labels[row]]}) for row in range(rows)],
         [attack.style(row) for row in range(rows)],
-        processor.image_processor.size["shortest_edge"],
+        side,
     )
     ways = {
         f"Pillow, {UPRIGHT}": (1, alone.upright),

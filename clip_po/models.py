@@ -322,6 +322,15 @@ def image_size(processor: ProcessorMixin) -> int | None:
     return (size or {}).get("height") or (size or {}).get("shortest_edge")
 
 
+def crop_side(processor: ProcessorMixin) -> int | None:
+    """Side of the square in the middle of an image that a processor shows, None where it shows anything else."""
+    images = processor.image_processor
+    if not getattr(images, "do_center_crop", False) or not getattr(images, "do_resize", False):
+        return None
+    sides = {(images.size or {}).get("shortest_edge"), *((images.crop_size or {}).get(n) for n in ("height", "width"))}
+    return sides.pop() if len(sides) == 1 else None
+
+
 def default_output_dir(model: str | os.PathLike[str] | nn.Module) -> str:
     """Where a trainer without arguments writes: the model's name and -PO."""
     name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else dual_encoder(model).config.name_or_path

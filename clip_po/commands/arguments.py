@@ -12,11 +12,13 @@ import yaml
 from datasets import ClassLabel, Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import ProcessorMixin
 from trl import ScriptArguments, TrlParser
 
 from clip_po.data.loading import load_split
 from clip_po.data.typographic import TypographicAttack
 from clip_po.data.words import EVERYDAY_WORDS
+from clip_po.models import crop_side, image_size
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 
@@ -124,8 +126,10 @@ class TaskArguments(ScriptArguments):
             f"{dataset.column_names}). Give --class_names, one for each label, or --label_column."
         )
 
-    def attack(self, words: Sequence[str], fonts: Sequence[str], min_side: int, seed: int) -> TypographicAttack:
-        """The typographic attack that the arguments describe."""
+    def attack(
+        self, words: Sequence[str], fonts: Sequence[str], processor: ProcessorMixin, seed: int
+    ) -> TypographicAttack:
+        """The typographic attack that the arguments describe, on what the processor shows of an image."""
         low, high = self.attack_size
         return TypographicAttack(
             words=self.attack_words or list(words),
@@ -137,7 +141,8 @@ class TaskArguments(ScriptArguments):
             places=self.attack_places,
             rotation=(self.attack_rotation[0], self.attack_rotation[1]),
             sticker=self.attack_sticker,
-            min_side=min_side,
+            min_side=image_size(processor) or 224,
+            crop=crop_side(processor),
             seed=seed,
         )
 

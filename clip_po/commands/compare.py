@@ -34,7 +34,6 @@ from clip_po.evaluation.robustness import (
     evaluate_robustness,
     robustness_report,
 )
-from clip_po.models import image_size
 
 BASE = "before"
 PARTS = ("methods", "attacks", "training")
@@ -138,7 +137,7 @@ def contest_of(args: CompareArguments, recipe: Recipe) -> Contest:
         template,
         args.image_column,
         args.label_column,
-        lambda seed: args.attack(names, training_fonts(), image_size(processor) or 224, seed),
+        lambda seed: args.attack(names, training_fonts(), processor, seed),
         {**shared, **own, **quiet, **recipe.training},
         Path(str(args.output_dir)),
         args.batch_size,
@@ -169,7 +168,7 @@ SHARED = (
 def test_images(args: CompareArguments, recipe: Recipe, contest: Contest) -> dict[str, RobustnessImages]:
     """The test images by attack, in fonts that no training saw; the first attack with a blank box too."""
     test = replace(args, max_samples=args.max_test_samples).load(args.dataset_test_split, 0)
-    attack = args.attack(contest.class_names, unseen_fonts(), image_size(contest.processor) or 224, args.test_seed)
+    attack = args.attack(contest.class_names, unseen_fonts(), contest.processor, args.test_seed)
     images: dict[str, RobustnessImages] = {}
     for name, settings in recipe.attacks.items():
         images[name] = RobustnessImages(

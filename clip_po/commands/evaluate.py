@@ -29,7 +29,7 @@ from clip_po.evaluation.robustness import (
 )
 from clip_po.evaluation.summary import markdown_summary
 from clip_po.hub import put_into_card
-from clip_po.models import image_size, load_any
+from clip_po.models import load_any
 
 
 @dataclass
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     template = args.prompt_template or (task.prompt_template if task else DEFAULT_TEMPLATE)
 
     processor, models = load_models(args, accelerator)
-    attack = args.attack(names, unseen_fonts(), image_size(processor) or 224, args.seed)
+    attack = args.attack(names, unseen_fonts(), processor, args.seed)
     images = RobustnessImages(
         dataset,
         attack,

@@ -38,7 +38,7 @@ from clip_po.evaluation.steering import (
     scale_table,
     sweep_scales,
 )
-from clip_po.models import image_size, load_model
+from clip_po.models import load_model
 from clip_po.trainer import ContrastivePOTrainer
 
 DEFAULTS: Mapping[str, Any] = {
@@ -190,7 +190,7 @@ def labelled_case(args: SteerArguments, seed: int) -> Case:
     image_column, label_column = args.image_column, args.label_column
 
     def attack(fonts: Sequence[str], seed: int) -> TypographicAttack:
-        return args.attack(names, fonts, image_size(processor) or model.config.vision_config.image_size, seed)
+        return args.attack(names, fonts, processor, seed)
 
     def images(rows: Dataset, attack: TypographicAttack) -> RobustnessImages:
         return RobustnessImages(

@@ -23,7 +23,6 @@ from clip_po.evaluation.report import format_table, write_report
 from clip_po.evaluation.retrieval import KS, evaluate_retrieval, retrieval_report
 from clip_po.evaluation.robustness import Answers, RobustnessImages, evaluate_robustness, robustness_report
 from clip_po.evaluation.suites import Entry, Suite, entry_source, load_entry, load_suite
-from clip_po.models import image_size
 
 if TYPE_CHECKING:
     from clip_po.commands.evaluate import EvaluateArguments
@@ -134,7 +133,7 @@ class SuiteRun:
     def _measure_attack(self, entry: Entry, dataset: Dataset, about: dict[str, Any]) -> None:
         names = dataset.features["label"].names
         about["candidates"] = [_described("all", names)]
-        attack = self.args.attack(names, unseen_fonts(), image_size(self.processor) or 224, self.args.seed)
+        attack = self.args.attack(names, unseen_fonts(), self.processor, self.args.seed)
         about["attack"] = asdict(attack)
         images = RobustnessImages(dataset, attack, self.processor, names, renderings=self.args.renderings)
         answers = evaluate_robustness(self.models, images, entry.templates, **self._loading)

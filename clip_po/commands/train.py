@@ -25,7 +25,7 @@ from clip_po.data.pairs import TypographicPreferences
 from clip_po.evaluation.choice import choose, sweep, sweep_table
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
-from clip_po.models import image_size, init_kwargs, load_model, load_processor
+from clip_po.models import init_kwargs, load_model, load_processor
 from clip_po.trainer import ContrastivePOTrainer
 
 VISION_ATTENTION = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
@@ -65,8 +65,7 @@ def align(
         columns |= {"label_column": LABEL_COLUMN, "weight_column": WEIGHT_COLUMN}
 
     def preferences(rows: Dataset, seed: int) -> TypographicPreferences:
-        side = image_size(processor) or model.config.vision_config.image_size
-        attack = task_args.attack(task.class_names, training_fonts(), side, seed)
+        attack = task_args.attack(task.class_names, training_fonts(), processor, seed)
         return TypographicPreferences(
             rows, attack, task.class_names, task.prompt_template, rejected=task_args.rejected, **columns
         )

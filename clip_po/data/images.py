@@ -54,6 +54,29 @@ def to_rgb(image: Any) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def middle(image: Image.Image, side: int, size: tuple[int, int] | None = None, resample: int = 3) -> Image.Image:
+    """The middle of an image, as CLIP's processors cut it out: resized, then cropped.
+
+    Args:
+        image: In RGB.
+        side: Short side after the resize, in pixels.
+        size: Width and height of what is cut out, at most `side`; a square of that side where it is None.
+        resample: As Pillow numbers its filters; 3 is bicubic.
+
+    Returns:
+        The same pixels as a `CLIPImageProcessorPil` sees.
+    """
+    width, height = size or (side, side)
+    short, long = sorted(image.size)
+    resized = (side, int(side * long / short))
+    if image.width > image.height:
+        resized = resized[::-1]
+    if image.size != resized:  # at its own size Pillow would copy it
+        image = image.resize(resized, Image.Resampling(resample))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def _eight_bits(values: np.ndarray) -> np.ndarray:
     """Greys of 16 bits, 32 bits or floats in 8 bits."""
     lowest, highest = float(values.min()), float(values.max())

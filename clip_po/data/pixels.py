@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, ProcessorMixin
 
+from clip_po.data.images import middle
+
 
 def to_pixels(processor: ProcessorMixin, images: Sequence[Image.Image]) -> Tensor:
     """Images as the model reads them, the same bits as from the processor itself.
@@ -34,7 +36,7 @@ def to_pixels(processor: ProcessorMixin, images: Sequence[Image.Image]) -> Tenso
     )
     pixels = np.empty((len(images), 3, height, width), table.dtype)
     for image, planes in zip(images, pixels, strict=True):
-        read = np.asarray(_cut(image, side, width, height, maker.resample))
+        read = np.asarray(middle(image, side, (width, height), maker.resample))
         for channel, plane in enumerate(planes):
             np.take(table[channel], read[..., channel], out=plane, mode="clip")  # "raise" would copy the result
     return torch.from_numpy(pixels)
@@ -69,15 +71,3 @@ def _short_side(maker: Any) -> int | None:
     if set(size) != {"shortest_edge"} or set(cut) != {"height", "width"} or max(cut.values()) > size["shortest_edge"]:
         return None
     return size["shortest_edge"]
-
-
-def _cut(image: Image.Image, side: int, width: int, height: int, resample: int) -> Image.Image:
-    """The middle of the image, width by height pixels, once its short side has `side` pixels."""
-    short, long = sorted(image.size)
-    size = (side, int(side * long / short))
-    if image.width > image.height:
-        size = size[::-1]
-    if image.size != size:  # at its own size Pillow would copy it
-        image = image.resize(size, Image.Resampling(resample))
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))

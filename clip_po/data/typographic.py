@@ -22,6 +22,7 @@ from clip_po.data.drawing import (
     ink_and_width,
     load_font,
 )
+from clip_po.data.images import middle, to_rgb
 
 Range = tuple[float, float]
 
@@ -85,6 +86,9 @@ class TypographicAttack:
         sticker_colours: Colours of stickers.
         min_contrast: As for `draw_text`.
         min_side: An image with a shorter side is enlarged to it first: give the model's input size.
+        crop: Side of the square in the middle that the model sees of an image: where it is given, the image is resized
+            and cut to it first, so that no word is cut off later, and less has to be drawn on. None writes on the
+            whole image.
         redraw: "every_epoch" draws word and style anew each epoch; "never" keeps those of epoch 0, which lets
             the reference policy see each image only once.
         seed: Seed of all draws.
@@ -110,6 +114,7 @@ class TypographicAttack:
     sticker_colours: Sequence[str] = ("white", "#fff4a3", "#cfe8ff", "#ffd6e0", "black")
     min_contrast: float = 7.0
     min_side: int = 224
+    crop: int | None = None
     redraw: str = "every_epoch"
     seed: int = 0
 
@@ -180,6 +185,8 @@ class TypographicAttack:
         for name in ("other_share", "sticker", "min_contrast"):
             check_number(name, getattr(self, name), FINITE)
         check_number("min_side", self.min_side, COUNT, "Give the model's input size in pixels.")
+        if self.crop is not None:
+            check_number("crop", self.crop, COUNT, "Give the side of what the model sees in pixels, or None.")
 
     def _random(self, purpose: str, index: int, epoch: int) -> random.Random:
         return random.Random(f"{purpose}/{self.seed}/{0 if self.redraw == 'never' else epoch}/{index}")
@@ -286,11 +293,15 @@ class TypographicAttack:
             sticker=sticker if rng.random() < self.sticker else None,
         )
 
+    def canvas(self, image: Image.Image) -> Image.Image:
+        """What words are written on, RGB: the middle of the image where `crop` is given, else the image, enlarged."""
+        return enlarge(image, self.min_side) if self.crop is None else middle(to_rgb(image), self.crop)
+
     def draw(self, image: Image.Image, text: str, index: int, epoch: int = 0) -> Image.Image:
         """Write `text` on the image in the row's style.
 
         Args:
-            image: The clean image; enlarged to `min_side` where it is smaller.
+            image: The clean image; its `canvas` is drawn on.
             text: What is written.
             index: Row of the data set.
             epoch: Epoch, counted from 0.
@@ -298,13 +309,13 @@ class TypographicAttack:
         Returns:
             The attacked image, RGB.
         """
-        return draw_text(enlarge(image, self.min_side), text, self.style(index, epoch), self.min_contrast)
+        return draw_text(self.canvas(image), text, self.style(index, epoch), self.min_contrast)
 
     def draw_control(self, image: Image.Image, word: str, index: int, epoch: int = 0) -> Image.Image:
         """Write `meaningless(word)` on the image as `draw` writes the word: same style, font size and lines.
 
         Args:
-            image: The clean image; enlarged to `min_side` where it is smaller.
+            image: The clean image; its `canvas` is drawn on.
             word: The attack word whose control it is.
             index: Row of the data set.
             epoch: Epoch, counted from 0.
@@ -313,13 +324,13 @@ class TypographicAttack:
             The occluded image, RGB.
         """
         text, style = self.meaningless(word, index, epoch), self.style(index, epoch)
-        return draw_text(enlarge(image, self.min_side), text, style, self.min_contrast, sized_for=word)
+        return draw_text(self.canvas(image), text, style, self.min_contrast, sized_for=word)
 
     def draw_blank(self, image: Image.Image, word: str, index: int, epoch: int = 0) -> Image.Image:
         """Cover the place where `draw` writes the word with a box without a word: pure occlusion, its ceiling.
 
         Args:
-            image: The clean image; enlarged to `min_side` where it is smaller.
+            image: The clean image; its `canvas` is drawn on.
             word: The attack word whose place is covered.
             index: Row of the data set.
             epoch: Epoch, counted from 0.
@@ -327,4 +338,4 @@ class TypographicAttack:
         Returns:
             The covered image, RGB.
         """
-        return draw_blank(enlarge(image, self.min_side), word, self.style(index, epoch))
+        return draw_blank(self.canvas(image), word, self.style(index, epoch))

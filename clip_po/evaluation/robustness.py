@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from clip_po.data.collator import to_pixels
-from clip_po.data.drawing import enlarge
 from clip_po.data.labelled import read_image, read_images, read_labels
 from clip_po.data.typographic import TypographicAttack
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
@@ -127,7 +126,7 @@ class RobustnessImages(torch.utils.data.Dataset):
         return {**dict(zip(self.variants, pixels, strict=True)), **numbers}
 
     def _draw(self, index: int) -> Tensor:
-        clean, word = enlarge(self._read(index), self.attack.min_side), str(self.written[index])
+        clean, word = self.attack.canvas(self._read(index)), str(self.written[index])
         pictures = [clean, self.attack.draw(clean, word, index), self.attack.draw_control(clean, word, index)]
         if BLANK in self.variants:
             pictures.append(self.attack.draw_blank(clean, word, index))

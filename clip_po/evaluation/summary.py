@@ -37,6 +37,7 @@ MEASUREMENT_SETTINGS = (
     "attack.rotation",
     "attack.sticker",
     "attack.min_side",
+    "attack.crop",
     "max_samples",
     "chosen",
     "seed",

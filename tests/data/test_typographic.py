@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from drawn import GREY, WORDS, attack, flat
 from PIL import Image, ImageFilter
+from transformers import CLIPImageProcessorPil
 
 from clip_po.data.typographic import PLACES, TypographicAttack
 
@@ -238,3 +239,31 @@ def test_a_blank_box_covers_every_pixel_of_the_word_and_says_nothing(sticker):
         inside = np.asarray(attack.draw_blank(grey, "cat", index))[blank]
         assert len(np.unique(np.median(inside, axis=0).reshape(1, 3), axis=0)) == 1
         assert (np.abs(inside - np.median(inside, axis=0)).max(axis=-1) < 8).mean() > 0.7
+
+
+@pytest.mark.parametrize("size", [(320, 200), (90, 333), (64, 64), (20, 31)])
+def test_a_crop_draws_on_the_very_pixels_that_the_processor_shows(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    maker = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    drawn = attack(crop=64)
+    assert drawn.canvas(image).size == (64, 64)
+    shown, canvas = (
+        maker([picture], return_tensors="np")["pixel_values"][0] for picture in (image, drawn.canvas(image))
+    )
+    np.testing.assert_array_equal(shown, canvas)
+    # What is written there is what the model gets: nothing is resized or cut off any more.
+    written = drawn.draw(image, "dog", 0)
+    assert written.size == (64, 64)
+    np.testing.assert_array_equal(np.asarray(written), np.asarray(drawn.draw(drawn.canvas(image), "dog", 0)))
+
+
+def test_a_crop_keeps_the_whole_word_of_a_long_image():
+    long = flat(GREY, (600, 100))
+    for row in range(20):
+        seen = attack(crop=64).draw(long, "dog", row)
+        cut = attack().draw(long, "dog", row).resize((384, 64)).crop((160, 0, 224, 64))
+        assert np.any(np.asarray(seen) != GREY)
+        if not np.any(np.asarray(cut) != GREY):
+            break
+    else:
+        raise AssertionError("no word fell outside of the middle: the test shows nothing")
