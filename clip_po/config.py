@@ -359,6 +359,3 @@ def check_args(args: Any, compute_metrics: Any, candidate_texts: Any = None) -> 
     if args.ddp_find_unused_parameters is None:
         # What does not train is frozen, so DDP need not search the graph each step.
         args.ddp_find_unused_parameters = False
-    if args.ddp_broadcast_buffers is None:
-        # CLIP's are the numbers of positions, which nothing changes: no need to wait for them before each forward.
-        args.ddp_broadcast_buffers = False
