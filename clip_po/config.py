@@ -146,7 +146,8 @@ class ContrastivePOConfig(TrainingArguments):
             training, and keep its embeddings. `None`: where it pays, that is for fixed images seen in more than
             one epoch. `True`: always, and refuse images that change. `False`: never.
         embeddings_cache (`str`, *optional*): Folder that keeps these embeddings between runs, by a fingerprint of
-            image tower, processor and images.
+            image tower, processor, precision and images. Read and written only where embeddings are kept at all: in a
+            run of one epoch on fixed images say `precompute_ref_log_probs=True` too.
     """
 
     # Given as JSON on the command line.

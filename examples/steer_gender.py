@@ -30,7 +30,9 @@ class ScriptArguments:
     """Which model, on which images, and which attribute."""
 
     dataset: str = field(default="HuggingFaceM4/FairFace", metadata={"help": "Hub id or folder with the attribute."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if not FairFace's 0.25."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Its configuration; default: 0.25 for FairFace, none for others."}
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str = field(default="validation", metadata={"help": "Split to measure on."})
     attribute: str = field(default="gender", metadata={"help": "Column of the attribute."})
@@ -56,7 +58,7 @@ if __name__ == "__main__":
     parser = TrlParser((ScriptArguments, ContrastivePOConfig))
     parser.set_defaults_with_config(save_strategy="no", lr_scheduler_type="cosine", **SETTINGS)
     args, training_args = parser.parse_args_and_config()
-    config = "0.25" if args.dataset == ScriptArguments.dataset else args.dataset_config
+    config = args.dataset_config or ("0.25" if args.dataset == ScriptArguments.dataset else None)
     train, test = (load_split(args.dataset, split, config) for split in (args.train_split, args.test_split))
     if not isinstance(train.features[args.attribute], ClassLabel):  # texts become labels, in alphabetical order
         train, test = (rows.class_encode_column(args.attribute) for rows in (train, test))

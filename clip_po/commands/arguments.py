@@ -69,7 +69,9 @@ class TaskArguments(ScriptArguments):
     )
     attack_places: list[str] = field(
         default_factory=lambda: list(TypographicAttack.places),
-        metadata={"help": "Where words stand: anywhere, top, bottom-left, ..."},
+        metadata={
+            "help": "Where words stand: anywhere, center, top, left, right, bottom, or a corner as bottom-left."
+        },
     )
     attack_rotation: list[float] = field(
         default_factory=lambda: list(TypographicAttack.rotation),
@@ -94,7 +96,10 @@ class TaskArguments(ScriptArguments):
         if self.max_samples is not None and self.max_samples < 1:
             raise ValueError(f"--max_samples must be at least 1, got {self.max_samples}.")
         if self.dataset_streaming:
-            raise ValueError("--dataset_streaming is not supported: rows are named by their number. Leave it out.")
+            raise ValueError(
+                "--dataset_streaming is not supported by the commands. Leave it out, or train from Python on a "
+                "TypographicStream (docs/quickstart.md, Streamed data)."
+            )
 
     def load(self, split: str, seed: int) -> Dataset:
         """A split of the data set, cut to `max_samples`."""

@@ -28,13 +28,15 @@ from clip_po.config import ContrastivePOConfig
 WIDTH = 100
 UNUSED = {
     "dataset_streaming",
+    "in_batch_candidates",
+    "label_smoothing_factor",
     "ignore_bias_buffers",
     "lora_task_type",
     "lora_target_parameters",
     "load_in_8bit",
     "load_in_4bit",
 }
-"""Fields of TRL's classes that mean nothing here."""
+"""Arguments that mean nothing to the commands."""
 
 EXAMPLES = {
     "train": """\

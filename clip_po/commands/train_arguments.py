@@ -76,7 +76,7 @@ class TrainArguments(TaskArguments):
         default=None,
         metadata={
             "help": "Stop after that many evaluations without a better one, and keep the best: by typographic "
-            "accuracy within max_clean_cost. Needs an eval_strategy and the same save_strategy.",
+            "accuracy within max_clean_cost; needs an eval_strategy and the same save_strategy.",
         },
     )
     preset: str | None = field(
