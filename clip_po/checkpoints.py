@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ class WholeCheckpoints(_Base):
     methods that do so are replaced so that nothing is deleted there; `CheckpointMark` does it.
     """
 
+    _saved_step: int | None = None
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; a disk that is full or broken ends in a `SavingError`."""
         with saving(output_dir or str(self.args.output_dir), str(self.args.output_dir)):
@@ -124,6 +127,8 @@ class WholeCheckpoints(_Base):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self._saved_step == self.state.global_step:
+            return  # by a signal or a callback, right after it was saved: while it is written again, there is none
         given = self.args.resume_from_checkpoint
         if self.state.global_step == self._initial_global_step and given and Path(given).resolve() == folder.resolve():
             return  # a finished run was resumed: while the same is written again, there would be none
@@ -132,6 +137,14 @@ class WholeCheckpoints(_Base):
         self.accelerator.wait_for_everyone()
         with saving(folder, str(self.args.output_dir)), _deleting_nothing(self.args):
             super()._save_checkpoint(model, trial)
+        self._saved_step = self.state.global_step
+        if not self.control.should_save:  # not called by the loop, which asks callbacks next, but on a signal
+            self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`."""
+        self._saved_step = None
+        return super().train(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # Trainer would now delete the last checkpoint where another one is the best, and a finished run could not be
@@ -156,10 +169,13 @@ class CheckpointMark(TrainerCallback):
     Args:
         wait_for_everyone: A barrier of all processes, such as `accelerator.wait_for_everyone`.
         callbacks: The trainer's callback handler, in which the mark is to come last.
+        publish: Called in every process once the checkpoint is whole, before others are deleted.
     """
 
-    def __init__(self, wait_for_everyone: Any, callbacks: Any) -> None:
-        self._wait, self._handler = wait_for_everyone, callbacks
+    def __init__(
+        self, wait_for_everyone: Callable[[], None], callbacks: CallbackHandler, publish: Callable[[], None]
+    ) -> None:
+        self._wait, self._handler, self._publish = wait_for_everyone, callbacks, publish
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -171,16 +187,16 @@ class CheckpointMark(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark first, then delete."""
         self._wait()
-        if not args.should_save:
-            return
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        with saving(folder, str(args.output_dir)):
-            for path in (*folder.rglob("*"), folder):
-                _flush(path)
-            Path(folder, MARK).touch()
-            _flush(folder)
-            _flush(folder.parent)
-        if args.save_total_limit is not None and args.save_total_limit > 0:
+        if args.should_save:
+            with saving(folder, str(args.output_dir)):
+                for path in (*folder.rglob("*"), folder):
+                    _flush(path)
+                Path(folder, MARK).touch()
+                _flush(folder)
+                _flush(folder.parent)
+        self._publish()
+        if args.should_save and args.save_total_limit is not None and args.save_total_limit > 0:
             kept = {folder, *([Path(state.best_model_checkpoint)] if state.best_model_checkpoint else [])}
             _rotate(folder.parent, args.save_total_limit, kept)
 
@@ -205,9 +221,10 @@ def _delete(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Have the system write a file, or the names in a folder, to the disk; not every system can do so for folders."""
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -69,6 +69,9 @@ NUMBERS: Mapping[str, Allowed] = {
 }
 """What numbers may be that Trainer takes as they are, to fail or to learn nothing when they are used."""
 
+STEPPED: Mapping[str, str] = {"logging_steps": "logging_strategy", "save_steps": "save_strategy"}
+"""Numbers that count only under the strategy "steps"."""
+
 SMOOTHING = Allowed("lie in [0, 0.5)", lambda number: 0 <= number < 0.5)
 
 OWN_SWITCHES = ("reference_free", "in_batch_candidates", "train_text_model", "train_logit_scale")
@@ -267,7 +270,7 @@ class ContrastivePOConfig(TrainingArguments):
             )
         if self.on_bad_image not in ("raise", "skip"):
             raise ValueError(f"on_bad_image must be 'raise' or 'skip', got {self.on_bad_image!r}.")
-        for name, allowed in NUMBERS.items():
+        for name, allowed in self._numbers().items():
             if (value := getattr(self, name)) is not None:  # clip-po train chooses some by the data later
                 check_number(name, value, allowed)
         if self.data_seed is not None:
@@ -283,6 +286,12 @@ class ContrastivePOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (str, os.PathLike)) or not str(value)):
                 raise TypeError(f"{name} must be the path of a folder, got {value!r}: say where files are to go.")
+
+    def _numbers(self) -> dict[str, Allowed]:
+        """Those of `NUMBERS` that count."""
+        strategies = {name: getattr(self, strategy) for name, strategy in STEPPED.items()}
+        idle = {name for name, strategy in strategies.items() if getattr(strategy, "value", strategy) != "steps"}
+        return {name: allowed for name, allowed in NUMBERS.items() if name not in idle}
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments as trackers and files get them: without secrets, at any depth."""
@@ -337,7 +346,7 @@ def check_args(args: Any, compute_metrics: Any, candidate_texts: Any = None) -> 
     if not isinstance(args, ContrastivePOConfig):
         raise TypeError(f"args must be a ContrastivePOConfig, got {type(args).__name__}.")
     args._check()
-    for name, allowed in NUMBERS.items():
+    for name, allowed in args._numbers().items():
         check_number(name, getattr(args, name), allowed)
     if args.should_save:
         check_writable(args.output_dir)

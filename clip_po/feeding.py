@@ -144,6 +144,7 @@ class FeedsRows(_Base):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`; a stream goes on where the checkpoint says that it stood."""
         self._stream_mark = None
+        self._skipped[True] = SkippedRows()
         if isinstance(self.train_dataset, StreamedPairs):
             anew = self.args.ignore_data_skip or not resume_from_checkpoint
             self.train_dataset.start_from(None if anew else StreamMark.load(resume_from_checkpoint))

@@ -184,10 +184,26 @@ class SafePublishing(_Base):
         card.data.tags = [*card.data.tags, *([tags] if isinstance(tags, str) else tags)]
         card.save(folder / CARD_FILE)
 
+    _unpublished: str | None = None
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        strategy = self.args.hub_strategy
-        if strategy == HubStrategy.END:
+        self._unpublished = checkpoint_folder  # Trainer asks before callbacks have written their part, and the mark
+
+    def publish_checkpoint(self) -> None:
+        """Push the checkpoint that was written last, as `hub_strategy` says; a Hub out of reach costs a warning."""
+        folder, self._unpublished = self._unpublished, None
+        if folder is None or self.args.hub_strategy == HubStrategy.END:
             return
+        try:
+            self._push(folder)
+        except Exception as error:  # whatever it is, hours of training are not to end for it
+            logger.warning(
+                f"The checkpoint {folder!r} could not be pushed to {self.hub_model_id!r} "
+                f"({type(error).__name__}: {redacted(str(error))}). It is whole on the disk, and training goes on."
+            )
+
+    def _push(self, checkpoint_folder: str) -> None:
+        strategy = self.args.hub_strategy
         message = f"Training in progress, step {self.state.global_step}"
         self.push_to_hub(commit_message=message, revision=self.args.hub_revision)
         if strategy != HubStrategy.EVERY_SAVE and self.is_world_process_zero():

@@ -60,7 +60,8 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
             "'clip'), which have an image and a text tower. Give such a checkpoint, for example "
             "'openai/clip-vit-base-patch32'."
         )
-    refuse_pickles(name, **hub)
+    if os.path.isdir(name):  # on the Hub transformers looks for a converted copy beside a pickle, and reads no other
+        refuse_pickles(name)
     given = {"dtype": torch.float32, **kwargs, "use_safetensors": True}
     try:
         model, found = CLIPModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **given)

@@ -255,6 +255,7 @@ class Policy:
         self.processor = processor
         self.candidate_texts = candidate_texts
         self.frozen_texts = frozen_texts
+        self._stand_in: dict[str, Tensor] | None = None
 
     def __call__(self, model: nn.Module, encoder: CLIPModel, batch: Mapping[str, Any]) -> BatchLogps:
         """Log-probabilities over the candidate texts.
@@ -273,9 +274,11 @@ class Policy:
         ]
         texts = batch_texts(self.candidate_texts, batch)
         shared = "candidates" not in batch  # then all processes have the same texts
-        # CLIPModel runs both towers: the shortest text stands in where the embeddings are known already.
-        encoded = [""] if self.frozen_texts else share_of_texts(texts) if shared else texts
-        outputs = model(**tokenize(encoder, self.processor, encoded), pixel_values=torch.cat(pixels))
+        if self.frozen_texts:
+            tokens = self._shortest_text(encoder)
+        else:
+            tokens = tokenize(encoder, self.processor, share_of_texts(texts) if shared else texts)
+        outputs = model(**tokens, pixel_values=torch.cat(pixels))
         image_embeds = _unit_norm(outputs.vision_model_output.pooler_output)
         if self.frozen_texts:
             text_embeds = self.frozen_texts(texts)
@@ -287,6 +290,12 @@ class Policy:
             for embeds in image_embeds.split(len(pixels[0]))
         ]
         return BatchLogps(logps[0], logps[1] if len(logps) > 1 else None)
+
+    def _shortest_text(self, encoder: CLIPModel) -> dict[str, Tensor]:
+        """What stands in where the embeddings are known already, since CLIPModel runs both towers."""
+        if self._stand_in is None:  # kept, as a copy to a GPU waits for the step before
+            self._stand_in = tokenize(encoder, self.processor, [""])
+        return self._stand_in
 
 
 def _unit_norm(features: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ def _instead(folder: str) -> str:
 def _check_weights(path: Path, model: nn.Module) -> None:
     if isinstance(model, PeftModel):
         name, kind = SAFETENSORS_WEIGHTS_NAME, "adapters"
-        files = [path / name] if (path / name).is_file() else [*path.glob(f"{model.active_adapter}/{name}")]
+        own = path / str(model.active_adapter) / name
+        files = [own] if own.is_file() else [*path.glob(name)]
         weights = get_peft_model_state_dict(model, adapter_name=str(model.active_adapter))
     else:
         name, kind = "model.safetensors", "a model"
@@ -143,6 +144,7 @@ class ResumesExactly(_Base):
             "Resume with the optimizer (optim) and the trained parts (train_text_model, train_logit_scale, "
             "peft_config) of the run that wrote it, or start anew."
         )
+        before = set() if self.optimizer is None else set(self.optimizer.param_groups[0])
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (ValueError, KeyError) as error:
@@ -152,11 +154,11 @@ class ResumesExactly(_Base):
         if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
         optim = getattr(self.args.optim, "value", self.args.optim)
-        lacking = sorted(set(self.optimizer.defaults) - set(self.optimizer.param_groups[0]))
-        if lacking:
+        other = sorted(before ^ set(self.optimizer.param_groups[0]))
+        if other:
             raise ValueError(
                 f"The optimizer's state in {checkpoint!r} is of another optimizer than optim={optim!r}: "
-                f"it has no {', '.join(lacking)}. {remedy}"
+                f"only one of them knows {', '.join(other)}. {remedy}"
             )
 
 

@@ -156,7 +156,9 @@ class ContrastivePOTrainer(
             optimizers=optimizers,
         )
         self.add_callback(NoInputGradients())
-        self.add_callback(CheckpointMark(self.accelerator.wait_for_everyone, self.callback_handler))
+        self.add_callback(
+            CheckpointMark(self.accelerator.wait_for_everyone, self.callback_handler, self.publish_checkpoint)
+        )
         # Gradients live in DDP's buckets, not beside them: one copy less of all that trains.
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.encoder: CLIPModel = dual_encoder(model).to(self.accelerator.device)
@@ -178,7 +180,8 @@ class ContrastivePOTrainer(
         texts = FrozenTexts(reference, processing_class, encode)
         self.reference = ReferencePolicy(reference, processing_class, self.candidate_texts, texts, sees)
         # Of the two that share a frozen text tower the reference's is asked: the policy's may get sharded.
-        texts = texts if ref_model is None else FrozenTexts(model, processing_class)
+        if ref_model is not None:
+            texts = FrozenTexts(frozen_copy(model) if self.is_fsdp_enabled else model, processing_class)
         self.policy: Policy | ConceptPolicy = Policy(
             processing_class, self.candidate_texts, None if args.train_text_model else texts
         )
@@ -303,7 +306,7 @@ class ContrastivePOTrainer(
         self._means[False] = RunningMeans()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._means[False].pop(self._sum_over_processes)
-        means["loss"] = means["loss/preference"] + means.get("loss/regularization", 0.0)
+        means["loss"] = means.get("loss/preference", 0.0) + means.get("loss/regularization", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -311,6 +314,7 @@ class ContrastivePOTrainer(
         """As `Trainer.train`, but from whole checkpoints only; `args.resume_from_checkpoint` says from which."""
         folder = whole_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         self.args.resume_from_checkpoint = folder
+        self._means[True] = RunningMeans()
         return super().train(folder, *args, **kwargs)
 
     # ---- Data ----------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """Nothing is lost: a killed run goes on from a whole checkpoint and ends with the same bits."""
 
+import errno
 import importlib
+import os
 import shutil
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +58,41 @@ def make_trainer(clip_folder, tmp_path):
 
 def checkpoints(trainer):
     return sorted(path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*"))
+
+
+class Signal(TrainerCallback):
+    """Saves as transformers does on SIGTERM: at once, and without asking callbacks."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            control.should_training_stop = True
+
+
+@pytest.mark.parametrize("save_steps", [2, 6])
+def test_a_checkpoint_written_on_a_signal_is_whole_and_loses_none(make_trainer, save_steps):
+    signal = Signal(2)  # which is when one was just saved, or not
+    signal.trainer = make_trainer(BetaMovingAverageCallback(), signal, save_total_limit=1, save_steps=save_steps)
+    signal.trainer.train()
+    assert checkpoints(signal.trainer) == ["checkpoint-2"]
+    folder = Path(signal.trainer.args.output_dir, "checkpoint-2")
+    assert is_whole(folder)
+    assert (folder / AVERAGE_FILE).is_file()
+
+
+def test_a_system_that_can_not_flush_folders_keeps_checkpoints_all_the_same(make_trainer, monkeypatch):
+    def flush(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", flush)
+    trainer = make_trainer(save_total_limit=1)
+    trainer.train()
+    assert checkpoints(trainer) == ["checkpoint-6"]
+    assert is_whole(Path(trainer.args.output_dir, "checkpoint-6"))
 
 
 def test_the_mark_is_the_last_file_and_comes_before_anything_is_deleted(make_trainer, monkeypatch):

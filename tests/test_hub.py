@@ -9,6 +9,7 @@ import pytest
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
 
+from clip_po.checkpoints import MARK
 from clip_po.hub import model_card
 
 
@@ -93,6 +94,7 @@ def test_a_push_carries_a_card_and_no_pickle_and_no_token(clip_folder, tmp_path,
     assert not [n for n in hub.files if n.endswith((".bin", ".pt", ".pth")) and not n.startswith("last-checkpoint/")]
     assert not [n for n in hub.files if n.endswith(".bin")]
     assert ("last-checkpoint/optimizer.pt" in hub.files) == (strategy == "checkpoint")
+    assert (f"last-checkpoint/{MARK}" in hub.files) == (strategy == "checkpoint")  # so that it can be resumed from
     assert len(hub.commits) == {"end": 1, "every_save": 3, "checkpoint": 5}[strategy]
     card = hub.files["README.md"].decode()
     assert "base_model: openai/clip-vit-base-patch32" in card

@@ -225,6 +225,14 @@ def test_fifty_steps_repeat_and_resume_bit_for_bit_with_fresh_attacks_and_two_wo
     assert same(weights(first), weights(resumed))
 
 
+def test_a_run_logs_its_own_rows_alone(make_trainer):
+    fresh, used = (make_trainer(make_preferences(13), max_steps=2) for _ in range(2))
+    used._means[True].add({"kl": (torch.tensor([9.0]), torch.tensor([1.0]))})  # of a run that ended between two logs
+    fresh.train()
+    used.train()
+    assert logged(used, "kl") == logged(fresh, "kl")
+
+
 def test_another_seed_gives_other_weights(make_trainer):
     runs = [make_trainer(make_preferences(13), seed=seed) for seed in (1, 2)]
     for run in runs:

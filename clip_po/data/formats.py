@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, Image, List, Value
 from PIL import Image as PILImage
 
@@ -246,7 +247,7 @@ def check_row(row: Mapping[str, Any], candidate_texts: Sequence[str] | None, whe
 
 
 def _check_class(value: Any, candidate_texts: Sequence[str], where: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(candidate_texts):
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < len(candidate_texts):
         raise ValueError(
             f"{where} is {value!r}, but there are {len(candidate_texts)} candidate texts, so labels run from 0 to "
             f"{len(candidate_texts) - 1}. Mend the label (-1 often stands for an unlabelled row: drop it), or give "

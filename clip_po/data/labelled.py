@@ -72,7 +72,7 @@ def read_labels(
         raise ValueError(f"class_names are those of column {label_column!r} in another order; leave class_names out.")
     values = list(dataset.with_format(None)[label_column])
     for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(names):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < len(names):
             raise ValueError(
                 f"Row {row}: {label_column!r} is {value!r}, expected a class number in 0..{len(names) - 1}. "
                 "Filter such rows out, or mend class_names."
@@ -90,7 +90,7 @@ def read_weights(dataset: Dataset, weight_column: str) -> list[float]:
     _column(dataset, weight_column, "weight_column")
     values = list(dataset.with_format(None)[weight_column])
     for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value < math.inf:
             raise ValueError(
                 f"Row {row}: {weight_column!r} is {value!r}, expected a finite number >= 0. Mend it, or filter the "
                 "row out."

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, Literal
 
+import PIL
 import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image
@@ -78,11 +80,10 @@ class TypographicPreferences(TypographicRows, torch.utils.data.Dataset[Row]):
     def digest(self, column: str) -> str:
         """What the images of `image` or `clean_image` in epoch 0 are made from, as one name."""
         images = image_digest(self.dataset, self.image_column)
-        return (
-            images
-            if column == "clean_image"
-            else fingerprint(images, repr((self.attack, self.class_names, self.labels)))
-        )
+        if column == "clean_image":
+            return images
+        drawn = repr((self.attack, self.class_names, self.labels))
+        return fingerprint(images, drawn, version("clip_po"), PIL.__version__)  # the latter two draw
 
     def row(self, index: int, epoch: int) -> Row:
         """The preference of row `index` as drawn in `epoch`."""
@@ -284,7 +285,7 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         apart = isinstance(self.regularization, Dataset)
         row["weight"] = row.get("weight", 1.0)
         row["reg_row_weight"] = 0.0 if self.regularization is None else 1.0
-        if self.targets is not None and not embedded:
+        if self.targets is not None and not embedded and "target_image" not in self.reference:
             row["target_image"] = row["clean_image"]
         if self.regularization is not None and not embedded:
             image = self.fixed_image("reg_image", reg_index) if apart else row["clean_image"]

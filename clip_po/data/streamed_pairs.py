@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal, TypeGuard
 
+import numpy as np
 from datasets import ClassLabel, Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -87,18 +88,26 @@ class TypographicStream(TypographicRows):
             ValueError: It can't be used; the message says where and why.
         """
         label = values[self.label_column]
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(self.class_names):
+        if (
+            isinstance(label, bool)
+            or not isinstance(label, (int, np.integer))
+            or not 0 <= label < len(self.class_names)
+        ):
             raise ValueError(
                 f"{where}: {self.label_column!r} is {label!r}, expected a class number in "
                 f"0..{len(self.class_names) - 1}. Leave such rows out by stream.filter, or mend class_names."
             )
         weight = 1.0 if self.weight_column is None else values[self.weight_column]
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, (int, float, np.number))
+            or not 0 <= weight < float("inf")
+        ):
             raise ValueError(
                 f"{where}: {self.weight_column!r} is {weight!r}, expected a finite number >= 0. Mend it, or leave "
                 "such rows out by stream.filter."
             )
-        return label, float(weight)
+        return int(label), float(weight)
 
 
 class StreamedPairs(PreferencePairs):
