@@ -50,7 +50,9 @@ CASES = {
     "workers-are-negative": case(
         lambda b: b.config(dataloader_num_workers=-1), ValueError, "dataloader_num_workers", ">= 0, got -1"
     ),
-    "saves-never": case(lambda b: b.config(save_steps=0, save_strategy="steps"), ValueError, "save_steps must be a finite number > 0"),
+    "saves-never": case(
+        lambda b: b.config(save_steps=0, save_strategy="steps"), ValueError, "save_steps must be a finite number > 0"
+    ),
     "seed-is-negative": case(lambda b: b.config(seed=-1), ValueError, "seed", "0 to 2**32 - 1, got -1"),
     "seed-is-text": case(lambda b: b.config(data_seed="a"), TypeError, "data_seed", "'a' (str)"),
     "momentum-is-too-large": case(lambda b: b.config(adam_beta1=1.0), ValueError, "adam_beta1", "[0, 1), got 1.0"),
