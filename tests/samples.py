@@ -64,7 +64,7 @@ def make_preferences(rows: int) -> datasets.Dataset:
 def run_config(folder, **arguments):
     """A short and silent run on the CPU; `arguments` win."""
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    return ContrastivePOConfig(str(folder), **{"per_device_train_batch_size": 4, **quiet, **arguments})
+    return ContrastivePOConfig(**{"output_dir": str(folder), "per_device_train_batch_size": 4, **quiet, **arguments})
 
 
 SCENE_CLASSES = ("cat", "dog", "car")

@@ -220,10 +220,11 @@ def test_a_target_is_the_clean_image_of_its_own_row(preferences):
     assert pairs.fixed_images == ("image", "reg_image", "target_image")
     assert pairs.image_count("target_image") == 13
     assert pairs.fixed_image("target_image", 4).tobytes() == preferences[4]["clean_image"].tobytes()
+    assert pairs[1, 3, 8]["target_image"].tobytes() == preferences[8]["clean_image"].tobytes()
     pairs.attach_reference({"target_image": torch.arange(13.0).unsqueeze(1)})
     row = pairs[1, 3, 8]
-    assert row["target_image"].tobytes() == preferences[8]["clean_image"].tobytes()
     assert row["ref_target_image_embeds"].item() == 8
+    assert "target_image" not in row  # what is known of it need not be read
 
 
 def test_no_target_is_read_where_the_ordinary_image_is_it_already(preferences):
