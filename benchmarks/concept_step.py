@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import CLIPProcessor, PrinterCallback, TrainerCallback
+from timing import Clock
+from transformers import CLIPProcessor, PrinterCallback
 
 from clip_po.concept import ConceptTransform
 from clip_po.config import ContrastivePOConfig
@@ -25,17 +25,6 @@ from clip_po.data.pairs import TypographicPreferences
 from clip_po.evaluation.report import format_table
 from clip_po.models import load_model
 from clip_po.trainer import ContrastivePOTrainer
-
-
-class Clock(TrainerCallback):
-    """When each step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Note the time."""
-        self.ends.append(time.perf_counter())
 
 
 def steps_per_second(rows, processor, concept: ConceptTransform | None, batch_size: int, steps: int) -> float:

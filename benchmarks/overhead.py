@@ -68,31 +68,31 @@ def cases(quick: bool) -> Iterator[Case]:
     yield Case("width 384, 224 pixels", CLIPModel(config), letter_processor(config), few, 16)
 
 
-class Clock(TrainerCallback):
-    """When each step ended."""
+class Begins(TrainerCallback):
+    """When each step began."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.times: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Note the time at which the batch is there: what came before belongs to the step before."""
-        self.ends.append(time.perf_counter())
+        self.times.append(time.perf_counter())
 
 
 def trainer_steps(case: Case, args: ContrastivePOConfig) -> list[float]:
     """Seconds of each step of the trainer after the first."""
-    clock = Clock()
+    begins = Begins()
     trainer = ContrastivePOTrainer(
         case.model,
         args=args,
         train_dataset=case.rows,
         processing_class=case.processor,
         candidate_texts=case.rows.candidate_texts,
-        callbacks=[clock],
+        callbacks=[begins],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return seconds_between(clock.ends)
+    return seconds_between(begins.times)
 
 
 def bare_steps(case: Case, args: ContrastivePOConfig) -> list[float]:

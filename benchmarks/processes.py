@@ -15,11 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PrinterCallback, TrainerCallback
+from timing import Clock, peak_memory
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PrinterCallback
 
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import MODEL_PATH
@@ -42,17 +41,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "both towers": {"train_text_model": True},
 }
 TEXTS = [f"a photo of thing {number}" for number in range(100)]
-
-
-class Clock(TrainerCallback):
-    """When each step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Note the time."""
-        self.ends.append(time.perf_counter())
 
 
 def vit(quick: bool) -> CLIPModel:
@@ -115,8 +103,10 @@ def train(kind: str, batch_size: int, steps: int, quick: bool) -> dict[str, floa
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     seconds = clock.ends[-1] - clock.ends[0]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return {"images_per_second": 2 * batch_size * processes * steps / seconds, "memory": memory}
+    return {
+        "images_per_second": 2 * batch_size * processes * steps / seconds,
+        "memory": peak_memory() / 2**20,
+    }
 
 
 def launched(processes: int, kind: str, batch_size: int, args: argparse.Namespace) -> dict[str, float]:

@@ -15,12 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from clip_po.evaluation.report import format_table, write_json
 
 Step = Callable[[], Any]
 
 _step: Step
+
+
+class Clock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Note the time."""
+        self.ends.append(time.perf_counter())
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

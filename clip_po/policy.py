@@ -161,7 +161,7 @@ def encode_texts_autocast(
         for start in range(0, len(texts), batch_size):
             tokens = tokenize(encoder, processor, texts[start : start + batch_size])
             features = encoder.get_text_features(**tokens).pooler_output
-            embeds.append(F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1))
+            embeds.append(F.normalize(_wide(features), dim=-1))
     found = torch.cat(embeds)
     spoiled = (~found.isfinite().all(dim=-1)).nonzero().flatten().tolist()
     if spoiled:
@@ -184,7 +184,7 @@ def encode_images(model: nn.Module, pixel_values: Tensor) -> Tensor:
         Tensor[B, D], at least float32.
     """
     features = dual_encoder(model).get_image_features(pixel_values).pooler_output
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+    return F.normalize(_wide(features), dim=-1)
 
 
 def tokenize(encoder: CLIPModel, processor: ProcessorMixin, texts: Sequence[str]) -> Any:
@@ -298,9 +298,14 @@ class Policy:
         return self._stand_in
 
 
+def _wide(features: Tensor) -> Tensor:
+    """In float32 at least."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
 def _unit_norm(features: Tensor) -> Tensor:
     """As CLIPModel computes it, bit for bit, but never in half precision: its own embeddings are rounded once more."""
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    wide = _wide(features)
     return wide / wide.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
 
 
