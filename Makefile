@@ -26,7 +26,7 @@ lint: $(STAMP)
 
 # The pages that clip-po COMMAND --help prints.
 help: $(STAMP)
-	$(BIN)/python -m clip_po.commands.help
+	$(BIN)/python -m clip_po.cli.help
 
 wheel: $(STAMP)
 	$(BIN)/python -m build

@@ -29,28 +29,28 @@ from transformers import CLIPModel, CLIPProcessor, PrinterCallback
 from transformers.utils import logging
 from trl import ModelConfig
 
-from clip_po.averaging import interpolate
-from clip_po.commands import demo
-from clip_po.commands.arguments import DEFAULT_TEMPLATE
-from clip_po.commands.train import adapters
-from clip_po.commands.train_arguments import BATCH_SIZE, DEFAULTS, fit_to_size
-from clip_po.concept import ConceptTransform, fold
+from clip_po.cli import demo
+from clip_po.cli.arguments import DEFAULT_TEMPLATE
+from clip_po.cli.train import adapters
+from clip_po.cli.train_arguments import BATCH_SIZE, DEFAULTS, fit_to_size
+from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
+from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.class_labels import read_labels
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
-from clip_po.data.fonts import training_fonts, unseen_fonts
-from clip_po.data.labelled import read_labels
 from clip_po.data.loading import load_split
 from clip_po.data.pairs import TypographicPreferences
-from clip_po.data.typographic import TypographicAttack
-from clip_po.evaluation.report import write_report
-from clip_po.evaluation.robustness import RobustnessImages
-from clip_po.evaluation.written_word import (
+from clip_po.evaluation.fairness.written_word import (
     class_size,
     least_biased,
     written_word_report,
     written_word_scores,
     written_word_table,
 )
+from clip_po.evaluation.interpolation import interpolate
+from clip_po.evaluation.report.report_file import write_report
+from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.zero_shot import class_embeddings, collect_answers
 from clip_po.models import image_size, load_model
 from clip_po.policy import encode_images, evaluating
@@ -273,10 +273,10 @@ def contestants(case: Case, args: argparse.Namespace) -> dict[str, CLIPModel]:
         method, share = choose(scores, images, args.max_clean_cost)
         chosen[f"chosen, {way}: {share:g} of {method}"] = mixed[method, share]
     concepts = train_concepts(case, args)
-    found |= {f"{method}, transformation, t = 1": fold(base, concept) for method, concept in concepts.items()}
+    found |= {f"{method}, transformation, t = 1": concept.fold_into(base) for method, concept in concepts.items()}
     told("choosing: transformation")
     method, t = choose(scaled_scores(case, concepts, images, args.batch_size), images, args.max_clean_cost)
-    chosen[f"chosen, transformation: t = {t:g} of {method}"] = fold(base, concepts[method], t)
+    chosen[f"chosen, transformation: t = {t:g} of {method}"] = concepts[method].fold_into(base, t)
     return {**found, **chosen}
 
 

@@ -33,13 +33,14 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PrinterCallback, 
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
-from clip_po.averaging import BetaMovingAverageCallback
-from clip_po.checkpoints import is_whole, last_whole_checkpoint
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.pairs import TypographicPreferences
-from clip_po.evaluation.report import format_table, write_json
+from clip_po.evaluation.report.report_file import write_json
+from clip_po.evaluation.tables import format_table
 from clip_po.trainer import ContrastivePOTrainer
+from clip_po.training.averaging import BetaMovingAverageCallback
+from clip_po.training.checkpoints import is_whole, last_whole_checkpoint
 
 WEIGHTS = "model.safetensors"
 PROGRESS = "steps_done"
@@ -238,7 +239,7 @@ def kill_and_resume(
         RuntimeError: A run that was not killed did not end well.
     """
     context = multiprocessing.get_context("forkserver")  # so that torch is imported once, and not for every run
-    context.set_forkserver_preload(["clip_po.trainer", "clip_po.averaging", "sklearn.datasets", "peft"])
+    context.set_forkserver_preload(["clip_po.trainer", "clip_po.training.averaging", "sklearn.datasets", "peft"])
     steps, rng, outcome = STEPS_EACH * kills, random.Random(seed), Outcome()
     alone, killed = folder / "alone", folder / "killed"
 

@@ -31,7 +31,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, eager_attentio
 
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.pairs import TypographicPreferences
-from clip_po.evaluation.report import format_table
+from clip_po.evaluation.tables import format_table
 
 CANDIDATES = 100
 STEPS = 2

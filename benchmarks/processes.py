@@ -32,7 +32,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, PrinterCallback
 
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import MODEL_PATH
-from clip_po.evaluation.report import format_table
+from clip_po.evaluation.tables import format_table
 from clip_po.trainer import ContrastivePOTrainer
 
 # What is trained, by the name of the row.

@@ -23,10 +23,10 @@ from step import BETA, CANDIDATES, PAIRS, WAYS, Way, make_trainer
 from timing import Contestant, Step, parser, ratio, report
 from torch.utils.data import DataLoader
 
-from clip_po.averaging import BetaMovingAverageCallback
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.pairs import PreferencePairs
-from clip_po.sampling import EpochSampler
+from clip_po.data.sampler import EpochSampler
+from clip_po.training.averaging import BetaMovingAverageCallback
 
 EPOCHS = 3
 LEARNING_RATE = 2e-5

@@ -41,7 +41,7 @@ from scale_formulas import (
     vision_parameters,
 )
 
-from clip_po.evaluation.report import format_table
+from clip_po.evaluation.tables import format_table
 
 KILO, MEGA, GIGA, TERA = 1e3, 1e6, 1e9, 1e12
 USABLE = 0.9

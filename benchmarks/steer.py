@@ -14,12 +14,12 @@ import tempfile
 import torch
 from torch import Tensor
 
-from clip_po.commands.steer import Case, concept_trainer, digits_case, parse
-from clip_po.concept import ConceptTransform
+from clip_po.cli.steer import Case, concept_trainer, digits_case, parse
+from clip_po.concept.sweep import VariantEmbeddings, embed_variants, measure_transform
+from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
-from clip_po.evaluation.report import format_table
 from clip_po.evaluation.robustness import RobustnessImages
-from clip_po.evaluation.steering import VariantEmbeddings, embed_variants, measure_transform
+from clip_po.evaluation.tables import format_table
 
 KEPT = 0.25
 """What the projector leaves of the words' directions."""

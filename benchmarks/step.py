@@ -24,7 +24,7 @@ from peft import LoraConfig
 from timing import Contestant, Step, parser, ratio, report, take_turns
 from transformers import PrinterCallback
 
-from clip_po.concept import ConceptTransform
+from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.policy import encode_images

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from clip_po.evaluation.report import format_table, write_json
+from clip_po.evaluation.report.report_file import write_json
+from clip_po.evaluation.tables import format_table
 
 Step = Callable[[], Any]
 

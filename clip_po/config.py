@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from clip_po.checks import (
+from clip_po.hub.redaction import redacted
+from clip_po.losses import LOSSES
+from clip_po.validation import (
     BELOW_ONE,
     COUNT,
     COUNT_OR_NONE,
@@ -22,8 +24,6 @@ from clip_po.checks import (
     check_number,
     check_writable,
 )
-from clip_po.losses import LOSSES
-from clip_po.redaction import redacted
 
 logger = logging.get_logger(__name__)
 

@@ -13,17 +13,17 @@ from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from clip_po.caching import EmbeddingCache
-from clip_po.concept import ConceptTransform
+from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.checking import checked_pairs
 from clip_po.data.collator import WithNotes
+from clip_po.data.embedding_cache import EmbeddingCache
 from clip_po.data.pairs import EvaluationPairs, PreferencePairs
-from clip_po.data.skipping import SkippedRows
+from clip_po.data.sampler import EpochSampler
+from clip_po.data.skipped_rows import SkippedRows
+from clip_po.data.stream_reader import StreamMark
 from clip_po.data.streamed_pairs import StreamedPairs, checked_stream, is_stream
-from clip_po.data.streaming import StreamMark
 from clip_po.reference import SEES, ReferencePolicy, embed_fixed_images
-from clip_po.sampling import EpochSampler
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base

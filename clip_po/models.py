@@ -22,11 +22,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from clip_po.concept import ConceptTransform
+from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
-from clip_po.pickles import refuse_pickles
+from clip_po.hub.safe_loading import refuse_pickles
 from clip_po.policy import dual_encoder
-from clip_po.resuming import differences, first_line
+from clip_po.training.resuming import differences, first_line
 
 logger = logging.get_logger(__name__)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, ProcessorMixin
 
+from clip_po.candidates import embeds_of_all, share_of_texts
 from clip_po.losses import PreferenceLogps, kl_regularization
-from clip_po.shared_texts import embeds_of_all, share_of_texts
 
 
 def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
-from clip_po.caching import EmbeddingCache, fingerprint, model_digest, processor_digest
+from clip_po.data.embedding_cache import EmbeddingCache, fingerprint, model_digest, processor_digest
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.pixels import to_pixels
-from clip_po.data.skipping import blank_image
+from clip_po.data.skipped_rows import blank_image
 from clip_po.policy import (
     BatchLogps,
     FrozenTexts,

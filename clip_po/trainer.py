@@ -14,17 +14,16 @@ from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer, Tr
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 from transformers.utils import logging
 
-from clip_po.activations import NoInputGradients
-from clip_po.checkpoints import CheckpointMark, WholeCheckpoints, whole_checkpoint
-from clip_po.concept import ConceptTransform
-from clip_po.concept_policy import ConceptPolicy
+from clip_po.candidates import in_batch_candidates
+from clip_po.concept.policy import ConceptPolicy
+from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ADAMAX, ContrastivePOConfig, check_args
 from clip_po.data.collator import DataCollatorForContrastivePreference, row_weights
 from clip_po.data.formats import check_candidates
 from clip_po.data.pairs import PreferencePairs
-from clip_po.divergence import StopsWhereNotFinite
 from clip_po.feeding import FeedsRows
-from clip_po.hub import SafePublishing
+from clip_po.hub.publishing import SafePublishing
+from clip_po.hub.safe_loading import SafeLoading
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, preference_metrics
 from clip_po.models import (
@@ -35,7 +34,6 @@ from clip_po.models import (
     load_processor,
     without_new_adapters,
 )
-from clip_po.pickles import SafeLoading
 from clip_po.policy import (
     FrozenTexts,
     Policy,
@@ -47,9 +45,11 @@ from clip_po.policy import (
     regularization_kl,
 )
 from clip_po.reference import SEES, ReferencePolicy
-from clip_po.resuming import ResumesExactly
-from clip_po.sharding import allow_sharding
-from clip_po.shared_texts import in_batch_candidates
+from clip_po.training.activation_checkpointing import NoInputGradients
+from clip_po.training.checkpoints import CheckpointMark, WholeCheckpoints, whole_checkpoint
+from clip_po.training.nan_guard import StopsWhereNotFinite
+from clip_po.training.resuming import ResumesExactly
+from clip_po.training.sharding import allow_sharding
 
 logger = logging.get_logger(__name__)
 

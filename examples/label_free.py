@@ -22,7 +22,7 @@ from clip_po import (
     TypographicPreferences,
     pseudo_labels,
 )
-from clip_po.data.fonts import training_fonts, unseen_fonts
+from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
 from clip_po.data.loading import load_split
 
 TEMPLATE = "a photo of a {}"

@@ -20,11 +20,10 @@ from clip_po import (
     RobustnessImages,
     TypographicAttack,
     TypographicPreferences,
-    fold,
 )
-from clip_po.data.fonts import training_fonts
+from clip_po.concept.sweep import embed_variants, scale_table, sweep_scales
+from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.loading import load_split
-from clip_po.evaluation.steering import embed_variants, scale_table, sweep_scales
 
 SETTINGS = {"beta": 1.0, "reg_weight": 10.0, "penalty_weight": 0.2, "learning_rate": 1e-3, "num_train_epochs": 10.0}
 
@@ -67,5 +66,5 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         print(scale_table({f"{point.t:g}": point for point in points}))
         concept.save(training_args.output_dir)
-        fold(model, concept, script_args.t).save_pretrained(training_args.output_dir)
+        concept.fold_into(model, script_args.t).save_pretrained(training_args.output_dir)
         processor.save_pretrained(training_args.output_dir)

@@ -14,12 +14,12 @@ from datasets import ClassLabel
 from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
-from clip_po import ConceptTransform, ContrastivePOConfig, ContrastivePOTrainer, fold, zero_shot_accuracy
-from clip_po.data.concepts import reverse_attribute
+from clip_po import ConceptTransform, ContrastivePOConfig, ContrastivePOTrainer, zero_shot_accuracy
+from clip_po.concept.preferences import reverse_attribute
 from clip_po.data.loading import load_split
-from clip_po.evaluation.fairness_report import evaluate_fairness
-from clip_po.evaluation.queries import load_queries
-from clip_po.evaluation.report import format_table
+from clip_po.evaluation.fairness.queries import load_queries
+from clip_po.evaluation.fairness.report import evaluate_fairness
+from clip_po.evaluation.tables import format_table
 
 TEMPLATE = "a photo of a {}"
 SETTINGS = {"beta": 1.0, "reg_weight": 10.0, "penalty_weight": 0.2, "learning_rate": 1e-3, "num_train_epochs": 3.0}
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     queries, skew = load_queries(args.queries), f"max_skew@{args.top_k:g}"
     rows = []
     for t in args.t:
-        steered = fold(model, concept, t)
+        steered = concept.fold_into(model, t)
         named = zero_shot_accuracy(
             steered, processor, test, [TEMPLATE], args.attribute_names, label_column=args.attribute
         )
@@ -95,5 +95,5 @@ if __name__ == "__main__":
         )["steered"]
         rows.append([f"{t:g}", named.accuracy, bias[skew], bias["ndkl"]])
     print(format_table(["t", f"{args.attribute} named", skew, "ndkl"], rows))
-    fold(model, concept, args.save_t).save_pretrained(training_args.output_dir)
+    concept.fold_into(model, args.save_t).save_pretrained(training_args.output_dir)
     processor.save_pretrained(training_args.output_dir)

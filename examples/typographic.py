@@ -21,7 +21,7 @@ from clip_po import (
     robustness_report,
     robustness_table,
 )
-from clip_po.data.fonts import training_fonts, unseen_fonts
+from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
 from clip_po.data.loading import load_split
 
 

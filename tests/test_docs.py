@@ -22,7 +22,7 @@ import pytest
 import yaml
 from samples import CLASSES, PROMPTS, make_preferences, picture
 
-from clip_po.cli import main
+from clip_po.cli.main import main
 from clip_po.config import ContrastivePOConfig
 from clip_po.trainer import ContrastivePOTrainer
 

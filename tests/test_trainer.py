@@ -12,9 +12,9 @@ from samples import CLASSES, PROMPTS, make_labelled, make_preferences, run_confi
 from transformers import CLIPModel, CLIPProcessor, TrainerCallback
 
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.collator import to_pixels
 from clip_po.data.pairs import TypographicPreferences
-from clip_po.data.typographic import TypographicAttack
 from clip_po.losses import kl_regularization
 from clip_po.policy import candidate_logps, encode_images, encode_texts
 from clip_po.trainer import ContrastivePOTrainer

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.formats import check_preferences, check_regularization
 from clip_po.data.pairs import PreferencePairs
-from clip_po.data.typographic_rows import TypographicRows
+from clip_po.data.typographic import TypographicRows
 from clip_po.losses import SINGLE_REJECTED, TARGETED
 
 

@@ -26,7 +26,7 @@ from datasets import ClassLabel, Dataset, Image, List, Value
 from PIL import Image as PILImage
 
 from clip_po.data.images import to_rgb
-from clip_po.data.skipping import UnreadableImage
+from clip_po.data.skipped_rows import UnreadableImage
 from clip_po.losses import SINGLE_REJECTED, WITHOUT_REJECTED
 
 Row = dict[str, Any]

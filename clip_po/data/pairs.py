@@ -13,13 +13,13 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch import Tensor
 
-from clip_po.caching import fingerprint, image_digest
+from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.class_labels import read_image, read_images, read_labels, read_weights
+from clip_po.data.embedding_cache import fingerprint, image_digest
 from clip_po.data.formats import IMAGE_COLUMNS, Row, read_row, to_texts
-from clip_po.data.labelled import read_image, read_images, read_labels, read_weights
-from clip_po.data.skipping import UnreadableImage, blank_image
-from clip_po.data.typographic import TypographicAttack
-from clip_po.data.typographic_rows import TypographicRows
-from clip_po.sampling import RowKey, permutation
+from clip_po.data.sampler import RowKey, permutation
+from clip_po.data.skipped_rows import UnreadableImage, blank_image
+from clip_po.data.typographic import TypographicRows
 
 
 class TypographicPreferences(TypographicRows, torch.utils.data.Dataset[Row]):

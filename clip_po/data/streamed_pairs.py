@@ -13,17 +13,17 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.checking import check_drawn, image_sources
+from clip_po.data.class_labels import check_class_names
 from clip_po.data.formats import IMAGE_COLUMNS, Row, as_list, check_row, check_types, row_format, to_texts
 from clip_po.data.images import to_rgb
-from clip_po.data.labelled import check_class_names
 from clip_po.data.pairs import PreferencePairs
-from clip_po.data.skipping import UnreadableImage, blank_image
-from clip_po.data.streaming import StreamMark, StreamReader, StreamRow
-from clip_po.data.typographic import TypographicAttack
-from clip_po.data.typographic_rows import TypographicRows
+from clip_po.data.sampler import RowKey
+from clip_po.data.skipped_rows import UnreadableImage, blank_image
+from clip_po.data.stream_reader import StreamMark, StreamReader, StreamRow
+from clip_po.data.typographic import TypographicRows
 from clip_po.losses import SINGLE_REJECTED, WITHOUT_REJECTED
-from clip_po.sampling import RowKey
 
 
 class TypographicStream(TypographicRows):

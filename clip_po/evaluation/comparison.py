@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from clip_po.evaluation.bootstrap import Estimate
-from clip_po.evaluation.report import format_table, write_json
+from clip_po.evaluation.report.report_file import write_json
 from clip_po.evaluation.robustness import Answers, RobustnessImages
-from clip_po.redaction import redacted
+from clip_po.evaluation.tables import format_table
+from clip_po.hub.redaction import redacted
 
 RESULT, ANSWERS = "result.json", "answers.npz"
 

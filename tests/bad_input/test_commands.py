@@ -7,7 +7,7 @@ import pytest
 from bad_input import test_config, test_images, test_models, test_rows, test_training
 from samples import make_labelled
 
-from clip_po.cli import INTERRUPTED, main
+from clip_po.cli.main import INTERRUPTED, main
 
 LEAST = 60
 """Cases of bad input that there must be, over all tables."""
@@ -116,7 +116,7 @@ def test_ctrl_c_ends_a_command_in_one_line(monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clip_po.commands.train.main", interrupted)
+    monkeypatch.setattr("clip_po.cli.train.main", interrupted)
     assert main(["train"]) == INTERRUPTED
     assert capsys.readouterr().err == (
         "clip-po train: interrupted. The last whole checkpoint stays: go on from it with "
@@ -128,7 +128,7 @@ def test_a_run_that_diverges_ends_in_one_line(monkeypatch, capsys):
     def diverges(argv):
         raise FloatingPointError("Training stopped at step 3")
 
-    monkeypatch.setattr("clip_po.commands.train.main", diverges)
+    monkeypatch.setattr("clip_po.cli.train.main", diverges)
     assert main(["train"]) == 2
     assert capsys.readouterr().err == "clip-po train: Training stopped at step 3\n"
 

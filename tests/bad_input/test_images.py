@@ -12,13 +12,13 @@ from bad_input.table import case, check
 from PIL import Image
 from samples import CLASSES, PROMPTS, make_labelled, make_preferences, picture
 
-from clip_po.caching import image_digest
+from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.class_labels import read_image, read_images
 from clip_po.data.collator import to_pixels
+from clip_po.data.embedding_cache import image_digest
 from clip_po.data.formats import read_row
 from clip_po.data.images import MOST_ELONGATED, to_rgb
-from clip_po.data.labelled import read_image, read_images
 from clip_po.data.pairs import TypographicPreferences
-from clip_po.data.typographic import TypographicAttack
 from clip_po.evaluation.zero_shot import zero_shot_accuracy
 
 SIDE = 16

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from samples import CLASSES, PROMPTS, make_labelled, tiny_config, tiny_processor
 from transformers import BertConfig, BertModel, CLIPModel, CLIPVisionModelWithProjection
 
-from clip_po.averaging import interpolate
-from clip_po.caching import EmbeddingCache
-from clip_po.concept import ConceptTransform, fold
+from clip_po.concept.transform import ConceptTransform
+from clip_po.data.embedding_cache import EmbeddingCache
+from clip_po.evaluation.interpolation import interpolate
 from clip_po.evaluation.retrieval import evaluate_retrieval
 from clip_po.evaluation.zero_shot import classify, zero_shot_accuracy
 from clip_po.losses import LossSettings, PreferenceLogps, preference_loss
@@ -228,7 +228,7 @@ EMBEDDINGS = {
     "of-two-models": case(
         lambda b: candidate_logps(torch.ones(2, 16), torch.ones(3, 8), 1.0), ValueError, "16 numbers", "8", "one model"
     ),
-    "transformation-of-another-size": case(lambda b: fold(b.model, ConceptTransform(8)), ValueError, "8", "16"),
+    "transformation-of-another-size": case(lambda b: ConceptTransform(8).fold_into(b.model), ValueError, "8", "16"),
     "transformation-to-be-trained": case(
         lambda b: b.trainer(concept=ConceptTransform(8)), ValueError, "embeddings of 8 numbers", "ConceptTransform(16)"
     ),

@@ -15,10 +15,11 @@ from samples import tiny_config
 from transformers import CLIPModel, TrainerCallback
 
 import clip_po.trainer
-from clip_po import averaging, caching
-from clip_po.averaging import BetaMovingAverageCallback
-from clip_po.caching import EmbeddingCache
-from clip_po.checkpoints import MARK, SavingError, last_whole_checkpoint
+from clip_po.data import embedding_cache
+from clip_po.data.embedding_cache import EmbeddingCache
+from clip_po.training import averaging
+from clip_po.training.averaging import BetaMovingAverageCallback
+from clip_po.training.checkpoints import MARK, SavingError, last_whole_checkpoint
 
 VISION = r".*vision_model.*\.(q_proj|v_proj)"
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
@@ -206,7 +207,7 @@ def test_a_cache_that_cannot_be_written_costs_no_embeddings(bench, monkeypatch, 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(caching, "save_file", full)
+    monkeypatch.setattr(embedding_cache, "save_file", full)
     trainer = bench.trainer(embeddings_cache=str(bench.folder / "cache"), precompute_ref_log_probs=True)
     trainer.train()
     assert trainer.state.global_step == 4

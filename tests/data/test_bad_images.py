@@ -12,12 +12,12 @@ from samples import CLASSES, PROMPTS, make_labelled, make_preferences, picture, 
 from streaming_worker import BROKEN, with_broken
 from transformers import TrainerCallback
 
-from clip_po.concept import ConceptTransform
+from clip_po.concept.transform import ConceptTransform
+from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.collator import WithNotes
 from clip_po.data.pairs import PreferencePairs, TypographicPreferences
-from clip_po.data.skipping import SkippedRows, UnreadableImage
+from clip_po.data.skipped_rows import SkippedRows, UnreadableImage
 from clip_po.data.streamed_pairs import StreamedPairs, TypographicStream
-from clip_po.data.typographic import TypographicAttack
 from clip_po.trainer import ContrastivePOTrainer
 
 ATTACK = TypographicAttack(CLASSES, min_side=32)

@@ -8,10 +8,10 @@ from PIL import Image
 from samples import CLASSES, PROMPTS, picture
 
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.checking import checked_pairs
 from clip_po.data.pairs import PreferencePairs, TypographicPreferences
-from clip_po.data.typographic import TypographicAttack
-from clip_po.sampling import EpochSampler
+from clip_po.data.sampler import EpochSampler
 
 
 def attack(**arguments):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from samples import PROMPTS, make_labelled, make_preferences
 from transformers import TrainerCallback
 
-from clip_po.concept import ConceptTransform
+from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.trainer import ContrastivePOTrainer
 

@@ -9,7 +9,7 @@ from samples import make_scenes
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from clip_po.data.typographic import TypographicAttack
+from clip_po.data.attacks.typographic import TypographicAttack
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -11,13 +11,13 @@ from peft import LoraConfig, get_peft_model
 from samples import PROMPTS, make_preferences
 from transformers import CLIPModel
 
-from clip_po.averaging import AVERAGE_FILE, BetaMovingAverageCallback
-from clip_po.checkpoints import MARK
-from clip_po.cli import main
+from clip_po.baselines.defense_prefix import Prefix
+from clip_po.cli.main import main
 from clip_po.config import ContrastivePOConfig
 from clip_po.models import load_any, load_model, load_processor
-from clip_po.rivals.defense_prefix import Prefix
 from clip_po.trainer import ContrastivePOTrainer
+from clip_po.training.averaging import AVERAGE_FILE, BetaMovingAverageCallback
+from clip_po.training.checkpoints import MARK
 
 LORA = LoraConfig(r=2, target_modules=r".*vision_model.*\.(q_proj|v_proj)")
 

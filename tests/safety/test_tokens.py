@@ -11,10 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from samples import PROMPTS, make_preferences
 from transformers import CLIPModel, CLIPProcessor, TrainerCallback
 
-from clip_po.averaging import BetaMovingAverageCallback
-from clip_po.cli import main
+from clip_po.cli.main import main
 from clip_po.config import ContrastivePOConfig
 from clip_po.trainer import ContrastivePOTrainer
+from clip_po.training.averaging import BetaMovingAverageCallback
 
 LORA = LoraConfig(r=2, target_modules=r".*vision_model.*\.(q_proj|v_proj)")
 

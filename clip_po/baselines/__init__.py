@@ -1,0 +1,5 @@
+"""What a user might choose instead of preference optimization, one file each."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

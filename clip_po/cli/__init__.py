@@ -1,0 +1,1 @@
+"""The commands of `clip-po`, one module each."""

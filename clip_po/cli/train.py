@@ -1,0 +1,195 @@
+"""clip-po train: align a CLIP on labelled images on which words are written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers import CLIPModel, CLIPProcessor
+from transformers.trainer_utils import HubStrategy
+from trl import ModelConfig, get_peft_config
+
+from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task
+from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
+from clip_po.config import ContrastivePOConfig
+from clip_po.data.attacks.fonts import training_fonts
+from clip_po.data.pairs import TypographicPreferences
+from clip_po.evaluation.interpolation import choose_alpha, interpolate, interpolation_table, sweep_interpolation
+from clip_po.evaluation.pseudo_labels import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
+from clip_po.evaluation.robustness import RobustnessImages
+from clip_po.models import init_kwargs, load_model, load_processor
+from clip_po.trainer import ContrastivePOTrainer
+from clip_po.training.callbacks import RobustnessCallback
+from clip_po.validation import check_writable
+
+VISION_ATTENTION = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+"""Where adapters go by default: the linear layers of the vision tower."""
+
+
+def adapters(model_args: ModelConfig) -> PeftConfig | None:
+    """The adapters that the LoRA flags describe, by default on the linear layers of the vision tower."""
+    model_args.lora_task_type = None
+    if model_args.lora_target_modules is None:
+        model_args.lora_target_modules = VISION_ATTENTION
+    return get_peft_config(model_args)
+
+
+def align(
+    task_args: TrainArguments, args: ContrastivePOConfig, model_args: ModelConfig
+) -> tuple[ContrastivePOTrainer, Task]:
+    """Train and choose; the trainer holds the model that is to be saved, for the task."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: a Hub id or the folder of a CLIPModel.")
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("--load_in_4bit and --load_in_8bit are not supported: a CLIP is small. Leave them out.")
+    if args.should_save:
+        check_writable(args.output_dir, "--output_dir")
+    dataset = task_args.load(task_args.dataset_train_split, args.seed)
+    task = Task(task_args.names(dataset), task_args.prompt_template or DEFAULT_TEMPLATE)
+    model, processor = load_start(args, model_args)
+    validation = None
+    if task_args.validates(args):
+        dataset, validation = task_args.with_validation(dataset, args.seed)
+    columns = {"image_column": task_args.image_column, "label_column": task_args.label_column}
+    if task_args.labels == "reference":
+        dataset, validation = (
+            None if rows is None else own_answers(rows, model, processor, task, task_args.image_column, args)
+            for rows in (dataset, validation)
+        )
+        columns |= {"label_column": LABEL_COLUMN, "weight_column": WEIGHT_COLUMN}
+
+    def preferences(rows: Dataset, seed: int) -> TypographicPreferences:
+        attack = task_args.attack(task.class_names, training_fonts(), processor, seed)
+        return TypographicPreferences(
+            rows, attack, task.class_names, task.prompt_template, rejected=task_args.rejected, **columns
+        )
+
+    peft_config = adapters(model_args)
+    for name, value in fit_to_size(model.config.vision_config.hidden_size, len(dataset), bool(peft_config)).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    task_args.stop_early(args)
+    if peft_config is not None and task_args.max_clean_cost is not None:
+        # Adapters are merged in the end: those of earlier saves would stay beside the merged model on the Hub.
+        args.hub_strategy = HubStrategy.END
+    train = preferences(dataset, args.seed)
+    held_out = None if validation is None else preferences(validation, args.seed + 1)
+    trainer = ContrastivePOTrainer(
+        model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out if args.eval_strategy != "no" else None,
+        processing_class=processor,
+        peft_config=peft_config,
+        candidate_texts=train.texts,
+        callbacks=task_args.callbacks(),
+    )
+    images = None if held_out is None else validation_images(held_out, processor)
+    if images is not None and args.eval_strategy != "no":
+        sizes = (args.per_device_eval_batch_size, args.dataloader_num_workers)
+        bound = task_args.max_clean_cost
+        trainer.add_callback(RobustnessCallback(trainer, images, [task.prompt_template], bound, *sizes))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if images is not None and task_args.max_clean_cost is not None:
+        keep_clean_accuracy(trainer, images, [task.prompt_template], task_args.max_clean_cost)
+    if args.eval_strategy != "no" and task_args.saves_other_weights(args):
+        trainer.evaluate()
+    return trainer, task
+
+
+def load_start(args: ContrastivePOConfig, model_args: ModelConfig) -> tuple[CLIPModel, CLIPProcessor]:
+    """The model that training starts from, and its processor."""
+    init = {"dtype": model_args.dtype, "revision": model_args.model_revision, **init_kwargs(args.model_init_kwargs)}
+    if model_args.attn_implementation is not None:
+        init["attn_implementation"] = model_args.attn_implementation
+    model = load_model(str(model_args.model_name_or_path), **init)
+    args.model_init_kwargs = {k: v for k, v in init.items() if k in ("revision", "token")}
+    processor = load_processor(model, args)
+    args.model_init_kwargs = None
+    return model, processor
+
+
+def own_answers(
+    rows: Dataset, model: CLIPModel, processor: CLIPProcessor, task: Task, image_column: str, args: ContrastivePOConfig
+) -> Dataset:
+    """The rows with the model's own answers for labels, and its confidence for weights."""
+    # As the trainer's own will be: there is one state of all accelerators of a process.
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.use_cpu)
+    return pseudo_labels(
+        model.to(accelerator.device),
+        processor,
+        rows,
+        task.class_names,
+        [task.prompt_template],
+        image_column=image_column,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        accelerator=accelerator,
+        disable_tqdm=bool(args.disable_tqdm),
+    )
+
+
+def validation_images(rows: TypographicPreferences, processor: CLIPProcessor) -> RobustnessImages:
+    """The images of validation preferences, with the same attacks."""
+    return RobustnessImages(
+        rows.dataset,
+        rows.attack,
+        processor,
+        rows.class_names,
+        image_column=rows.image_column,
+        label_column=rows.label_column,
+    )
+
+
+def keep_clean_accuracy(
+    trainer: ContrastivePOTrainer, images: RobustnessImages, templates: Sequence[str], max_clean_cost: float
+) -> None:
+    """Give the trainer the interpolation from base to aligned model that is sure to cost no more than a bound.
+
+    Adapters are merged: an interpolation of weights is a plain model.
+    """
+    points = sweep_interpolation(
+        trainer.reference.model,
+        trainer.model,
+        images,
+        templates,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        num_workers=trainer.args.dataloader_num_workers,
+        accelerator=trainer.accelerator,
+        disable_tqdm=bool(trainer.args.disable_tqdm),
+    )
+    choice = choose_alpha(points, max_clean_cost)
+    if trainer.is_world_process_zero():
+        print(f"{interpolation_table(points)}\n{choice.describe()}")
+        if isinstance(trainer.model, PeftModel):
+            print("The adapters are merged into the model: an interpolation is a plain CLIPModel.")
+    chosen = interpolate(trainer.reference.model, trainer.model, choice.point.alpha)
+    trainer.model = trainer.model_wrapped = trainer.encoder = chosen
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train, save the checkpoint with its processor and task, and write its model card."""
+    task_args, args, model_args = parse(argv)
+    start = time.time()
+    trainer, task = align(task_args, args, model_args)
+    save(trainer, task)
+    if trainer.is_world_process_zero():
+        print(f"Aligned {model_args.model_name_or_path} in {time.time() - start:.0f} s: {args.output_dir}")
+    trainer.accelerator.end_training()
+
+
+def save(trainer: ContrastivePOTrainer, task: Task) -> None:
+    """Save the model with its processor, task and card; pushes too, where the arguments say so."""
+    if trainer.is_world_process_zero():
+        if not isinstance(trainer.model, PeftModel):
+            # Of an earlier save: from_pretrained would take them for the model.
+            for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+                Path(trainer.args.output_dir, file).unlink(missing_ok=True)
+        task.save(trainer.args.output_dir)
+        trainer.create_model_card()
+    trainer.save_model()

@@ -1,0 +1,5 @@
+"""One concept turned up, off or around by a linear transformation of the embeddings."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

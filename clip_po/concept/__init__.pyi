@@ -1,0 +1,10 @@
+from .preferences import keep_attribute as keep_attribute
+from .preferences import neutralize_attribute as neutralize_attribute
+from .preferences import neutralize_texts as neutralize_texts
+from .preferences import reverse_attribute as reverse_attribute
+from .sweep import choose_neutral as choose_neutral
+from .sweep import choose_within as choose_within
+from .sweep import embed_variants as embed_variants
+from .sweep import scale_table as scale_table
+from .sweep import sweep_scales as sweep_scales
+from .transform import ConceptTransform as ConceptTransform

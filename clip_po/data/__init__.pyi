@@ -1,0 +1,7 @@
+from .attacks.typographic import TypographicAttack as TypographicAttack
+from .attacks.words import EVERYDAY_WORDS as EVERYDAY_WORDS
+from .collator import DataCollatorForContrastivePreference as DataCollatorForContrastivePreference
+from .digits import load_digits_dataset as load_digits_dataset
+from .loading import load_split as load_split
+from .pairs import TypographicPreferences as TypographicPreferences
+from .streamed_pairs import TypographicStream as TypographicStream

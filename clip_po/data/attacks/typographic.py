@@ -1,0 +1,341 @@
+"""Typographic attacks: which word is written on which image, and how."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageColor
+
+from clip_po.data.attacks.drawing import (
+    PILLOW_FONT,
+    SMALLEST_TEXT,
+    TextStyle,
+    check_visible,
+    draw_blank,
+    draw_text,
+    enlarge,
+    ink_and_width,
+    load_font,
+)
+from clip_po.data.images import middle, to_rgb
+from clip_po.validation import COUNT, FINITE, check_number
+
+Range = tuple[float, float]
+
+PLACES = {
+    "anywhere": None,
+    "center": (0.5, 0.5),
+    "top": (0.5, 0.0),
+    "bottom": (0.5, 1.0),
+    "left": (0.0, 0.5),
+    "right": (1.0, 0.5),
+    "top-left": (0.0, 0.0),
+    "top-right": (1.0, 0.0),
+    "bottom-left": (0.0, 1.0),
+    "bottom-right": (1.0, 1.0),
+}
+"""Where a word may stand: shares of the free width and height to its left and above it."""
+
+_CONSONANTS = "bcdfghjklmnpqrstvwxz"
+_CONTROLS = 64  # strings of which the one most like the word is the control
+_MOST_TRIES = 1000
+
+
+def _consonant(letter: str, rng: random.Random) -> str:
+    """A consonant in the letter's case; what is no letter or digit stays."""
+    if not letter.isalnum():
+        return letter
+    consonant = rng.choice(_CONSONANTS)
+    return consonant.upper() if letter.isupper() else consonant
+
+
+def _check_colour(colour: str, name: str) -> None:
+    try:
+        ImageColor.getrgb(colour)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: {colour!r} is no colour; give a name such as 'red' or a code such as '#ff0000'."
+        ) from error
+
+
+@dataclass(frozen=True)
+class TypographicAttack:
+    """Writes attack words on images, the same pixels for the same (seed, epoch, index) in any process.
+
+    The style (font, size, place, ...) does not depend on the word, so that `draw_control` can put a meaningless
+    string in its place: same font, size and lines, about as much ink.
+
+    Args:
+        words: Attack words, at least two; usually the class names.
+        other_words: Words that are no class, such as `words.EVERYDAY_WORDS`, for `other_share` of the written words.
+            A text that names a class in upper or lower case is never among them.
+        other_share: Share of the written words that are drawn from `other_words`, 0..1.
+        count: Lowest and highest number of words on an image, >= 1; they are different ones.
+        fonts: Names as for `load_font`.
+        size: Lowest and highest height of the text as a share of the image's short side, in (0, 1].
+        places: Names of `PLACES`.
+        colours: Names or hex codes of colours of the fill, as Pillow reads them.
+        outline: Lowest and highest width of the outline as a share of the text's height.
+        rotation: Lowest and highest angle in degrees.
+        opacity: Lowest and highest opacity in (0, 1].
+        sticker: Share of the attacks that stand on a sticker, a box of its own colour, 0..1.
+        sticker_colours: Colours of stickers.
+        min_contrast: As for `draw_text`.
+        min_side: An image with a shorter side is enlarged to it first: give the model's input size.
+        crop: Side of the square in the middle that the model sees of an image: where it is given, the image is resized
+            and cut to it first, so that no word is cut off later, and less has to be drawn on. None writes on the
+            whole image.
+        redraw: "every_epoch" draws word and style anew each epoch; "never" keeps those of epoch 0, which lets
+            the reference policy see each image only once.
+        seed: Seed of all draws.
+
+    Raises:
+        ValueError, TypeError: An argument is out of range or of another type; the message says which.
+
+    Source: the attack of Afzali et al. 2025, arXiv 2411.08923, with its parameters opened.
+    """
+
+    words: Sequence[str]
+    other_words: Sequence[str] = ()
+    other_share: float = 0.0
+    count: tuple[int, int] = (1, 1)
+    fonts: Sequence[str] = (PILLOW_FONT,)
+    size: Range = (0.3, 0.5)
+    places: Sequence[str] = ("anywhere",)
+    colours: Sequence[str] = ("black", "white", "red", "blue", "green", "yellow", "purple", "orange")
+    outline: Range = (0.0, 0.02)
+    rotation: Range = (-5.0, 5.0)
+    opacity: Range = (1.0, 1.0)
+    sticker: float = 0.5
+    sticker_colours: Sequence[str] = ("white", "#fff4a3", "#cfe8ff", "#ffd6e0", "black")
+    min_contrast: float = 7.0
+    min_side: int = 224
+    crop: int | None = None
+    redraw: str = "every_epoch"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every argument before the first image is drawn."""
+        self._check_types()
+        if isinstance(self.words, str) or len(set(self.words)) < 2 or not all(w.strip() for w in self.words):
+            raise ValueError(
+                f"words must be a list of at least two different words, none empty, got {self.words!r}: "
+                "with a single one no wrong word is left for the images of its class."
+            )
+        for name, low, high in (
+            ("size", 0, 1),
+            ("outline", 0, 1),
+            ("rotation", -360, 360),
+            ("opacity", 0, 1),
+        ):
+            lowest, highest = getattr(self, name)
+            if not low <= lowest <= highest <= high or (highest <= 0 and name in ("size", "opacity")):
+                raise ValueError(
+                    f"{name} must be (lowest, highest) within [{low}, {high}], got {getattr(self, name)!r}."
+                )
+        if not 0 <= self.other_share <= 1 or (self.other_share > 0 and not self.other_words):
+            raise ValueError(
+                f"other_share is the share of the {len(self.other_words)} other_words among written words, 0 to 1, "
+                f"got {self.other_share!r}; above 0 it needs other_words."
+            )
+        if not 1 <= self.count[0] <= self.count[1] <= len(set(self.words)) - 1:
+            raise ValueError(
+                f"count must be (lowest, highest) number of words on an image, from 1 to {len(set(self.words)) - 1}, "
+                f"one less than there are words, got {self.count!r}."
+            )
+        if not 0 <= self.sticker <= 1:
+            raise ValueError(f"sticker is the share of attacks on a sticker, 0 to 1, got {self.sticker!r}.")
+        if self.redraw not in ("every_epoch", "never"):
+            raise ValueError(f"redraw must be 'every_epoch' or 'never', got {self.redraw!r}.")
+        if not 1 <= self.min_contrast <= 21:
+            raise ValueError(f"min_contrast is a contrast ratio, 1 to 21, got {self.min_contrast!r}.")
+        for name in ("places", "fonts", "colours", "sticker_colours"):
+            values = getattr(self, name)
+            if isinstance(values, str) or not values:
+                raise ValueError(f"{name} must be a list that is not empty, got {values!r}.")
+        wrong = [place for place in self.places if place not in PLACES]
+        if wrong:
+            raise ValueError(f"places: unknown {wrong}; known are {sorted(PLACES)}.")
+        for font in self.fonts:
+            load_font(font, SMALLEST_TEXT)
+            for word in self.vocabulary:
+                check_visible(word, font)
+        for name in ("colours", "sticker_colours"):
+            for colour in getattr(self, name):
+                _check_colour(colour, name)
+
+    def _check_types(self) -> None:
+        for name in ("words", "other_words", "places", "fonts", "colours", "sticker_colours"):
+            texts = getattr(self, name)
+            wrong = [text for text in texts if not isinstance(text, str)] if isinstance(texts, Sequence) else [texts]
+            if wrong or (name == "other_words" and isinstance(texts, str)):
+                raise TypeError(
+                    f"{name} must be a list of texts, got {wrong[0] if wrong else texts!r} in it or for it."
+                )
+        for name in ("size", "outline", "rotation", "opacity", "count"):
+            pair = getattr(self, name)
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(f"{name} must be two numbers, (lowest, highest), got {pair!r}.")
+            for number in pair:
+                check_number(name, number, COUNT if name == "count" else FINITE)
+        for name in ("other_share", "sticker", "min_contrast"):
+            check_number(name, getattr(self, name), FINITE)
+        check_number("min_side", self.min_side, COUNT, "Give the model's input size in pixels.")
+        if self.crop is not None:
+            check_number("crop", self.crop, COUNT, "Give the side of what the model sees in pixels, or None.")
+
+    def _random(self, purpose: str, index: int, epoch: int) -> random.Random:
+        return random.Random(f"{purpose}/{self.seed}/{0 if self.redraw == 'never' else epoch}/{index}")
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Every word that may be written, each once."""
+        if not self.other_share:
+            return list(dict.fromkeys(self.words))
+        known = {word.casefold() for word in self.words}
+        return list(dict.fromkeys([*self.words, *(w for w in self.other_words if w.casefold() not in known)]))
+
+    @functools.cached_property
+    def _pools(self) -> tuple[tuple[list[str], dict[str, list[int]]], ...]:
+        """Attack words and other words, each with the places of a word in lower case: there may be thousands."""
+        pools = []
+        for words in (list(self.words), self.vocabulary[len(set(self.words)) :]):
+            places: dict[str, list[int]] = {}
+            for place, word in enumerate(words):
+                places.setdefault(word.casefold(), []).append(place)
+            pools.append((words, places))
+        return tuple(pools)
+
+    def written(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> tuple[str, ...]:
+        """The attack words of a row.
+
+        Args:
+            index: Row of the data set.
+            epoch: Epoch, counted from 0.
+            exclude: Words that must not be written, in upper or lower case: the row's true class.
+
+        Raises:
+            ValueError: No word is left.
+        """
+        excluded = {word.casefold() for word in exclude}
+        rng = self._random("word", index, epoch)
+        chosen: list[str] = []
+        # The number is drawn last, so that an attack of one word draws the same word whatever `count` says.
+        while len(chosen) < self.count[1]:
+            others = self.other_share > 0 and rng.random() < self.other_share
+            pool, places = self._pools[others]
+            gone = sorted(place for word in excluded for place in places.get(word, ()))
+            if len(gone) == len(pool):
+                raise ValueError(f"words: all of {pool!r} are excluded for row {index}; give more words.")
+            place = rng.choice(range(len(pool) - len(gone)))  # of the words that are left, counted without a list
+            for missing in gone:
+                place += missing <= place
+            chosen.append(pool[place])
+            excluded.add(chosen[-1].casefold())
+        return tuple(chosen[: rng.randint(*self.count)])
+
+    def word(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> str:
+        """The attack words of a row as they are written: with spaces between them.
+
+        Args:
+            index: As for `written`.
+            epoch: As for `written`.
+            exclude: As for `written`.
+        """
+        return " ".join(self.written(index, epoch, exclude))
+
+    def meaningless(self, word: str, index: int, epoch: int = 0) -> str:
+        """Consonants, as many as `word` has letters, that spell no attack word: the control of occlusion.
+
+        Of several strings it is the one whose ink and width come nearest to the word's in the row's font.
+
+        Raises:
+            ValueError: Every such string is an attack word.
+        """
+        rng = self._random("meaningless", index, epoch)
+        known = {known.lower() for known in self.vocabulary}
+        drawn = ("".join(_consonant(letter, rng) for letter in word) for _ in range(_MOST_TRIES))
+        strings = list(itertools.islice((string for string in drawn if string.lower() not in known), _CONTROLS))
+        if not strings:
+            raise ValueError(
+                f"No string of consonants as long as {word!r} was found that is none of the {len(known)} attack "
+                "words: give longer words, or measure without the control."
+            )
+        font = self.style(index, epoch).font
+        ink, width = ink_and_width(word, font)
+
+        def distance(string: str) -> float:
+            other_ink, other_width = ink_and_width(string, font)
+            return abs(other_ink - ink) / max(ink, 1) + abs(other_width - width) / max(width, 1)
+
+        return min(strings, key=distance)
+
+    def style(self, index: int, epoch: int = 0) -> TextStyle:
+        """The style in which the row's word is drawn."""
+        rng = self._random("style", index, epoch)
+        place = PLACES[rng.choice(list(self.places))]
+        anywhere = (rng.random(), rng.random())
+        colours = [ImageColor.getrgb(colour)[:3] for colour in self.colours]
+        rng.shuffle(colours)
+        sticker = ImageColor.getrgb(rng.choice(list(self.sticker_colours)))[:3]
+        return TextStyle(
+            font=rng.choice(list(self.fonts)),
+            size=rng.uniform(*self.size),
+            place=place or anywhere,
+            colours=tuple(colours),
+            outline=rng.uniform(*self.outline),
+            rotation=rng.uniform(*self.rotation),
+            opacity=rng.uniform(*self.opacity),
+            sticker=sticker if rng.random() < self.sticker else None,
+        )
+
+    def canvas(self, image: Image.Image) -> Image.Image:
+        """What words are written on, RGB: the middle of the image where `crop` is given, else the image, enlarged."""
+        return enlarge(image, self.min_side) if self.crop is None else middle(to_rgb(image), self.crop)
+
+    def draw(self, image: Image.Image, text: str, index: int, epoch: int = 0) -> Image.Image:
+        """Write `text` on the image in the row's style.
+
+        Args:
+            image: The clean image; its `canvas` is drawn on.
+            text: What is written.
+            index: Row of the data set.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            The attacked image, RGB.
+        """
+        return draw_text(self.canvas(image), text, self.style(index, epoch), self.min_contrast)
+
+    def draw_control(self, image: Image.Image, word: str, index: int, epoch: int = 0) -> Image.Image:
+        """Write `meaningless(word)` on the image as `draw` writes the word: same style, font size and lines.
+
+        Args:
+            image: The clean image; its `canvas` is drawn on.
+            word: The attack word whose control it is.
+            index: Row of the data set.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            The occluded image, RGB.
+        """
+        text, style = self.meaningless(word, index, epoch), self.style(index, epoch)
+        return draw_text(self.canvas(image), text, style, self.min_contrast, sized_for=word)
+
+    def draw_blank(self, image: Image.Image, word: str, index: int, epoch: int = 0) -> Image.Image:
+        """Cover the place where `draw` writes the word with a box without a word: pure occlusion, its ceiling.
+
+        Args:
+            image: The clean image; its `canvas` is drawn on.
+            word: The attack word whose place is covered.
+            index: Row of the data set.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            The covered image, RGB.
+        """
+        return draw_blank(self.canvas(image), word, self.style(index, epoch))

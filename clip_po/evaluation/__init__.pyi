@@ -1,0 +1,15 @@
+from .bootstrap import Estimate as Estimate
+from .bootstrap import bootstrap_interval as bootstrap_interval
+from .interpolation import choose_alpha as choose_alpha
+from .interpolation import interpolate as interpolate
+from .interpolation import interpolation_table as interpolation_table
+from .interpolation import sweep_interpolation as sweep_interpolation
+from .pseudo_labels import pseudo_labels as pseudo_labels
+from .retrieval import evaluate_retrieval as evaluate_retrieval
+from .retrieval import retrieval_report as retrieval_report
+from .robustness import RobustnessImages as RobustnessImages
+from .robustness import evaluate_robustness as evaluate_robustness
+from .robustness import robustness_report as robustness_report
+from .robustness import robustness_table as robustness_table
+from .zero_shot import class_embeddings as class_embeddings
+from .zero_shot import zero_shot_accuracy as zero_shot_accuracy

@@ -1,0 +1,278 @@
+"""Pictures of what a model said about attacked images before and after alignment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from clip_po.data.attacks.drawing import PILLOW_FONT, Colour, Font, load_font
+from clip_po.evaluation.robustness import Answers
+
+CHANGES = ("mended", "still wrong", "newly broken")
+"""What became of an attacked image that either model answered wrongly."""
+
+_PAGE, _CARD, _EDGE, _FRAME = (244, 245, 248), (255, 255, 255), (222, 225, 231), (236, 238, 242)
+_INK, _QUIET = (24, 28, 36), (106, 113, 126)
+_RIGHT, _WORD, _OTHER = (18, 128, 74), (200, 36, 46), (184, 104, 8)
+_LEGEND = {"right": _RIGHT, "the written word": _WORD, "wrong otherwise": _OTHER}
+_BADGES = {"mended": _RIGHT, "still wrong": _OTHER, "newly broken": _WORD}
+_SIDE, _PAD, _GAP, _MARGIN, _LINE = 256, 16, 24, 48, 30
+_CARD_WIDTH = _SIDE + 2 * _PAD
+_CARD_HEIGHT = _SIDE + 2 * _PAD + 4 * _LINE + 4
+_HEADER = 156
+
+
+@dataclass(frozen=True)
+class Example:
+    """One attacked image and what was said about it.
+
+    Attributes:
+        index: Item of the `RobustnessImages` that was asked about.
+        change: One of `CHANGES`.
+        truth: Name of its class.
+        word: The word written on it.
+        before: Name of the class that the model answered before alignment.
+        after: The same after alignment.
+    """
+
+    index: int
+    change: str
+    truth: str
+    word: str
+    before: str
+    after: str
+
+
+def changes(answers: Answers, before: str, after: str) -> dict[str, np.ndarray]:
+    """The typographic images whose answer is or was wrong.
+
+    Args:
+        answers: From `robustness.evaluate_robustness`.
+        before: Name of the model before alignment.
+        after: Name of the model after it.
+
+    Returns:
+        Indices of the items, ascending, for each of `CHANGES`.
+
+    Raises:
+        ValueError: A model of that name was not asked.
+    """
+    was = answers.of(before)["typographic"] == answers.label
+    now = answers.of(after)["typographic"] == answers.label
+    kinds = {"mended": ~was & now, "still wrong": ~was & ~now, "newly broken": was & ~now}
+    return {name: np.flatnonzero(chosen) for name, chosen in kinds.items()}
+
+
+def changes_line(answers: Answers, before: str, after: str) -> str:
+    """The changes in one line, to stand above chosen examples so that they can't be taken for the whole.
+
+    Args:
+        answers: As for `changes`.
+        before: As for `changes`.
+        after: As for `changes`.
+    """
+    counts = {name: len(found) for name, found in changes(answers, before, after).items()}
+    rest = len(answers.label) - sum(counts.values())
+    told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    return f"Of {len(answers.label):,} attacked images: {told}, {rest:,} right before and after."
+
+
+def choose_examples(answers: Answers, before: str, after: str, count: int = 12, seed: int = 0) -> list[Example]:
+    """A random choice of changed images: mostly mended ones, and a few of the others.
+
+    Of `count`, about a sixth each is kept for images that are still wrong and newly broken; what a kind can't
+    fill goes to the others. Not a fair sample: show it under `changes_line`.
+
+    Args:
+        answers: As for `changes`.
+        before: As for `changes`.
+        after: As for `changes`.
+        count: Most examples wanted, >= 1.
+        seed: Seed of the choice.
+
+    Returns:
+        Up to `count` examples, the mended first; fewer where fewer images were ever answered wrongly.
+
+    Raises:
+        ValueError: `count` < 1, or a model of that name was not asked.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count!r}.")
+    rng = np.random.default_rng(seed)
+    pools = {name: rng.permutation(found) for name, found in changes(answers, before, after).items()}
+    few = count // 6 or int(count > 2)
+    taken = {name: min(few, len(pools[name])) for name in CHANGES[1:]}
+    taken = {"mended": min(count - sum(taken.values()), len(pools["mended"])), **taken}
+    for name in CHANGES:
+        taken[name] += min(count - sum(taken.values()), len(pools[name]) - taken[name])
+    names = answers.class_names
+    said = {model: answers.of(model)["typographic"] for model in (before, after)}
+    return [
+        Example(
+            index=int(index),
+            change=name,
+            truth=names[answers.label[index]],
+            word=str(answers.written[index]),
+            before=names[said[before][index]],
+            after=names[said[after][index]],
+        )
+        for name in CHANGES
+        for index in pools[name][: taken[name]]
+    ]
+
+
+def before_after_grid(
+    examples: Sequence[Example],
+    path: str | os.PathLike[str],
+    *,
+    picture: Callable[[int], Image.Image],
+    title: str = "Before and after preference optimization",
+    subtitle: str = "",
+    columns: int = 4,
+    font: str = PILLOW_FONT,
+) -> Path:
+    """Save a PNG of attacked images with the answers before and after, coloured by whether they are right.
+
+    Args:
+        examples: From `choose_examples`.
+        path: The file; missing folders are made.
+        picture: Gives the image of an index, as `RobustnessImages.picture` does.
+        title: Header.
+        subtitle: Line below it, such as `changes_line`.
+        columns: Most images side by side, >= 1.
+        font: As for `load_font`; give a file for names in scripts that Pillow's own font lacks.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: There are no examples, or `columns` < 1.
+    """
+    if not examples:
+        raise ValueError("There are no examples to show: neither model was wrong on any attacked image.")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns!r}.")
+    across = min(columns, len(examples))
+    down = -(-len(examples) // across)
+    # Two cards wide at least, so that the header has room.
+    width = 2 * _MARGIN + max(2, across) * (_CARD_WIDTH + _GAP) - _GAP
+    height = _HEADER + _MARGIN + down * (_CARD_HEIGHT + _GAP) - _GAP
+    page = Image.new("RGB", (width, height), _PAGE)
+    _header(page, title, subtitle, font)
+    for number, example in enumerate(examples):
+        x = _MARGIN + number % across * (_CARD_WIDTH + _GAP)
+        y = _HEADER + number // across * (_CARD_HEIGHT + _GAP)
+        _card(page, (x, y), example, picture(example.index), font)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    page.save(target, format="PNG", optimize=True)
+    return target
+
+
+def _header(page: Image.Image, title: str, subtitle: str, font: str) -> None:
+    draw, room = ImageDraw.Draw(page), page.width - 2 * _MARGIN
+    for text, sizes, y, colour, stroke in (
+        (title, (34, 30, 26), 52, _INK, 0.4),
+        (subtitle, (17, 15, 13, 11), 92, _QUIET, 0),
+    ):
+        # Set smaller on a narrow page: figures that are cut off would mislead.
+        fonts = [load_font(font, size) for size in sizes]
+        fitting = next((f for f in fonts if f.getlength(text) <= room), fonts[-1])
+        draw.text((_MARGIN, y), _cut(text, fitting, room), colour, fitting, anchor="lm", stroke_width=stroke)
+    small = load_font(font, 17)
+    x, y = _MARGIN, 124
+    for name, colour in _LEGEND.items():
+        _smooth(page, (x, y - 7, x + 14, y + 7), colour, lambda pen: pen.ellipse((0, 0, 55, 55), fill=255))
+        draw.text((x + 22, y), name, _QUIET, small, anchor="lm")
+        x += 22 + round(small.getlength(name)) + 26
+
+
+def _card(page: Image.Image, corner: tuple[int, int], example: Example, image: Image.Image, font: str) -> None:
+    draw = ImageDraw.Draw(page)
+    x, y = corner
+    _rounded(page, (x, y, x + _CARD_WIDTH, y + _CARD_HEIGHT), 14, _EDGE)
+    _rounded(page, (x + 1, y + 1, x + _CARD_WIDTH - 1, y + _CARD_HEIGHT - 1), 13, _CARD)
+    x, y = x + _PAD, y + _PAD
+    page.paste(_fit(image), (x, y))
+    normal, small = load_font(font, 19), load_font(font, 15)
+    y += _SIDE + _LINE // 2 + 8
+    badge = _BADGES[example.change]
+    length = round(small.getlength(example.change))
+    _rounded(page, (x, y - 13, x + length + 20, y + 13), 13, _tint(badge))
+    draw.text((x + 10, y), example.change, badge, small, anchor="lm")
+    rows = [
+        ("image", example.truth, _INK),
+        ("before", example.before, _colour(example, example.before)),
+        ("after", example.after, _colour(example, example.after)),
+    ]
+    for row, (name, said, colour) in enumerate(rows):
+        baseline = y + (row + 1) * _LINE + 3
+        draw.text((x, baseline), name, _QUIET, normal, anchor="lm")
+        draw.text(
+            (x + 78, baseline), _cut(said, normal, _SIDE - 78 - 26), colour, normal, anchor="lm", stroke_width=0.3
+        )
+        if row:
+            _mark(page, (x + _SIDE - 10, baseline), said == example.truth, colour)
+
+
+def _colour(example: Example, said: str) -> Colour:
+    if said == example.truth:
+        return _RIGHT
+    return _WORD if said.casefold() == example.word.casefold() else _OTHER
+
+
+def _mark(page: Image.Image, center: tuple[int, int], right: bool, colour: Colour) -> None:
+    """A tick or a cross, for eyes that can't tell the colours; drawn, as few fonts carry them."""
+    x, y = center
+    strokes = [[(6, 34), (24, 52), (58, 12)]] if right else [[(10, 10), (54, 54)], [(10, 54), (54, 10)]]
+
+    def paint(pen: ImageDraw.ImageDraw) -> None:
+        for stroke in strokes:
+            pen.line(stroke, 255, 10, joint="curve")
+
+    _smooth(page, (x - 8, y - 8, x + 8, y + 8), colour, paint)
+
+
+def _smooth(
+    page: Image.Image, box: tuple[int, int, int, int], colour: Colour, paint: Callable[[ImageDraw.ImageDraw], None]
+) -> None:
+    """Paint a shape with smooth edges: `paint` draws it four times as large, in white on black."""
+    size = (box[2] - box[0], box[3] - box[1])
+    mask = Image.new("L", (4 * size[0], 4 * size[1]))
+    paint(ImageDraw.Draw(mask))
+    page.paste(colour, box, mask.resize(size, Image.Resampling.BOX))
+
+
+def _rounded(page: Image.Image, box: tuple[int, int, int, int], radius: int, colour: Colour) -> None:
+    corner = (4 * (box[2] - box[0]) - 1, 4 * (box[3] - box[1]) - 1)
+    _smooth(page, box, colour, lambda pen: pen.rounded_rectangle((0, 0, *corner), 4 * radius, fill=255))
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    """The whole image in a square tile; a tiny one is enlarged in visible pixels, not blurred."""
+    image = image.convert("RGB")
+    scale = _SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    way = Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.BICUBIC
+    tile = Image.new("RGB", (_SIDE, _SIDE), _FRAME)
+    tile.paste(image.resize(size, way), ((_SIDE - size[0]) // 2, (_SIDE - size[1]) // 2))
+    return tile
+
+
+def _tint(colour: Colour) -> Colour:
+    red, green, blue = (round(255 - 0.13 * (255 - part)) for part in colour)
+    return red, green, blue
+
+
+def _cut(text: str, font: Font, room: float) -> str:
+    """The text, cut to a width in pixels with dots at its end."""
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(text + "...") > room:
+        text = text[:-1]
+    return text.rstrip() + "..."

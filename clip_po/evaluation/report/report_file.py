@@ -1,0 +1,185 @@
+"""report.json: one schema for the numbers of every command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clip_po.evaluation.bootstrap import Estimate
+from clip_po.hub.redaction import redacted
+
+SCHEMA_VERSION = 1
+
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "pillow")
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    command: str,
+    models: Mapping[str, Mapping[str, Estimate]],
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    seconds: float | None = None,
+) -> Path:
+    """Write report.json: the numbers, and what is needed to get them again.
+
+    The file appears whole or not at all. Numbers that are undefined become null. The value of every setting
+    whose name contains "token" is replaced, at any depth, and so is a Hub token in any text.
+
+    Args:
+        path: The file; missing folders are made.
+        command: Name of the command that measured, such as "evaluate".
+        models: Estimates by model and metric.
+        settings: Arguments of the command, of any types; what JSON can't hold becomes text.
+        data: Names, sizes, fingerprints of the data.
+        seconds: Duration of the command.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: A metric is no Estimate.
+    """
+    for model, metrics in models.items():
+        for metric, estimate in metrics.items():
+            if not isinstance(estimate, Estimate):
+                raise TypeError(
+                    f"{metric} of {model} is {estimate!r}, expected an Estimate; wrap a bare number as "
+                    "Estimate(value)."
+                )
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "clip_po_version": _version("clip_po"),
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "models": {
+            model: {metric: estimate.as_dict() for metric, estimate in metrics.items()}
+            for model, metrics in models.items()
+        },
+        "data": redacted(data or {}),
+        "settings": redacted(settings),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "hardware": _hardware(),
+        "seconds": seconds,
+    }
+    return write_json(path, report)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write a JSON file whole or not at all; undefined numbers become null, unknown objects text.
+
+    Args:
+        path: The file; missing folders are made.
+        value: What it holds.
+
+    Returns:
+        The path.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(_plain(value), file, indent=2, allow_nan=False, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A report.json, its version checked.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The report as it stands in the file; `report_estimates` makes estimates of its numbers.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no report of clip_po, or of a version that this one can't read.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); give a report.json that clip-po wrote.") from error
+    version = report.get("schema_version") if isinstance(report, dict) else None
+    if version is None:
+        raise ValueError(f"{path} has no schema_version; give a report.json that clip-po wrote.")
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema_version {version!r} (written by clip_po {report.get('clip_po_version')}), "
+            f"this clip_po reads {SCHEMA_VERSION}. Install the version that wrote it, or run the command again."
+        )
+    return report
+
+
+def report_estimates(report: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
+    """The numbers of a report by model and metric; null becomes nan.
+
+    Args:
+        report: From `read_report`.
+    """
+    return {
+        model: {
+            metric: Estimate(**{name: math.nan if part is None else part for name, part in numbers.items()})
+            for metric, numbers in metrics.items()
+        }
+        for model, metrics in report["models"].items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types: nan and infinities as null, unknown objects as text."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return _plain(value.tolist())
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(inner) for inner in value), key=str)
+    return str(redacted(str(value)))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _hardware() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+    }

@@ -1,0 +1,1 @@
+from .suite import load_suite as load_suite

@@ -1,0 +1,245 @@
+"""Photographs with words in them, and without: what models say they show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+
+from clip_po.data.class_labels import read_image, read_images
+from clip_po.data.collator import to_pixels
+from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
+from clip_po.evaluation.robustness import Answers
+from clip_po.evaluation.suites.layouts import column_texts
+from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers
+from clip_po.policy import evaluating
+
+CANDIDATES = ("all", "labels", "pair")
+"""Candidate sets: labels and words, labels alone, or each image's label and word alone."""
+
+VARIANTS = ("typographic", "clean")
+"""What photographs show: words, or the same objects without."""
+
+
+def candidate_sets(dataset: Dataset, kinds: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The texts among which images of photographs with words are classified, by kind.
+
+    Args:
+        dataset: All rows, as a loader of `LAYOUTS` returns them: a part of them may lack candidates.
+        kinds: Some of `CANDIDATES`. "all" is the ClassLabel's names; "labels" those that are the label of a row; for
+            "pair" each image has two of the texts returned: its label and its word.
+    """
+    names = tuple(dataset.features["label"].names)
+    labels, words = column_texts(dataset, "label"), column_texts(dataset, "word")
+    sets = {
+        "all": names,
+        "labels": tuple(name for name in names if name in set(labels)),
+        "pair": tuple(sorted({*labels, *words} - {""})),
+    }
+    return {kind: sets[kind] for kind in kinds}
+
+
+def ask_photographs(
+    models: Mapping[str, Any],
+    processor: Any,
+    dataset: Dataset,
+    candidates: Mapping[str, Sequence[str]],
+    templates: Sequence[str],
+    *,
+    variant: str = "typographic",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    accelerator: Accelerator | None = None,
+    disable_tqdm: bool = False,
+    title: str = "Photographs",
+) -> dict[str, Answers]:
+    """Ask several models what photographs show, among each candidate set, in one pass over the images.
+
+    Args:
+        models: CLIPModels, or PeftModels around one, by name. They share the processor.
+        processor: Their CLIPProcessor.
+        dataset: Columns `image`, `label` (ClassLabel) and, for photographs with words, `word`.
+        candidates: From `candidate_sets`. Of a pair, the word is answered where both are equally near.
+        templates: Prompts with one `{}`, as for `class_embeddings`.
+        variant: One of `VARIANTS`: what the images are called in the answers.
+        batch_size: Images per batch and process, >= 1.
+        num_workers: Processes that read images.
+        accelerator: Shares the images out among its processes; every process gets all answers.
+        disable_tqdm: Shows no progress bar.
+        title: Words before the progress bar.
+
+    Returns:
+        Answers by kind of candidate set. Their `word` is -1 where the written word is no candidate.
+
+    Raises:
+        ValueError: No models, no candidate sets, or a label that is no candidate; as for `class_embeddings`.
+    """
+    if not models or not candidates:
+        raise ValueError("models and candidates must each name at least one.")
+    texts = list(dict.fromkeys(text for names in candidates.values() for text in names))
+    place = {text: number for number, text in enumerate(texts)}
+    labels = column_texts(dataset, "label")
+    words = column_texts(dataset, "word") if "word" in dataset.column_names else [""] * len(dataset)
+    missing = set(labels) - set(texts)
+    if missing:
+        raise ValueError(f"The labels {sorted(missing)[:5]} are no candidates; give the candidate sets of all rows.")
+    label = np.array([place[text] for text in labels], dtype=np.int64)
+    word = np.array([place.get(text, -1) for text in words], dtype=np.int64)
+    allowed = {kind: torch.tensor([text in set(names) for text in texts]) for kind, names in candidates.items()}
+    embeds = {name: class_embeddings(model, processor, texts, templates) for name, model in models.items()}
+
+    def answers(batch: dict[str, Tensor]) -> Tensor:
+        columns = []
+        for name, model in models.items():
+            logits = classify(model, batch["pixel_values"], embeds[name]).cpu()
+            for kind in candidates:
+                if kind == "pair":
+                    columns.append(_nearer(logits, batch["label"], batch["word"]))
+                else:
+                    columns.append(logits.masked_fill(~allowed[kind], -torch.inf).argmax(dim=1))
+        return torch.stack(columns, dim=1)
+
+    with evaluating(*models.values()):
+        table = collect_answers(
+            _Photographs(dataset, processor, label, word),
+            answers,
+            len(models) * len(candidates),
+            batch_size,
+            num_workers,
+            accelerator,
+            disable_tqdm,
+            title,
+        ).reshape(len(dataset), len(models), len(candidates))
+    found = {}
+    for column, kind in enumerate(candidates):
+        # Every image of a pair has its word among its two candidates.
+        is_candidate = np.array([number >= 0 and bool(allowed[kind][number]) for number in word])
+        predicted = {name: {variant: table[:, position, column]} for position, name in enumerate(models)}
+        rows = np.arange(len(dataset))
+        found[kind] = Answers(tuple(texts), label, np.where(is_candidate, word, -1), np.array(words), rows, predicted)
+    return found
+
+
+def _nearer(logits: Tensor, label: Tensor, word: Tensor) -> Tensor:
+    # Where nothing is written there is no second candidate: the label stands in for it.
+    other = torch.where(word >= 0, word, label)
+    two = logits.gather(1, torch.stack([label, other], dim=1))
+    return torch.where(two[:, 0] > two[:, 1], label, other)
+
+
+class _Photographs(torch.utils.data.Dataset):
+    def __init__(self, dataset: Dataset, processor: Any, label: np.ndarray, word: np.ndarray) -> None:
+        self.images, self.processor, self.label, self.word = read_images(dataset, "image"), processor, label, word
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        pixels = to_pixels(self.processor, [read_image(self.images, "image", row)])[0]
+        return {"pixel_values": pixels, "label": self.label[row], "word": self.word[row]}
+
+
+def accuracy_report(
+    answers: Answers,
+    model: str,
+    base: str | None = None,
+    variant: str = "typographic",
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Accuracy of one model on images of one variant, and against a base paired on the same images.
+
+    - <variant>_accuracy: share of right answers, 0..1.
+    - fooled: share answered by the written word, among images whose word is a candidate other than the label,
+      0..1; for typographic images only, nan where no word is.
+    - difference: 100 (accuracy - base accuracy), in percentage points.
+
+    Args:
+        answers: From `ask_photographs`, or from `evaluate_robustness`.
+        model: Name of the model.
+        base: Name of the model before alignment; None, or the model itself, for no difference.
+        variant: Which images.
+        confidence: As for `bootstrap_interval`.
+        resamples: As for `bootstrap_interval`.
+        seed: As for `bootstrap_interval`.
+
+    Returns:
+        Estimates by metric, in the order above.
+
+    Raises:
+        ValueError: A model of that name was not asked.
+    """
+    got = answers.of(model)[variant]
+    attacked = (answers.word >= 0) & (answers.word != answers.label)
+    columns = {"right": got == answers.label, "attacked": attacked, "fooled": attacked & (got == answers.word)}
+    metrics: dict[str, Statistic] = {f"{variant}_accuracy": lambda means: means["right"]}
+    if variant == "typographic":
+        metrics["fooled"] = lambda means: means["fooled"] / means["attacked"]
+    if base is not None and base != model:
+        columns["base"] = answers.of(base)[variant] == answers.label
+        metrics["difference"] = lambda means: 100 * (means["right"] - means["base"])
+    return {
+        name: bootstrap_interval(statistic, columns, answers.cluster, confidence, resamples, seed)
+        for name, statistic in metrics.items()
+    }
+
+
+def mean_report(
+    answers: Sequence[Answers],
+    model: str,
+    base: str | None = None,
+    variant: str = "clean",
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """The mean accuracy over data sets, each counting once, whatever its size.
+
+    - mean_accuracy: mean of the accuracies, 0..1.
+    - mean_difference: 100 (mean accuracy - that of the base), in percentage points.
+
+    Args:
+        answers: One per data set. Its interval is over images; the data sets are taken as given.
+        model: As for `accuracy_report`.
+        base: As for `accuracy_report`.
+        variant: As for `accuracy_report`.
+        confidence: As for `bootstrap_interval`.
+        resamples: As for `bootstrap_interval`.
+        seed: As for `bootstrap_interval`.
+
+    Returns:
+        Estimates by metric, in the order above.
+
+    Raises:
+        ValueError: A model of that name was not asked, or there are no data sets.
+    """
+    if not answers:
+        raise ValueError("answers is empty; there is no mean over no data sets.")
+    sizes = [len(found.label) for found in answers]
+    member = np.repeat(np.arange(len(answers)), sizes)
+    columns = {f"member {number}": member == number for number in range(len(answers))}
+    compared = [model] if base is None or base == model else [model, base]
+    for name in compared:
+        right = np.concatenate([found.of(name)[variant] == found.label for found in answers])
+        columns |= {f"{name} {number}": (member == number) & right for number in range(len(answers))}
+    mean = partial(_mean_of_sets, sets=len(answers))
+    metrics: dict[str, Statistic] = {"mean_accuracy": partial(mean, model=model)}
+    if len(compared) > 1:
+        metrics["mean_difference"] = lambda means: 100 * (mean(means, model=model) - mean(means, model=str(base)))
+    return {
+        name: bootstrap_interval(statistic, columns, None, confidence, resamples, seed)
+        for name, statistic in metrics.items()
+    }
+
+
+def _mean_of_sets(means: Mapping[str, np.ndarray], model: str, sets: int) -> np.ndarray:
+    return np.mean([means[f"{model} {number}"] / means[f"member {number}"] for number in range(sets)], axis=0)

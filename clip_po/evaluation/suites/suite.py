@@ -1,0 +1,266 @@
+"""The field's evaluation sets by name: what is in a suite, and how its data are loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import ClassLabel, Dataset
+
+from clip_po.data.class_labels import read_labels
+from clip_po.data.loading import load_split
+from clip_po.evaluation.retrieval import read_captions
+from clip_po.evaluation.suites.layouts import LAYOUTS
+from clip_po.evaluation.suites.photographs import CANDIDATES, VARIANTS
+
+MEASURES: Mapping[str, frozenset[str]] = {
+    "typographic": frozenset({*LAYOUTS, "labelled"}),
+    "retention": frozenset({"labelled"}),
+    "retrieval": frozenset({"captioned"}),
+    "fairness": frozenset({"attributes"}),
+}
+"""What a suite can measure, and the layouts that it takes for that."""
+
+_REQUIRED = ("name", "path", "layout", "templates", "class_names", "source", "license")
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set of a suite.
+
+    Attributes:
+        name: Name in tables; letters, digits, "-", "_" and ".".
+        path: Hub id or folder; None where it is on no Hub.
+        layout: One of `MEASURES`' layouts.
+        templates: Prompts with one `{}` each.
+        class_names: The candidate set: a list of all names in the order of the labels; or a mapping from names of the
+            data set to better ones; or None for the data set's. In the last two, underscores become spaces.
+        source: Citation.
+        license: As far as known.
+        config: Name of the configuration.
+        split: Name of the split.
+        columns: Names of the columns `image`, `label`, `word`, `caption`, `attribute`, `cluster`, where they are
+            called otherwise.
+        where: For the layout "columns": keep rows with these values in these columns.
+        candidates: For photographs with words: some of `CANDIDATES`, one result each.
+        variant: For photographs: one of `VARIANTS`.
+        name_until: Names of the data set end before this text, such as "," where synonyms follow.
+        without: For the layout "labelled": classes of the data set whose rows are left out.
+        folder: Name of its folder in a suite folder; None for the entry's name.
+        rows: Number of rows that was published; a copy with another is noted.
+        verified: Id, split and columns were read in the data set's documentation.
+        note: What to know about it.
+    """
+
+    name: str
+    path: str | None
+    layout: str
+    templates: Sequence[str]
+    class_names: Sequence[str] | Mapping[str, str] | None
+    source: str
+    license: str | None
+    config: str | None = None
+    split: str = "test"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    where: Mapping[str, str] = field(default_factory=dict)
+    candidates: Sequence[str] = ("all",)
+    variant: str = "typographic"
+    name_until: str | None = None
+    without: Sequence[str] = ()
+    folder: str | None = None
+    rows: int | None = None
+    verified: bool = False
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be measured before anything is loaded."""
+        for named in (self.name, *([] if self.folder is None else [self.folder])):
+            if not _NAME.fullmatch(named):
+                raise ValueError(f"Entry {self.name!r}: {named!r} is no name; use letters, digits, '-', '_' and '.'.")
+        if isinstance(self.templates, str) or not self.templates:
+            raise ValueError(f"Entry {self.name!r}: templates must be a list of prompts, got {self.templates!r}.")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"Entry {self.name!r}: template {template!r} must have exactly one {{}}.")
+        if isinstance(self.class_names, str):
+            raise ValueError(
+                f"Entry {self.name!r}: class_names must be a list or a mapping, got {self.class_names!r}."
+            )
+        unknown = set(self.candidates) - set(CANDIDATES)
+        if isinstance(self.candidates, str) or unknown or not self.candidates:
+            raise ValueError(
+                f"Entry {self.name!r}: candidates must be a list of some of {CANDIDATES}, got {self.candidates!r}."
+            )
+        if self.variant not in VARIANTS:
+            raise ValueError(f"Entry {self.name!r}: variant must be one of {VARIANTS}, got {self.variant!r}.")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Data sets that are measured together.
+
+    Attributes:
+        name: Name of the suite.
+        measures: One of `MEASURES`.
+        entries: Its data sets.
+    """
+
+    name: str
+    measures: str
+    entries: tuple[Entry, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse entries that this suite can't measure."""
+        if self.measures not in MEASURES:
+            raise ValueError(f"Suite {self.name!r}: measures must be one of {list(MEASURES)}, got {self.measures!r}.")
+        names = [entry.name for entry in self.entries]
+        if len(set(names)) < len(names) or not names:
+            raise ValueError(f"Suite {self.name!r} must have entries of different names, got {names}.")
+        for entry in self.entries:
+            if entry.layout not in MEASURES[self.measures]:
+                raise ValueError(
+                    f"Entry {entry.name!r} of suite {self.name!r}: layout {entry.layout!r} is none of "
+                    f"{sorted(MEASURES[self.measures])}, which a suite that measures {self.measures!r} takes."
+                )
+
+
+def suite_names() -> list[str]:
+    """Names of the suites that come with the package."""
+    return sorted(Path(file.name).stem for file in files("clip_po").joinpath("assets", "suites").iterdir())
+
+
+def load_suite(name: str) -> Suite:
+    """A suite of the package, or one of your own.
+
+    Args:
+        name: One of `suite_names()`, or a YAML file: `measures`, `entries` (as `Entry`), and optionally `include`, a
+            list of the package's suites whose entries follow.
+
+    Raises:
+        ValueError: There is no such suite, or an entry is not as it must be; the message names it.
+    """
+    if name in suite_names():
+        text = files("clip_po").joinpath("assets", "suites", f"{name}.yaml").read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8")
+    else:
+        raise ValueError(f"There is no suite {name!r}: it is no file, and the package has {suite_names()}.")
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is no YAML ({error}).") from error
+    if not isinstance(found, dict) or not {"measures", "entries"} <= set(found) <= {"measures", "entries", "include"}:
+        raise ValueError(f"{name} must have the keys measures and entries, and may have include; see docs/suites.md.")
+    entries = [_entry(name, row) for row in found["entries"] or []]
+    for other in found.get("include", []):
+        entries += load_suite(other).entries
+    return Suite(Path(name).stem, found["measures"], tuple(entries))
+
+
+def _entry(suite: str, row: Any) -> Entry:
+    known = {member.name for member in fields(Entry)}
+    if not isinstance(row, dict) or not set(_REQUIRED) <= set(row) <= known:
+        named = row.get("name", row) if isinstance(row, dict) else row
+        keys = set(row) if isinstance(row, dict) else set()
+        raise ValueError(
+            f"Entry {named!r} of {suite} lacks {sorted(set(_REQUIRED) - keys)} and has the unknown keys "
+            f"{sorted(keys - known)}; see docs/suites.md."
+        )
+    return Entry(**row)
+
+
+def load_entry(entry: Entry, suite_folder: str | Path | None = None) -> Dataset:
+    """The data of an entry: a local copy where there is one, else from the Hub.
+
+    Args:
+        entry: What to load.
+        suite_folder: Folder of local copies, each under its entry's `folder` or name.
+
+    Returns:
+        Columns `image` and, by layout, `label` (ClassLabel over the candidate set), `word` and `caption`.
+
+    Raises:
+        ValueError: It is nowhere, or not as the entry says.
+    """
+    source = entry_source(entry, suite_folder)
+    if entry.layout in LAYOUTS:
+        pinned = list(entry.class_names) if isinstance(entry.class_names, Sequence) else None
+        if entry.layout == "columns":
+            where = {"split": entry.split, "config": entry.config, "columns": entry.columns, "where": entry.where}
+            return LAYOUTS[entry.layout](source, pinned, **where)
+        return LAYOUTS[entry.layout](Path(source), pinned)
+    rows = load_split(source, entry.split, entry.config)
+    image, other = (
+        entry.columns.get(name, name) for name in ("image", "caption" if entry.layout == "captioned" else "label")
+    )
+    for column in (image, other):
+        if column not in rows.column_names:
+            raise ValueError(f"{source} has no column {column!r}; it has {rows.column_names}.")
+    images = rows.select_columns([image]).rename_columns({image: "image"})
+    if entry.layout == "captioned":
+        read_captions(rows, other)
+        return images.add_column("caption", rows.with_format(None)[other], feature=rows.features[other])
+    if not isinstance(rows.features[other], ClassLabel) and rows.features[other].dtype == "string":
+        rows = rows.class_encode_column(other)
+    names, label = read_labels(rows, other, _class_names(entry, rows.features[other]))
+    labelled = images.add_column("label", label.tolist(), feature=ClassLabel(names=list(names)))
+    return _without(labelled, entry, rows.features[other]) if entry.without else labelled
+
+
+def entry_source(entry: Entry, suite_folder: str | Path | None) -> str:
+    """Where an entry is loaded from: a folder or a Hub id.
+
+    Raises:
+        ValueError: It has no local copy and is on no Hub, or not in this layout.
+    """
+    local = Path(suite_folder, entry.folder or entry.name) if suite_folder is not None else None
+    if local is not None and local.is_dir():
+        return str(local)
+    if entry.path is None or (entry.layout in ("file_names", "annotation") and not Path(entry.path).is_dir()):
+        there = f"there is no folder {local}" if local is not None else "no --suite_folder was given"
+        raise ValueError(
+            f"Its authors publish it outside the Hub, and {there}. Get {entry.name} ({entry.source}), unpack it into "
+            f"DIR/{entry.folder or entry.name} and give --suite_folder DIR."
+        )
+    return entry.path
+
+
+def _class_names(entry: Entry, feature: Any) -> list[str] | None:
+    if isinstance(entry.class_names, Sequence):
+        return list(entry.class_names)
+    if not isinstance(feature, ClassLabel):
+        return None
+    better = {name.casefold(): called for name, called in (entry.class_names or {}).items()}
+    _check_known(entry, feature, better)
+    return [better.get(name.casefold(), _readable(name, entry.name_until)) for name in feature.names]
+
+
+def _check_known(entry: Entry, feature: ClassLabel, named: Iterable[str]) -> None:
+    unknown = {name.casefold() for name in named} - {name.casefold() for name in feature.names}
+    if unknown:
+        raise ValueError(f"{entry.name} speaks of the classes {sorted(unknown)}, but there are {feature.names}.")
+
+
+def _without(dataset: Dataset, entry: Entry, feature: Any) -> Dataset:
+    """The data set without some classes, whose numbers close up."""
+    if not isinstance(feature, ClassLabel):
+        raise ValueError(f"{entry.name}: without needs a column with class names, got {feature}.")
+    _check_known(entry, feature, entry.without)
+    out = {name.casefold() for name in entry.without}
+    kept = [number for number, name in enumerate(feature.names) if name.casefold() not in out]
+    place = {number: position for position, number in enumerate(kept)}
+    label = list(dataset["label"])
+    rows = dataset.select([row for row, number in enumerate(label) if number in place])
+    names = [dataset.features["label"].names[number] for number in kept]
+    numbers = [place[number] for number in label if number in place]
+    return rows.remove_columns("label").add_column("label", numbers, feature=ClassLabel(names=names))
+
+
+def _readable(name: str, until: str | None) -> str:
+    return (name.split(until)[0] if until else name).replace("_", " ").strip()

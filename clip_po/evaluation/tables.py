@@ -1,0 +1,85 @@
+"""Numbers, estimates and Markdown tables as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from clip_po.evaluation.bootstrap import Estimate
+
+UNDEFINED = "n/a"
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """A number as papers print it: .934, -.020, 12.500; "n/a" for nan and infinities.
+
+    Args:
+        value: Any number.
+        digits: Decimals, >= 0.
+    """
+    if not math.isfinite(value):
+        return UNDEFINED
+    text = f"{value:.{digits}f}"
+    sign, size = ("-", text[1:]) if text.startswith("-") else ("", text)
+    if not size.strip("0."):  # rounded to zero: "-0.000" would read like a loss
+        sign = ""
+    return sign + (size[1:] if size.startswith("0.") else size)
+
+
+def format_estimate(estimate: Estimate, digits: int = 3) -> str:
+    """A number with its interval, `.934 [.921, .945]`; the interval is left out where there is none.
+
+    Args:
+        estimate: The number.
+        digits: Decimals, >= 0.
+    """
+    value, low, high = (format_number(part, digits) for part in (estimate.value, estimate.low, estimate.high))
+    return value if UNDEFINED in (low, high) else f"{value} [{low}, {high}]"
+
+
+def format_table(
+    columns: Sequence[str], rows: Sequence[Sequence[Estimate | str | float | None]], digits: int = 3
+) -> str:
+    """An aligned Markdown table that reads as well in a terminal.
+
+    Args:
+        columns: Headers.
+        rows: Cells of each row, one per header: estimates and floats are rounded, integers and texts stand as
+            they are, None is "n/a". A column without texts is aligned to the right.
+        digits: Decimals, >= 0.
+
+    Returns:
+        The table, lines joined by newlines, without one at the end.
+
+    Raises:
+        ValueError: A row has more or fewer cells than there are headers.
+    """
+    for position, row in enumerate(rows):
+        if len(row) != len(columns):
+            raise ValueError(f"Row {position} has {len(row)} cells for the {len(columns)} columns {columns}.")
+    numeric = [bool(rows) and not any(isinstance(row[i], str) for row in rows) for i in range(len(columns))]
+    lines = [list(columns), *([_cell(cell, digits) for cell in row] for row in rows)]
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(columns))]
+
+    def join(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    aligned = [
+        join([c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)])
+        for line in lines
+    ]
+    rule = join(["-" * (w - 1) + ":" if n else "-" * w for w, n in zip(widths, numeric, strict=True)])
+    return "\n".join([aligned[0], rule, *aligned[1:]])
+
+
+def _cell(cell: Estimate | str | float | None, digits: int) -> str:
+    if cell is None:
+        return UNDEFINED
+    if isinstance(cell, Estimate):
+        return format_estimate(cell, digits)
+    if isinstance(cell, (float, np.floating)):
+        return format_number(float(cell), digits)
+    return str(cell)

@@ -1,0 +1,2 @@
+from .averaging import BetaMovingAverageCallback as BetaMovingAverageCallback
+from .callbacks import RobustnessCallback as RobustnessCallback

@@ -1,0 +1,136 @@
+"""clip-po compare, end to end: every kind of method, each method and seed once, one table."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from samples import make_labelled
+
+from clip_po.cli import compare
+from clip_po.cli.main import main
+from clip_po.evaluation.report.report_file import read_report, report_estimates
+
+METHODS = {
+    "CE": {"loss_type": "sft"},
+    "S-DPO": {"loss_type": ["sigmoid"], "rejected": "others", "moving_average": 0.7},
+    "own answers": {"labels": "reference", "loss_type": ["distillation", "sft"], "use_peft": True, "lora_r": 2},
+    "interpolation": {"method": "interpolation", "of": "CE", "max_clean_cost": 5.0},
+    "heads": {"method": "head_ablation", "max_clean_loss": 50.0, "max_heads": 1},
+    "prefix": {"method": "defense_prefix", "steps": 2, "batch_size": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for split, rows in (("train", 20), ("validation", 8), ("test", 12)):
+        make_labelled(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture
+def recipe(clip_folder, photos, tmp_path):
+    def write(**changes):
+        file = tmp_path / "recipe.yaml"
+        settings = {
+            "model_name_or_path": str(clip_folder),
+            "dataset_name": str(photos),
+            "dataset_validation_split": "validation",
+            "output_dir": str(tmp_path / "out"),
+            "seeds": [0, 1],
+            "training": {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True},
+            "attacks": {"class words": {}, "other words": {"words": ["moon", "sugar"]}},
+            "methods": METHODS,
+            **changes,
+        }
+        file.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return ["compare", "--config", str(file)]
+
+    return write
+
+
+def test_every_kind_of_method_runs_and_a_stopped_comparison_goes_on(recipe, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    calls = []
+    make = compare.make
+
+    def counted(contest, name, seed, **settings):
+        calls.append((name, seed))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return make(contest, name, seed, **settings)
+
+    monkeypatch.setattr(compare, "make", counted)
+    assert main(recipe()) == 130  # as a shell says of what Ctrl-C ended
+    assert main(recipe()) == 0
+    # Everything once, and what was stopped again.
+    assert sorted(calls) == sorted([(n, s) for s in (0, 1) for n in METHODS] + [calls[2]])
+
+    printed = capsys.readouterr().out
+    assert all(f"| {name}" in printed for name in METHODS)
+    assert "reading, other words" in printed
+    found = report_estimates(read_report(out / "report.json"))
+    assert set(found) == {"before", *METHODS}
+    assert {"recovery", "recovery_sd", "blank_accuracy", "other words: kept_answers"} <= set(found["CE"])
+    for file in ("table.md", "report.html", "trade_off.png", "CE/seed-1/checkpoint/model.safetensors"):
+        assert (out / file).stat().st_size > 100
+
+    calls.clear()
+    assert main(recipe()) == 0
+    assert calls == []
+    again = report_estimates(read_report(out / "report.json"))
+    assert repr(again) == repr(found)
+
+
+def test_answers_are_those_of_the_method_on_its_own(recipe, tmp_path, clip_folder, photos, capsys):
+    """The comparison's figures are those of clip-po train with the same settings and clip-po evaluate."""
+    methods = {"CE": METHODS["CE"]}
+    attacks = {"class words": {}}
+    command = recipe(methods=methods, attacks=attacks, seeds=[3])
+    assert main([*command, "--test_seed", "5"]) == 0
+    alone = tmp_path / "alone"
+    data = ["--dataset_name", str(photos)]
+    steps = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "true", "--report_to", "none"]
+    where = ["--model_name_or_path", str(clip_folder), "--output_dir", str(alone)]
+    assert main(["train", *where, *data, "--loss_type", "sft", "--seed", "3", *steps]) == 0
+    models = ["--model_name_or_path", str(alone), "--base_model_name_or_path", str(clip_folder)]
+    assert main(["evaluate", *models, *data, "--seed", "5"]) == 0
+    together = report_estimates(read_report(tmp_path / "out" / "report.json"))["CE"]
+    single = report_estimates(read_report(alone / "report.json"))["aligned"]
+    for metric in ("clean_accuracy", "typographic_accuracy", "occluded_accuracy", "clean_cost"):
+        assert together[metric].value == pytest.approx(single[metric].value)
+
+
+def test_other_settings_are_not_taken_for_the_same_run(recipe, capsys):
+    methods = {"heads": METHODS["heads"]}
+    assert main(recipe(methods=methods, seeds=[0])) == 0
+    assert main(recipe(methods={"heads": {**METHODS["heads"], "max_heads": 2}}, seeds=[0])) == 2
+    assert "with other settings (method)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": {}}, "names no methods"),
+        ({"methods": {"a": {"method": "magic"}}}, "'magic'"),
+        ({"methods": {"a": {"method": "interpolation", "of": "b"}, "b": {}}}, "no method above it"),
+        ({"dataset_validation_split": None}, "--dataset_validation_split is missing"),
+        ({"colour": "red"}, "['colour']"),
+        ({"attacks": {"x": {"size": [2, 3]}}}, "size"),
+    ],
+)
+def test_recipes_that_cannot_run_are_refused(recipe, capsys, changes, said):
+    assert main(recipe(**changes)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_seeds_are_pooled_over_the_same_images(recipe, tmp_path):
+    assert main(recipe(methods={"CE": METHODS["CE"]})) == 0
+    out = tmp_path / "out"
+    right = []
+    for seed in (0, 1):
+        with np.load(out / "CE" / f"seed-{seed}" / "answers.npz") as arrays:
+            right.append(np.mean(arrays["class words/clean"] == np.arange(12) % 4))
+    found = json.loads((out / "report.json").read_text())["models"]["CE"]["clean_accuracy"]["value"]
+    assert found == pytest.approx(np.mean(right))

@@ -1,0 +1,60 @@
+"""The command line's door: quick help, clear refusals."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from clip_po.cli import help as help_pages
+from clip_po.cli import main as cli
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "clip_po.cli.main", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], *([name, "--help"] for name in cli.COMMANDS)])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys; from clip_po.cli import main as cli; status = cli.main(sys.argv[1:]); "
+        "sys.exit(status or bool({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: clip-po" in done.stdout
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_pages_are_those_of_the_arguments(command):
+    file = help_pages.files("clip_po").joinpath("assets", "help", f"{command}.txt")
+    assert file.read_text() == help_pages.page(command), "stale: run `make help`"
+
+
+def test_help_names_what_the_parser_takes():
+    page = help_pages.page("train")
+    for flag in (
+        "--loss_type",
+        "--preset",
+        "--lora_r",
+        "--learning_rate",
+        "--attack_words",
+        "--resume_from_checkpoint",
+    ):
+        assert f"  {flag}" in page
+
+
+def test_an_unknown_command_is_refused():
+    done = run("align")
+    assert done.returncode == 2
+    assert "'align'" in done.stderr
+    assert "train, evaluate, compare, steer, demo" in done.stderr
+
+
+def test_a_refusal_is_one_line_and_no_traceback():
+    start = time.time()
+    done = run("train", "--model_name_or_path", "nowhere", "--output_dir", "out")
+    assert done.returncode == 2
+    assert "--dataset_name is missing" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.time() - start < 60

@@ -1,0 +1,211 @@
+"""clip-po train and clip-po evaluate, end to end on small files of every kind."""
+
+import json
+
+import datasets
+import pytest
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from samples import CLASSES, make_labelled, picture
+from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
+
+from clip_po.cli import train
+from clip_po.cli.arguments import Task
+from clip_po.cli.main import main
+from clip_po.data.loading import load_split
+
+METRICS = {
+    "clean_accuracy",
+    "typographic_accuracy",
+    "occluded_accuracy",
+    "fooled",
+    "reading_effect",
+    "recovery",
+    "clean_cost",
+}
+QUICK = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    datasets.DatasetDict({"train": make_labelled(16), "test": make_labelled(12)}).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parquet")
+    make_labelled(16).to_parquet(folder / "train-00000-of-00001.parquet")
+    make_labelled(12).to_parquet(folder / "test-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for split, rows in (("train", 16), ("test", 12)):
+        for row in range(rows):
+            file = folder / split / CLASSES[row % 4] / f"{row}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture(row).save(file)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "images"])
+def test_data_sets_load_from_folders_of_every_kind(kind, request):
+    folder = str(request.getfixturevalue(kind))
+    rows = load_split(folder, "test")
+    assert len(rows) == 12
+    assert sorted(rows.features["label"].names) == sorted(CLASSES)
+    with pytest.raises(ValueError, match="'validation'"):
+        load_split(folder, "validation")
+
+
+def test_train_then_evaluate(clip_folder, parquet, tmp_path, capsys):
+    out = tmp_path / "out"
+    data = ["--dataset_name", str(parquet)]
+    settings = ["--prompt_template", "an image of a {}", "--eval_strategy", "epoch", "--max_steps", "4", *QUICK]
+    status = main(["train", "--model_name_or_path", str(clip_folder), *data, "--output_dir", str(out), *settings])
+    assert status == 0
+    assert Task.load(out) == Task(CLASSES, "an image of a {}")
+    CLIPModel.from_pretrained(out)
+    CLIPProcessor.from_pretrained(out)
+    assert "arxiv.org/abs/2411.08923" in (out / "README.md").read_text()
+
+    capsys.readouterr()
+    status = main(["evaluate", "--model_name_or_path", str(out), "--base_model_name_or_path", str(clip_folder), *data])
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert "reading effect" in printed
+    report = json.loads((out / "report.json").read_text())
+    assert report["schema_version"] == 1
+    assert report["settings"]["prompt_template"] == "an image of a {}"
+    assert set(report["models"]["aligned"]) >= METRICS
+    assert METRICS - {"recovery", "clean_cost"} <= set(report["models"]["base"])
+    for estimate in report["models"]["aligned"].values():
+        assert set(estimate) == {"value", "low", "high"}
+    assert (out / "before_after.png").stat().st_size > 1000
+
+
+def test_adapters_train_are_saved_and_evaluated(clip_folder, saved, tmp_path):
+    out = tmp_path / "out"
+    lora = ["--use_peft", "--lora_r", "2", "--max_steps", "3"]
+    data = ["--dataset_name", str(saved)]
+    where = ["--model_name_or_path", str(clip_folder), "--output_dir", str(out)]
+    assert main(["train", *where, *data, *lora, *QUICK]) == 0
+    names = load_file(out / "adapter_model.safetensors").keys()
+    assert names
+    assert all("vision_model" in name for name in names)
+    merged = PeftModel.from_pretrained(CLIPModel.from_pretrained(clip_folder), out).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    assert main(["evaluate", "--model_name_or_path", str(out), *data, "--output_dir", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "report.json").is_file()
+
+
+def test_a_run_can_be_resumed(clip_folder, images, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        "train",
+        "--model_name_or_path",
+        str(clip_folder),
+        "--dataset_name",
+        str(images),
+        "--output_dir",
+        str(out),
+    ]
+    settings = [*QUICK, "--num_train_epochs", "2", "--save_strategy", "epoch", "--save_total_limit", "2"]
+    assert main([*command, *settings]) == 0
+    whole = load_file(out / "model.safetensors")
+    first = min(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert main([*command, *settings, "--resume_from_checkpoint", str(first)]) == 0
+    again = load_file(out / "model.safetensors")
+    assert all(value.equal(again[name]) for name, value in whole.items())
+
+
+def test_flags_win_over_yaml_over_preset_over_defaults(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"dataset_name": "d", "preset": "ipo", "learning_rate": 3e-5, "seed": 7}))
+    _, args, _ = train.parse(["--config", str(file), "--seed", "9", "--output_dir", str(tmp_path)])
+    assert args.loss_type == ["ipo"]
+    assert (args.beta, args.reg_weight, args.optim) == (0.01, 0.01, "adamax")
+    assert (args.learning_rate, args.seed, args.num_train_epochs) == (3e-5, 9, 3)
+    assert args.per_device_train_batch_size == 512
+    _, plain, _ = train.parse(["--dataset_name", "d", "--output_dir", str(tmp_path)])
+    assert plain.loss_type == ["sft", "distillation"]
+    assert plain.learning_rate is None
+
+
+def test_rates_and_epochs_fit_model_and_data():
+    small, large = train.fit_to_size(128, 4000, adapters=False), train.fit_to_size(768, 1_000_000, adapters=False)
+    assert small["learning_rate"] > 10 * large["learning_rate"]
+    assert small["num_train_epochs"] >= large["num_train_epochs"] >= 1
+    assert train.fit_to_size(128, 4000, adapters=True)["learning_rate"] > small["learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--label_column", "class"], "class"),
+        (["--image_column", "photo"], "photo"),
+        (["--dataset_train_split", "valid"], "valid"),
+        (["--class_names", "a", "b"], "4 classes"),
+        (["--prompt_template", "a photo"], "{}"),
+        (["--attack_places", "moon"], "moon"),
+        (["--beta", "0"], "beta"),
+        (["--loss_type", "dpo"], "sigmoid"),
+        (["--dataset_streaming"], "streaming"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(clip_folder, parquet, tmp_path, capsys, arguments, said):
+    command = ["train", "--model_name_or_path", str(clip_folder), "--dataset_name", str(parquet)]
+    assert main([*command, "--output_dir", str(tmp_path), *QUICK, *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_single_saved_data_set_is_its_train_split_and_no_test_split(tmp_path):
+    make_labelled(8).save_to_disk(tmp_path)
+    assert len(load_split(str(tmp_path), "train")) == 8
+    with pytest.raises(ValueError, match=r"no split 'test'; it has \['train'\], and no slices"):
+        load_split(str(tmp_path), "test")
+
+
+def test_the_checkpoints_own_names_and_template_win_also_in_a_checkpoint_folder(tmp_path):
+    task = Task(["a", "b", "c", "d"], "an image of a {}")
+    (tmp_path / "checkpoint-3").mkdir()
+    task.save(tmp_path)
+    assert Task.load(tmp_path / "checkpoint-3") == task
+    arguments = train.TrainArguments(dataset_name="d")
+    assert arguments.names(make_labelled(4), task) == ["a", "b", "c", "d"]
+    assert arguments.names(make_labelled(4), Task(["a", "b"], "{}")) == CLASSES
+    assert train.TrainArguments(dataset_name="d", class_names=["x"]).names(make_labelled(4), task) == ["x"]
+
+
+def test_attack_words_need_not_be_classes_and_the_card_says_what_was_measured(clip_folder, parquet, tmp_path):
+    out = tmp_path / "out"
+    data = ["--dataset_name", str(parquet)]
+    where = ["--model_name_or_path", str(clip_folder), "--output_dir", str(out)]
+    words = ["--attack_words", "hello", "world", "dog"]
+    assert main(["train", *where, *data, *words, "--max_steps", "2", *QUICK]) == 0
+    assert "Nothing was measured yet." in (out / "README.md").read_text()
+    assert main(["evaluate", "--model_name_or_path", str(out), *data, *words]) == 0
+    card = (out / "README.md").read_text()
+    assert "Nothing was measured yet." not in card
+    assert "| aligned" in card
+    assert "## Settings" in card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max_samples", "0"], "--max_samples"),
+        (["--attack_size", "0.3"], "two numbers"),
+        (["--loss_type", "ipo", "--rejected", "others"], "S-DPO"),
+        (["--load_in_4bit", "true"], "load_in_4bit"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_at_the_start(clip_folder, parquet, tmp_path, capsys, arguments, said):
+    command = ["train", "--model_name_or_path", str(clip_folder), "--dataset_name", str(parquet)]
+    assert main([*command, "--output_dir", str(tmp_path), *QUICK, *arguments]) == 2
+    assert said in capsys.readouterr().err

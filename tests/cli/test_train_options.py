@@ -1,0 +1,302 @@
+"""clip-po train: labels of its own, validation, early stopping, averaged weights, a bound of clean cost."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from samples import CLASSES, make_labelled, picture
+from transformers import CLIPModel
+
+from clip_po import BetaMovingAverageCallback, ContrastivePOTrainer, interpolate
+from clip_po.cli import train
+from clip_po.cli.evaluate import load_any
+from clip_po.cli.main import main
+from clip_po.data.attacks.words import EVERYDAY_WORDS
+from clip_po.data.loading import load_split
+from clip_po.evaluation.interpolation import Choice
+from clip_po.evaluation.zero_shot import class_embeddings, classify
+
+QUICK = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
+QUICK += ["--per_device_train_batch_size", "8"]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Parquet files of 24 rows to train on and 12 to validate on."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for split, rows in (("train", range(24)), ("validation", range(24, 36))):
+        make_labelled(36).select(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory):
+    """A folder of twelve images and nothing else."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    for row in range(12):
+        picture(row).save(folder / f"{row:02}.png")
+    return folder
+
+
+@pytest.fixture
+def command(clip_folder, labelled, tmp_path):
+    """The flags of a quick run, with more of them after."""
+
+    def flags(*more, data=labelled, out="out", steps=3):
+        where = ["--model_name_or_path", str(clip_folder), "--output_dir", str(tmp_path / out)]
+        return [*where, "--dataset_name", str(data), "--max_steps", str(steps), *QUICK, *more]
+
+    return flags
+
+
+def aligned(argv):
+    trainer, _ = train.align(*train.parse(argv))
+    return trainer
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def images(rows):
+    """The rows' images as bytes, to tell rows by."""
+    return {np.asarray(row["image"]).tobytes() for row in rows}
+
+
+# ---- Labels of the model's own --------------------------------------------------------------------------
+
+
+def test_own_answers_stand_in_for_labels(command, unlabelled, clip_folder, processor):
+    names = ["--class_names", *CLASSES]
+    trainer = aligned(command("--labels", "reference", *names, "--loss_type", "sft", "distillation", data=unlabelled))
+    preferences = trainer.train_dataset.preferences
+    base = CLIPModel.from_pretrained(clip_folder)
+    texts = class_embeddings(base, processor, CLASSES, ["a photo of a {}"])
+    pixels = processor(images=[picture(row) for row in range(12)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        weight, label = classify(base, pixels, texts).softmax(dim=1).max(dim=1)
+    assert preferences.labels == label.tolist()
+    assert preferences.weights == pytest.approx(weight.tolist(), rel=1e-5)
+    assert trainer.state.global_step == 3
+
+
+def test_own_answers_go_with_validation_and_half_precision(command, unlabelled):
+    more = ["--labels", "reference", "--class_names", *CLASSES, "--bf16", "true", "--eval_strategy", "steps"]
+    trainer = aligned(command(*more, "--eval_steps", "3", data=unlabelled))
+    (measured,) = [log for log in trainer.state.log_history if "eval_typographic_accuracy" in log]
+    assert 0 <= measured["eval_typographic_accuracy"] <= 1
+    assert len(trainer.train_dataset) == 10
+    assert len(trainer.eval_dataset) == 2
+
+
+def test_own_answers_need_class_names(command, unlabelled, capsys):
+    assert main(["train", *command("--labels", "reference", data=unlabelled)]) == 2
+    assert "--class_names" in capsys.readouterr().err
+
+
+# ---- Validation rows ------------------------------------------------------------------------------------
+
+
+def test_a_tenth_of_the_rows_is_kept_out_for_validation(command, labelled):
+    trainer = aligned(command("--eval_strategy", "steps", "--eval_steps", "3"))
+    kept, trained = (images(pairs.preferences.dataset) for pairs in (trainer.eval_dataset, trainer.train_dataset))
+    assert (len(kept), len(trained)) == (3, 21)
+    assert kept.isdisjoint(trained)
+    assert kept | trained == images(load_split(str(labelled), "train"))
+
+
+def test_a_validation_split_leaves_all_rows_to_training(command, labelled):
+    more = ["--eval_strategy", "steps", "--eval_steps", "3", "--dataset_validation_split", "validation"]
+    trainer = aligned(command(*more))
+    assert images(trainer.eval_dataset.preferences.dataset) == images(load_split(str(labelled), "validation"))
+    assert len(trainer.train_dataset) == 24
+
+
+def test_without_anything_to_validate_all_rows_train(command):
+    trainer = aligned(command())
+    assert len(trainer.train_dataset) == 24
+    assert trainer.eval_dataset is None
+
+
+# ---- A bound of clean cost ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "4"]], ids=["full", "lora"])
+def test_the_bound_saves_the_interpolation_that_was_printed(command, clip_folder, tmp_path, capsys, monkeypatch, lora):
+    # On a model that knows nothing chance would choose; choose has tests of its own.
+    monkeypatch.setattr(train, "choose_alpha", lambda points, bound: Choice(points[3], bound))
+    out = tmp_path / "out"
+    more = ["--dataset_validation_split", "validation", "--learning_rate", "0.003", *lora]
+    assert main(["train", *command(*more)]) == 0
+    whole = interpolate(load_any(str(clip_folder)), load_any(str(out)), 1)
+    assert (out / "adapter_config.json").exists() == bool(lora)
+
+    capsys.readouterr()
+    assert main(["train", *command(*more, "--max_clean_cost", "1.5")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^alpha 0\.3: typographic accuracy .*\(bound 1\.5, 12 images\)", printed, re.MULTILINE)
+    assert all(f"| {alpha} " in printed for alpha in ("0", "0.1", "0.9", "1"))
+    assert ("adapters are merged" in printed) == bool(lora)
+
+    # Plain, also where adapters lay in the folder before.
+    assert not (out / "adapter_config.json").exists()
+    card = (out / "README.md").read_text()
+    assert "CLIPModel.from_pretrained" in card
+    assert "PeftModel" not in card
+    base = CLIPModel.from_pretrained(clip_folder)
+    expected, before = interpolate(base, whole, 0.3).state_dict(), base.state_dict()
+    saved = CLIPModel.from_pretrained(out).state_dict()
+    assert any(not weight.equal(before[name]) for name, weight in saved.items())
+    for name, weight in saved.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+
+
+def test_what_is_reported_last_is_measured_on_what_is_saved(command, monkeypatch):
+    points = []
+
+    def half_way(found, bound):
+        points.append(found[5])
+        return Choice(found[5], bound)
+
+    monkeypatch.setattr(train, "choose_alpha", half_way)
+    more = ["--eval_strategy", "steps", "--eval_steps", "3", "--learning_rate", "0.01", "--max_clean_cost", "1"]
+    trainer = aligned(command(*more, "--dataset_validation_split", "validation"))
+    logs = [log for log in trainer.state.log_history if "eval_clean_cost" in log]
+    assert logs[-1]["eval_clean_cost"] == pytest.approx(points[0].clean_cost.value)
+    assert logs[-1]["eval_typographic_accuracy"] == pytest.approx(points[0].typographic_accuracy.value)
+    kl = [log["eval_kl"] for log in trainer.state.log_history if "eval_kl" in log]
+    assert 0 < kl[-1] < kl[-2]
+
+
+def test_a_bound_that_nothing_can_hold_is_refused_before_anything_is_loaded(command, capsys):
+    assert main(["train", *command("--max_clean_cost", "-1")]) == 2
+    assert "max_clean_cost" in capsys.readouterr().err
+
+
+def test_too_few_rows_to_validate_on_are_refused(command, tmp_path, capsys):
+    make_labelled(9).to_parquet(tmp_path / "few" / "train-00000-of-00001.parquet")
+    assert main(["train", *command("--max_clean_cost", "1", data=tmp_path / "few")]) == 2
+    assert "--dataset_validation_split" in capsys.readouterr().err
+
+
+def test_a_single_row_to_validate_on_is_refused_before_training(command, tmp_path, capsys, monkeypatch):
+    make_labelled(10).to_parquet(tmp_path / "few" / "train-00000-of-00001.parquet")
+    monkeypatch.setattr(ContrastivePOTrainer, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    assert main(["train", *command("--max_clean_cost", "1", data=tmp_path / "few")]) == 2
+    assert "--dataset_validation_split" in capsys.readouterr().err
+
+
+# ---- Averaged weights -----------------------------------------------------------------------------------
+
+
+def test_the_moving_average_is_that_of_the_callback(command, tmp_path):
+    for out, more in (("plain", []), ("out", ["--moving_average", "0.7"])):
+        assert main(["train", *command("--learning_rate", "0.01", *more, out=out)]) == 0
+    averaged, plain = weights(tmp_path / "out"), weights(tmp_path / "plain")
+    assert any(not weight.equal(plain[name]) for name, weight in averaged.items())
+
+    trainer = aligned_again(command("--learning_rate", "0.01", out="again"), BetaMovingAverageCallback(0.7))
+    for name, weight in trainer.model.state_dict().items():
+        torch.testing.assert_close(averaged[name], weight, rtol=0, atol=0)
+
+
+def aligned_again(argv, callback):
+    """The same training once more by the trainer itself, with a callback."""
+    once = aligned(argv)
+    preferences = once.train_dataset.preferences
+    trainer = ContrastivePOTrainer(
+        argv[argv.index("--model_name_or_path") + 1],
+        args=once.args,
+        train_dataset=preferences,
+        candidate_texts=preferences.texts,
+        callbacks=[callback],
+    )
+    trainer.train()
+    return trainer
+
+
+# ---- Early stopping -------------------------------------------------------------------------------------
+
+EARLY = ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--early_stopping_patience", "1"]
+
+
+@pytest.fixture
+def by_epochs(command):
+    def flags(*more):
+        found = command(*more)
+        where = found.index("--max_steps")
+        return [*found[:where], "--num_train_epochs", "6", *found[where + 2 :]]
+
+    return flags
+
+
+@pytest.mark.parametrize(("bound", "metric"), [([], "typographic_accuracy"), (["--max_clean_cost", "0"], "trade_off")])
+def test_the_best_checkpoint_is_kept(by_epochs, tmp_path, monkeypatch, bound, metric):
+    kept = []
+    monkeypatch.setattr(train, "keep_clean_accuracy", lambda trainer, *args: kept.append(trainer))
+    more = ["--dataset_validation_split", "validation", "--learning_rate", "0.003", "--save_total_limit", "9"]
+    trainer = aligned(by_epochs(*EARLY, *more, *bound))
+    assert kept == ([trainer] if bound else [])
+
+    last = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((last / "trainer_state.json").read_text())
+    found = {log["step"]: log[f"eval_{metric}"] for log in state["log_history"] if f"eval_{metric}" in log}
+    best = max(found.values())
+    step = next(step for step, value in found.items() if value == best)
+    assert trainer.state.best_metric == pytest.approx(best)
+    assert trainer.state.best_global_step == step
+    # One evaluation in vain, and no more.
+    steps = list(found)
+    assert trainer.state.epoch == 6 or steps.index(step) == len(steps) - 2
+    logs = [log[f"eval_{metric}"] for log in trainer.state.log_history if f"eval_{metric}" in log]
+    assert logs[-1] == pytest.approx(best)  # what the card says is of what is kept
+    checkpoint = weights(tmp_path / "out" / f"checkpoint-{step}")
+    for name, weight in trainer.model.state_dict().items():
+        assert weight.equal(checkpoint[name])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--early_stopping_patience", "1"], "--eval_strategy epoch --save_strategy epoch"),
+        ([*EARLY, "--save_strategy", "steps"], "--eval_strategy epoch --save_strategy epoch"),
+        (
+            [*EARLY, "--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "2"],
+            "--save_steps",
+        ),
+        ([*EARLY, "--moving_average", "0.7"], "not with both"),
+        ([*EARLY, "--early_stopping_patience", "0"], "--early_stopping_patience"),
+        (["--moving_average", "0"], "beta"),
+    ],
+)
+def test_what_cannot_stop_early_is_refused_before_training(command, capsys, monkeypatch, more, said):
+    monkeypatch.setattr(ContrastivePOTrainer, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    assert main(["train", *command(*more)]) == 2
+    assert said in capsys.readouterr().err
+
+
+# ---- What is written ------------------------------------------------------------------------------------
+
+
+def test_other_words_and_several_words_reach_training_and_validation(command):
+    more = ["--attack_other_share", "0.5", "--attack_count", "1", "2", "--eval_strategy", "steps", "--eval_steps", "3"]
+    trainer = aligned(command(*more))
+    for pairs in (trainer.train_dataset, trainer.eval_dataset):
+        attack = pairs.preferences.attack
+        assert (attack.other_share, tuple(attack.count)) == (0.5, (1, 2))
+        assert set(attack.vocabulary) > {*CLASSES, *EVERYDAY_WORDS[:3]}
+    rows = [trainer.train_dataset.preferences.row(index, 0) for index in range(21)]
+    rejected = [text.removeprefix("a photo of a ") for row in rows for text in row["rejected"]]
+    assert {len(row["rejected"]) for row in rows} == {1, 2}
+    assert set(rejected) & set(CLASSES)
+    assert set(rejected) & set(EVERYDAY_WORDS)
+    assert trainer.candidate_texts == trainer.train_dataset.preferences.texts
+
+
+def test_words_of_the_users_own(command):
+    trainer = aligned(command("--attack_other_words", "moon", "sugar", "--attack_other_share", "1"))
+    written = {word for index in range(24) for word in trainer.train_dataset.preferences.attack.written(index)}
+    assert written == {"moon", "sugar"}

@@ -1,0 +1,114 @@
+"""A sweep is measured against the base on the same images; a choice holds its bound by the interval's upper end."""
+
+import weakref
+
+import pytest
+from samples import make_scenes
+
+from clip_po.evaluation.bootstrap import Estimate
+from clip_po.evaluation.interpolation import (
+    SweepPoint,
+    choose_alpha,
+    interpolate,
+    interpolation_table,
+    sweep_interpolation,
+)
+from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness, robustness_report
+
+TEMPLATES = ["a photo of a {}"]
+
+
+def point(alpha, typographic, cost, upper, images=100):
+    return SweepPoint(alpha, Estimate(0.9), Estimate(typographic), Estimate(cost), upper, images)
+
+
+@pytest.fixture
+def images(dataset, attack, processor):
+    return RobustnessImages(dataset, attack, processor, renderings=2)
+
+
+def test_a_sweep_measures_each_interpolation_against_the_base(model, other_model, attack, processor):
+    images = RobustnessImages(make_scenes(60), attack, processor, renderings=2)
+    points = sweep_interpolation(model, other_model, images, TEMPLATES, (0, 0.5, 1), disable_tqdm=True)
+    assert [p.alpha for p in points] == [0, 0.5, 1]
+    assert points[0].clean_cost == Estimate(0.0, 0.0, 0.0)
+    assert points[0].clean_cost_upper == 0.0
+    both = {"base": model, "half": interpolate(model, other_model, 0.5)}
+    answers = evaluate_robustness(both, images, TEMPLATES, disable_tqdm=True)
+    report = robustness_report(answers, "half", "base")
+    assert points[1].clean_accuracy == report["clean_accuracy"]
+    assert points[1].typographic_accuracy == report["typographic_accuracy"]
+    assert points[1].clean_cost == report["clean_cost"]
+    assert points[1].clean_cost_upper == robustness_report(answers, "half", "base", confidence=0.9)["clean_cost"].high
+    assert report["clean_cost"].value < points[1].clean_cost_upper < report["clean_cost"].high
+    assert {p.images for p in points} == {60}
+    assert len({p.clean_accuracy.value for p in points}) > 1
+    assert len(interpolation_table(points).splitlines()) == 5
+
+
+def test_a_sweep_holds_one_interpolation_at_a_time(model, other_model, images, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    def watched(*arguments):
+        most.append(len(alive))
+        mixed = interpolate(*arguments)
+        alive.add(mixed)
+        return mixed
+
+    monkeypatch.setattr("clip_po.evaluation.interpolation.interpolate", watched)
+    sweep_interpolation(model, other_model, images, TEMPLATES, (0.2, 0.4, 0.6), disable_tqdm=True)
+    assert max(most) == 0
+
+
+def test_the_best_point_sure_to_hold_the_bound_is_chosen():
+    points = [point(0, 0.3, 0.0, 0.0), point(0.5, 0.6, -0.5, 0.5), point(1, 0.8, 3.0, 4.0)]
+    choice = choose_alpha(points, 1.0)
+    assert choice.point is points[1]
+    assert choice.unproven is None
+    assert str(choice) == (
+        "alpha 0.5: typographic accuracy .600, clean cost of -.50 points, at most .50 with 95 % confidence "
+        "(bound 1, 100 images)."
+    )
+    assert choose_alpha(points, 4.0).point is points[2]
+    assert choose_alpha(points, 0.0).point is points[0]
+
+
+def test_a_better_point_that_is_not_sure_says_how_many_images_it_takes():
+    points = [point(0, 0.3, 0.0, 0.0), point(0.5, 0.6, 0.0, 1.0), point(0.8, 0.7, 0.5, 2.0), point(1, 0.8, 3.0, 4.0)]
+    choice = choose_alpha(points, 1.0)
+    assert choice.point is points[1]
+    assert choice.unproven is points[2]
+    assert choice.images_needed == 900  # half the bound is left, and the interval is 1.5 wide: 3 ** 2 times as many
+    assert choice.describe().splitlines()[1] == (
+        "alpha 0.8 would be better (.700) at a clean cost of .50 points, at most 2.00: to promise the bound takes "
+        "about 900 images."
+    )
+
+
+def test_rounding_does_not_break_a_bound_that_is_met_exactly():
+    exactly = 100 * (0.93 - 0.92)
+    assert exactly > 1
+    met = point(0.5, 0.6, 0.0, exactly)
+    assert choose_alpha([point(0, 0.3, 0.0, 0.0), met], 1.0).point is met
+
+
+def test_a_cost_that_meets_the_bound_by_its_value_needs_endless_images():
+    points = [point(0, 0.3, 0.0, 0.0), point(1, 0.8, 100 * (0.93 - 0.92), 4.0)]
+    assert choose_alpha(points, 1.0).unproven is None
+
+
+def test_equal_points_are_decided_by_the_cost():
+    points = [point(0, 0.3, 0.0, 0.0), point(0.9, 0.6, 0.5, 0.9), point(0.8, 0.6, 0.2, 0.5)]
+    assert choose_alpha(points, 1.0).point is points[2]
+
+
+def test_what_makes_no_sense_is_refused(model, other_model, images, dataset, attack, processor):
+    with pytest.raises(ValueError, match="percentage points >= 0, got -1"):
+        choose_alpha([point(0, 0.3, 0.0, 0.0)], -1)
+    with pytest.raises(ValueError, match="Measure alpha 0 too"):
+        choose_alpha([point(1, 0.8, 3.0, 4.0)], 1.0)
+    with pytest.raises(ValueError, match=r"at least one, got \(\)"):
+        sweep_interpolation(model, other_model, images, TEMPLATES, ())
+    single = RobustnessImages(dataset.select(range(2)), attack, processor, cluster_column="scene")
+    with pytest.raises(ValueError, match="single cluster"):
+        sweep_interpolation(model, other_model, single, TEMPLATES)

@@ -1,0 +1,180 @@
+"""Training on streams: as on the same rows by number, resumed bit for bit, and dealt to processes without loss."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import streaming_worker
+import torch
+from samples import CLASSES, PROMPTS, make_labelled, make_preferences, run_config
+from transformers import TrainerCallback
+
+from clip_po.concept.transform import ConceptTransform
+from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.stream_reader import STREAM_FILE, StreamMark
+from clip_po.data.streamed_pairs import TypographicStream
+from clip_po.trainer import ContrastivePOTrainer
+
+ATTACK = TypographicAttack(CLASSES, min_side=32)
+TESTS = Path(__file__).parent
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+@pytest.fixture
+def make_trainer(clip_folder, tmp_path):
+    def make(train_dataset, callbacks=None, reg_dataset=None, concept=None, **arguments):
+        config = {
+            "per_device_train_batch_size": 3,
+            "learning_rate": 1e-3,
+            "max_steps": 9,
+            "logging_steps": 1,
+            **arguments,
+        }
+        return ContrastivePOTrainer(
+            str(clip_folder),
+            args=run_config(tmp_path / "run", **config),
+            train_dataset=train_dataset,
+            candidate_texts=PROMPTS,
+            callbacks=callbacks,
+            reg_dataset=reg_dataset,
+            concept=concept,
+        )
+
+    return make
+
+
+def same(first, second):
+    first, second = first.model.state_dict(), second.model.state_dict()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def logged(trainer, *without):
+    kept = [{name: value for name, value in log.items() if name not in without} for log in trainer.state.log_history]
+    return kept[:-1]  # the last says how fast it was
+
+
+def shuffled(seed=0):
+    return TypographicStream(make_labelled(8).to_iterable_dataset(num_shards=2).shuffle(seed, buffer_size=4), ATTACK)
+
+
+@pytest.mark.parametrize("kind", ["attack", "preferences"])
+def test_a_stream_trains_as_the_same_rows_by_number(kind, make_trainer):
+    if kind == "attack":
+        known, data = TypographicPreferences(make_labelled(8), ATTACK), {"loss_type": ["sigmoid", "distillation"]}
+        stream = TypographicStream(make_labelled(8).to_iterable_dataset(), ATTACK)
+    else:
+        known, data = make_preferences(8), {"reg_dataset": make_labelled(5), "loss_type": "kto_pair"}
+        stream = known.to_iterable_dataset()
+    settings = {**data, "precompute_ref_log_probs": False}
+    by_number = make_trainer(known, train_sampling_strategy="sequential", **settings)
+    by_turn = make_trainer(stream, **settings)
+    for trainer in (by_number, by_turn):
+        trainer.train()
+    assert len(logged(by_turn)) == 9
+    assert logged(by_turn, "epoch") == logged(by_number, "epoch")
+    assert same(by_turn, by_number)
+
+
+@pytest.mark.parametrize(("workers", "stopped_at"), [(0, 3), (2, 1)])
+def test_a_run_on_a_stream_resumes_bit_for_bit(workers, stopped_at, make_trainer):
+    settings = {"gradient_accumulation_steps": 2, "dataloader_num_workers": workers, "max_steps": 5}
+    saved = {"save_strategy": "steps", "save_steps": stopped_at}
+    streams = {0: shuffled, 2: lambda: make_preferences(8).to_iterable_dataset(num_shards=2)}
+    whole = make_trainer(streams[workers](), **settings)
+    whole.train()
+    make_trainer(streams[workers](), callbacks=[StopAt(stopped_at)], **settings, **saved).train()
+    resumed = make_trainer(streams[workers](), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(whole, resumed)
+    assert logged(resumed) == logged(whole)
+
+
+def test_a_stream_that_gives_other_rows_is_not_resumed_unless_told_so(make_trainer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(shuffled(), callbacks=[StopAt(2)], **settings).train()
+    with pytest.raises(ValueError, match=r"train_dataset can't be resumed exactly: .*ignore_data_skip=True"):
+        make_trainer(shuffled(seed=1), **settings).train(resume_from_checkpoint=True)
+    anyway = make_trainer(shuffled(seed=1), ignore_data_skip=True, **settings)
+    anyway.train(resume_from_checkpoint=True)
+    assert anyway.state.global_step == 4
+    (tmp_path / "run" / "checkpoint-2" / STREAM_FILE).unlink()  # as if another program had written it
+    read_again = make_trainer(shuffled(), **settings)
+    read_again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    whole = make_trainer(shuffled(), max_steps=4)
+    whole.train()
+    assert same(whole, read_again)
+
+
+def test_what_a_stream_cannot_do_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="max_steps"):
+        make_trainer(shuffled(), max_steps=-1)
+    with pytest.raises(ValueError, match="train_dataset is streamed, but a concept's"):
+        make_trainer(shuffled(), concept=ConceptTransform(16))
+    trainer = make_trainer(shuffled(), max_steps=1)
+    with pytest.raises(TypeError, match="eval_dataset is streamed"):
+        trainer.evaluate(make_preferences(2).to_iterable_dataset())
+    broken = make_preferences(4).cast_column("image", datasets.Image(decode=False)).to_iterable_dataset()
+    broken = broken.map(lambda row, i: {"image": {"bytes": b"no", "path": None}} if i == 1 else {}, with_indices=True)
+    with pytest.raises(ValueError, match="train_dataset row 1 of the stream: the image in column 'image'"):
+        make_trainer(broken).train()
+
+
+@pytest.mark.parametrize("digests", [[5, 5], [5, 6]])
+def test_processes_that_read_other_rows_are_stopped(digests, make_trainer, monkeypatch):
+    trainer, mark = make_trainer(shuffled(), max_steps=1), StreamMark(agreed=5)
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.tensor(digests))
+    refused = pytest.raises(ValueError, match=r"other rows than each other .*stream\.shuffle\(seed=0\)")
+    with refused if digests[0] != digests[1] else contextlib.nullcontext():
+        trainer._check_same_rows(mark, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, clip_folder):
+    """The logs of one process and of two."""
+    folder = tmp_path_factory.mktemp("streams")
+    command = [sys.executable, *map(str, (TESTS / "streaming_worker.py", clip_folder, folder))]
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [
+        {**shared, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": TESTS, "OMP_NUM_THREADS": 1} for rank in (0, 1)
+    ]
+    environments = [{**os.environ, **{name: str(value) for name, value in rank.items()}} for rank in ranks]
+    started = [subprocess.Popen(command, env=e, stderr=subprocess.PIPE, text=True) for e in environments]
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-4000:] for text in said)
+    return streaming_worker.run(str(clip_folder), folder), json.loads((folder / "two.json").read_text()), "".join(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stream", "rows", "apart"])
+def test_two_processes_train_as_one_on_streams_and_around_broken_images(name, runs):
+    one, two, _ = runs
+    assert len(one[name]) == len(two[name]) == (8 if name == "rows" else 7)
+    for first, second in zip(one[name], two[name], strict=True):
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            if "accuracies" not in key and not any(part in key for part in ("runtime", "per_second", "preparation")):
+                assert second[key] == pytest.approx(value, rel=1e-5, abs=2e-5), key
+    counts = [log["skipped_rows"] for log in two[name] if "skipped_rows" in log]
+    broken = {"stream": (3, 3), "rows": (3, 3), "apart": (5, 5)}[name]
+    assert (sum(counts[:3]), sum(counts[3:])) == broken
+
+
+@pytest.mark.slow
+def test_what_two_processes_skip_is_said_by_the_one_that_read_it(runs):
+    assert "Skipped, by on_bad_image='skip': train_dataset row 1: an image in column 'image' can't be read" in runs[2]
