@@ -1,4 +1,4 @@
-"""Texts that all processes share: the candidates of a global batch, and their embeddings with gradients."""
+"""The candidate texts among which a policy chooses: the same for every row, each row's own, or the global batch's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_gather
+
+from clip_po.data.formats import check_candidates
+
+
+class CandidateTexts:
+    """The candidate texts of every row, or none where each row names its own.
+
+    Args:
+        texts: M different texts, at least two; None where each row names its own.
+
+    Attributes:
+        texts: The texts as a tuple, or None.
+
+    Raises:
+        ValueError: Fewer than two texts, an empty one, or one that occurs twice.
+        TypeError: `texts` is not a list, or something in it is not a string.
+    """
+
+    def __init__(self, texts: Sequence[str] | None = None) -> None:
+        check_candidates(texts)
+        self.texts = None if texts is None else tuple(texts)
+        self._positions = {text: position for position, text in enumerate(self.texts or ())}
+
+    def __bool__(self) -> bool:
+        """Whether texts were given for every row."""
+        return self.texts is not None
+
+    def position(self, text: str) -> int:
+        """Return the position of a text among those given for every row."""
+        return self._positions[text]
+
+    def of_batch(self, batch: Mapping[str, Any]) -> Sequence[str]:
+        """Return the texts that the positions in a batch refer to: those given for every row, else `batch["texts"]`."""
+        return self.texts if self.texts is not None else batch["texts"]
 
 
 def in_batch_candidates(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def model_card(
         f'model = CLIPModel.from_pretrained("{model_name}")',
         "adapter": "from peft import PeftModel\nfrom transformers import CLIPModel, CLIPProcessor\n\n"
         f'model = PeftModel.from_pretrained({base}, "{model_name}")',
-        "concept": "from clip_po import ConceptTransform, fold\nfrom transformers import CLIPModel, CLIPProcessor\n\n"
+        "concept": "from clip_po import ConceptTransform\nfrom transformers import CLIPModel, CLIPProcessor\n\n"
         f'model = ConceptTransform.load("{model_name}").fold_into({base}, t=1.0)',
     }[kind]
     measured = report or _table({k: f"{v:.4f}" for k, v in sorted(metrics.items())}) or "Nothing was measured yet."
