@@ -40,7 +40,7 @@ class CandidateTexts:
         return self._positions[text]
 
     def of_batch(self, batch: Mapping[str, Any]) -> Sequence[str]:
-        """Return the texts that the positions in a batch refer to: those given for every row, else `batch["texts"]`."""
+        """Return the texts that positions in a batch refer to: those given for every row, else `batch["texts"]`."""
         return self.texts if self.texts is not None else batch["texts"]
 
 
