@@ -15,7 +15,7 @@ def test_public_names_resolve(name):
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'DPOTrainer'"):
+    with pytest.raises(AttributeError, match=r"clip_po.*DPOTrainer"):
         clip_po.DPOTrainer  # noqa: B018
 
 

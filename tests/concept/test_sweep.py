@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from samples import make_scenes
+from samples import SCENE_CLASSES, make_scenes
+from scenes import make_model, make_processor
 
 from clip_po.concept.sweep import (
     ScalePoint,
@@ -32,7 +33,18 @@ def randomized(towers="shared", output_dim=None):
 
 
 @pytest.fixture
-def images(attack, processor):
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
+
+
+@pytest.fixture
+def images(processor):
+    attack = TypographicAttack(words=[*SCENE_CLASSES, "tree"], size=(0.3, 0.4), min_side=32)
     return RobustnessImages(make_scenes(40), attack, processor, cluster_column="scene", renderings=2)
 
 

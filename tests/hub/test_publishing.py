@@ -78,7 +78,7 @@ def test_measurements_may_be_missing_or_a_report(measured, said, tmp_path):
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint"])
 def test_a_push_carries_a_card_and_no_pickle_and_no_token(clip_folder, tmp_path, strategy):
     token = "hf_" + "s3cret" * 6
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     with FakeHub() as hub:
         environment = {
             **{k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"},

@@ -222,7 +222,7 @@ trainer.accelerator.end_training()
 def test_two_processes_agree_on_metrics_and_average_and_resume_exactly(clip_folder, images, processor, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     for resumed in ("", str(tmp_path / "run" / "checkpoint-2")):

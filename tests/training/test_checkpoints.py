@@ -31,7 +31,7 @@ class StopAt(TrainerCallback):
 @pytest.fixture
 def kills(monkeypatch):
     """The benchmark that kills runs."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     return importlib.import_module("kills")
 
 

@@ -11,7 +11,7 @@ from transformers import CLIPModel
 from clip_po.policy import encode_images, encode_texts
 from clip_po.training.sharding import allow_sharding
 
-CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate_configs"
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 
 
 def test_nothing_but_the_kind_of_the_logit_scale_changes(model, processor, tmp_path):

@@ -23,7 +23,7 @@ from clip_po.data.streamed_pairs import TypographicStream
 from clip_po.trainer import ContrastivePOTrainer
 
 ATTACK = TypographicAttack(CLASSES, min_side=32)
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 class StopAt(TrainerCallback):

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from clip_po.evaluation.report.summary import (
 from clip_po.evaluation.robustness import COLUMNS
 from clip_po.evaluation.tables import UNDEFINED, format_estimate, format_number
 
-_FOLDER = Path(__file__).parents[1] / "assets" / "page"
+_FOLDER = Path(str(files("clip_po"))) / "assets" / "page"
 _SIDE, _SMALL = 384, 96  # pixels: of a thumbnail at most; below which an image is embedded without loss
 _POINTS = "clean_cost"
 _NEEDED = ("clean_accuracy", "typographic_accuracy", "fooled")

@@ -17,7 +17,7 @@ from clip_po.evaluation.fairness.written_word import (
 )
 from clip_po.evaluation.robustness import RobustnessImages
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bias.py"
+BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "bias.py"
 
 
 @pytest.fixture
