@@ -32,7 +32,7 @@ from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_
 from clip_po.data.pairs import PreferencePairs, TypographicPreferences
 from clip_po.data.sampler import EpochSampler
 from clip_po.losses import LossSettings, preference_loss
-from clip_po.policy import BatchLogps, candidate_logps, encode_texts, preference_logps, regularization_kl
+from clip_po.policy import CandidateLogps, candidate_logps, encode_texts, preference_logps, regularization_kl
 from clip_po.trainer import ContrastivePOTrainer
 
 GOAL = 0.03
@@ -127,9 +127,9 @@ def bare_steps(case: Case, args: ContrastivePOConfig) -> list[float]:
         ends.append(time.perf_counter())
         pixels = torch.cat([batch["pixel_values"], batch["reg_pixel_values"]])
         features = F.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
-        policy = BatchLogps(*(candidate_logps(part, text_embeds, scale) for part in features.chunk(2)))
+        policy = CandidateLogps(*(candidate_logps(part, text_embeds, scale) for part in features.chunk(2)))
         known = (batch["ref_image_embeds"], batch["ref_reg_image_embeds"])
-        reference = BatchLogps(*(candidate_logps(part, text_embeds, scale) for part in known))
+        reference = CandidateLogps(*(candidate_logps(part, text_embeds, scale) for part in known))
         losses = preference_loss(
             preference_logps(policy, reference, batch), args.loss_type, args.weights, loss_settings
         )

@@ -31,14 +31,14 @@ from clip_po.evaluation.tables import format_table
 from clip_po.losses import LossSettings, preference_loss
 from clip_po.models import TEXT_TOWER
 from clip_po.policy import (
-    BatchLogps,
+    CandidateLogps,
     candidate_logps,
     dual_encoder,
     encode_images,
-    frozen_copy,
     preference_logps,
     regularization_kl,
 )
+from clip_po.reference import frozen_copy
 
 GIGA = 1e9
 
@@ -115,11 +115,11 @@ def stepper(step: Step, device: torch.device) -> tuple[Callable[[], None], Calla
         scale = dual_encoder(model).logit_scale
         with torch.autocast(device.type, torch.bfloat16, enabled=step.bf16):
             images = model(input_ids=tokens, pixel_values=torch.cat(pixels)).image_embeds.split(step.pairs)
-        policy = BatchLogps(*(candidate_logps(embeds, texts, scale.exp()) for embeds in images))
+        policy = CandidateLogps(*(candidate_logps(embeds, texts, scale.exp()) for embeds in images))
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=step.bf16):
             seen = [encode_images(reference, batch) for batch in pixels[: step.seen]]
             embeds = [*seen, *[known] * (2 - step.seen)]
-            compared = BatchLogps(*(candidate_logps(found, texts, scale.exp()) for found in embeds))
+            compared = CandidateLogps(*(candidate_logps(found, texts, scale.exp()) for found in embeds))
         logps, kl = preference_logps(policy, compared, rows), regularization_kl(policy, compared)
         loss = preference_loss(logps, ["sigmoid"], [1.0], LossSettings()).mean() + kl.mean()
         loss.backward()

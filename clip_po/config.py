@@ -63,7 +63,6 @@ NUMBERS: Mapping[str, Allowed] = {
     "save_steps": POSITIVE,
     "seed": SEED,
     "reg_weight": NOT_NEGATIVE,
-    "penalty_weight": NOT_NEGATIVE,
     "desirable_weight": NOT_NEGATIVE,
     "undesirable_weight": NOT_NEGATIVE,
 }
@@ -118,9 +117,6 @@ class ContrastivePOConfig(TrainingArguments):
         undesirable_weight (`float`, defaults to `1.0`): Weight of rejected texts in `kto_pair`, >= 0.
         reg_weight (`float`, defaults to `1.0`): lambda of the paper, >= 0: weight of KL(reference || policy) on
             ordinary images. 0 leaves them out.
-        penalty_weight (`float`, defaults to `0.1`): Weight of ||I - W W^T||_F where the trainer is given a
-            `concept`, >= 0.
-
         in_batch_candidates (`bool`, defaults to `False`): Let the policy choose among all texts of the global
             batch, each once, where no `candidate_texts` are given, instead of each row's own. Under gradient
             accumulation those of one micro-batch of all processes; the rows that fill up a last batch bring theirs.
@@ -189,10 +185,6 @@ class ContrastivePOConfig(TrainingArguments):
     reg_weight: float = field(
         default=1.0,
         metadata={"help": "lambda: weight of KL(reference || policy) on ordinary images, >= 0."},
-    )
-    penalty_weight: float = field(
-        default=0.1,
-        metadata={"help": "Weight of ||I - W W^T||_F where a concept's transformation W is trained, >= 0."},
     )
     in_batch_candidates: bool = field(
         default=False, metadata={"help": "Every text of the global batch is a candidate of each of its rows."}

@@ -1,4 +1,4 @@
-"""Metrics of preferences, named as DPOTrainer names them, averaged over rows and not over batches."""
+"""Metrics of preferences under the names of TRL's DPOTrainer, averaged over rows rather than over batches."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from torch import Tensor
 from clip_po.losses import PreferenceLogps
 
 RowMetrics = Mapping[str, tuple[Tensor, Tensor]]
-"""By name: values Tensor[B] and the weights Tensor[B] of their mean."""
+"""Values Tensor[B] and their row weights Tensor[B], by metric name."""
 
 
 @torch.no_grad()
 def preference_metrics(logps: PreferenceLogps, losses: Tensor, beta: float, weight: Tensor) -> RowMetrics:
-    """Rewards, log-probabilities and loss of each preference.
+    """Compute the rewards, log-probabilities and loss of each preference.
 
-    A reward is beta * (log pi - log ref). Of several rejected texts the mean is taken; a row is accurate where
-    the chosen text's reward is above that of every rejected one.
+    A reward is beta * (log pi - log ref). Several rejected texts count with their mean. A row is accurate if the
+    reward of the chosen text is above the reward of every rejected text.
 
     Args:
         logps: Log-probabilities of B preferences with R rejected texts, in nats.
         losses: Tensor[B], the preference losses.
-        beta: As for the losses.
+        beta: Strength of the pull to the reference, as in the losses.
         weight: Tensor[B], weight of each row; 0 for padding.
 
     Returns:
         Values and weights by name: rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins,
-        logps/chosen, logps/rejected, loss/preference. Rows without rejected texts count in theirs with weight 0.
+        logps/chosen, logps/rejected, loss/preference. Rows without rejected texts have weight 0 in the metrics about
+        rejected texts.
     """
     present = ~logps.rejected.isneginf()
     paired = weight * present.any(dim=-1)
@@ -50,7 +51,7 @@ def _mean_of_present(values: Tensor, present: Tensor) -> Tensor:
 
 
 class RunningMeans:
-    """Weighted means over rows, summed on the device and brought together over processes only when asked for."""
+    """Weighted means over rows, summed on the device and reduced over processes only when they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -58,20 +59,25 @@ class RunningMeans:
     def add(self, rows: RowMetrics) -> None:
         """Add the rows of a batch."""
         for name, (values, weight) in rows.items():
-            # float64 where the device has it: a float32 sum over many rows would lose the last digits.
+            # float64 where the device has it: a float32 sum over many rows loses the last digits.
             dtype = torch.float32 if values.device.type == "mps" else torch.float64
             pair = torch.stack([(values.to(dtype) * weight.to(dtype)).sum(), weight.to(dtype).sum()])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
+    def loss_is_finite(self, device: torch.device) -> Tensor:
+        """Return whether every part of the loss since the last `pop` is finite, Tensor[] of bool on `device`."""
+        sums = [pair[0] for name, pair in self._sums.items() if name.startswith("loss/")]
+        return torch.stack(sums).isfinite().all() if sums else torch.tensor(True, device=device)
+
     def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means since the last call, over all processes; forgets them.
+        """Return the means since the last call over all processes, and forget them.
 
         Args:
-            reduce: Sums a tensor over processes, such as `accelerator.reduce`. Every process must call `pop`
-                after the same batches.
+            reduce: Sums a tensor over processes, such as `accelerator.reduce`. Every process must call `pop` after the
+                same batches.
 
         Returns:
-            The mean by name; names whose rows all have the weight 0 are left out.
+            The mean by name. Names whose rows all have weight 0 are left out.
         """
         names, sums = sorted(self._sums), self._sums
         self._sums = {}

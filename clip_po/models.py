@@ -22,11 +22,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.hub.safe_loading import refuse_pickles
 from clip_po.policy import dual_encoder
-from clip_po.training.resuming import differences, first_line
+from clip_po.training.resuming import differences
 
 logger = logging.get_logger(__name__)
 
@@ -107,7 +106,7 @@ def load_any(name: str) -> CLIPModel | PeftModel:
         stored = {key: tuple(weight.shape) for key, weight in load_peft_weights(name, device="cpu").items()}
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"The adapters in {name!r} can't be put on their base model {base!r} ({first_line(error)}). Give the "
+            f"The adapters in {name!r} can't be put on their base model {base!r} ({_first_lines(error)}). Give the "
             "model that they were trained on as base_model_name_or_path in their adapter_config.json, or save them "
             "again."
         ) from error
@@ -220,39 +219,6 @@ def load_policy(
     return model
 
 
-def check_concept(
-    concept: ConceptTransform,
-    model: nn.Module,
-    ref_model: nn.Module | None,
-    args: ContrastivePOConfig,
-    peft_config: PeftConfig | None,
-) -> None:
-    """Refuse a transformation of another size, and what would train or compare with another model beside it.
-
-    Raises:
-        ValueError: The message says which argument and what to do.
-    """
-    given = {
-        "peft_config": peft_config is not None,
-        "ref_model": ref_model is not None,
-        "train_text_model=True": args.train_text_model,
-        "train_logit_scale=True": args.train_logit_scale,
-        "activation_checkpointing=True": bool(args.activation_checkpointing),
-    }
-    wrong = [name for name, there in given.items() if there]
-    if wrong:
-        raise ValueError(
-            f"concept was given with {' and '.join(wrong)}, but a transformation is trained on the embeddings of a "
-            "model that stays as it is, and that is its own reference. Leave them out."
-        )
-    dim = dual_encoder(model).config.projection_dim
-    if concept.dim != dim:
-        raise ValueError(
-            f"concept transforms embeddings of {concept.dim} numbers, but those of the model have {dim}: give "
-            f"ConceptTransform({dim})."
-        )
-
-
 def init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """`model_init_kwargs` as a dictionary of its own."""
     if kwargs is not None and not isinstance(kwargs, Mapping):
@@ -338,8 +304,6 @@ def default_output_dir(model: str | os.PathLike[str] | nn.Module) -> str:
     return f"{name.rstrip('/').split('/')[-1] or 'clip'}-PO"
 
 
-def without_new_adapters(reference: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
-    """The copy of a model that just got adapters as it was before: with them switched off for good."""
-    if peft_config is not None and isinstance(reference, PeftModel):
-        reference.base_model.disable_adapter_layers()
-    return reference
+def _first_lines(error: Exception) -> str:
+    """Return the first two lines of an error: errors of torch list every weight of a model."""
+    return " ".join(str(error).split("\n")[:2]).strip()

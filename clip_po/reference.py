@@ -1,49 +1,45 @@
-"""The reference policy: where training starts from, or a model of the user's."""
+"""The reference policy: the model that training starts from, or another model, with embeddings computed once."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
+from clip_po.candidates import CandidateTexts
 from clip_po.data.embedding_cache import EmbeddingCache, fingerprint, model_digest, processor_digest
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.pixels import to_pixels
 from clip_po.data.skipped_rows import blank_image
-from clip_po.policy import (
-    BatchLogps,
-    FrozenTexts,
-    batch_texts,
-    candidate_logps,
-    dual_encoder,
-    encode_images,
-)
+from clip_po.policy import CachedTextEmbeddings, CandidateLogps, candidate_logps, dual_encoder, encode_images
 
-SEES = ("image", "reg_image", "target_image")
-"""The images of a row: of the preference, the ordinary one, and the clean one whose answer is a target."""
+ROW_IMAGES = ("image", "reg_image", "target_image")
+"""Images of a row: the image of the preference, the regularization image, and the clean image of a soft target."""
 
 
 class ReferencePolicy:
     """log ref(y | x): frozen, without gradients.
 
-    Image embeddings that a batch carries (`ref_image_embeds`, `ref_reg_image_embeds`, `ref_target_image_embeds`, as
-    `PreferencePairs.attach_reference` adds them) are taken as they are; others are computed.
+    Image embeddings that a batch carries (`ref_image_embeds`, `ref_reg_image_embeds`, `ref_target_image_embeds`, added
+    by `PreferencePairs.attach_reference`) are used as they are. Others are computed.
 
     Args:
         model: The frozen reference model: `ref_model`, or a `frozen_copy` of the initial policy.
-        processor: The processor of the policy, which makes the pixels of both.
-        candidate_texts: The candidate texts of every row, or None where each row names its own.
-        frozen_texts: Embeddings of texts that the policy shares with its reference, where its text tower is
-            frozen; None encodes with the reference's own text tower.
-        sees: The images that it is asked about, of `SEES`; where "image" is not among them, the log-probabilities of
+        processor: Processor of the policy, which makes the pixels of both.
+        candidates: The candidate texts.
+        text_embeddings: Cached text embeddings that the policy shares if its text tower is frozen; None to encode with
+            the text tower of the reference.
+        images: Names in `ROW_IMAGES` of the images that the losses ask about. Without "image" the log-probabilities of
             preferences are 0.
     """
 
@@ -51,28 +47,28 @@ class ReferencePolicy:
         self,
         model: nn.Module,
         processor: ProcessorMixin,
-        candidate_texts: Sequence[str] | None,
-        frozen_texts: FrozenTexts | None = None,
-        sees: Sequence[str] = SEES,
+        candidates: CandidateTexts,
+        text_embeddings: CachedTextEmbeddings | None = None,
+        images: Sequence[str] = ROW_IMAGES,
     ) -> None:
         self.model = model
-        self.sees = tuple(sees)
-        self.candidate_texts = candidate_texts
-        self.frozen_texts = frozen_texts or FrozenTexts(model, processor)
+        self.images = tuple(images)
+        self.candidates = candidates
+        self.text_embeddings = text_embeddings or CachedTextEmbeddings(model, processor)
         self.logit_scale = dual_encoder(model).logit_scale.detach().exp().item()
 
     @torch.no_grad()
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
-        """Unit-norm embeddings of images, Tensor[B, D]."""
+        """Return the unit-norm embeddings of images, Tensor[B, D]."""
         return encode_images(self.model, pixel_values)
 
     @torch.no_grad()
-    def embeds_of(self, batch: Mapping[str, Any], images: Sequence[str]) -> dict[str, Tensor]:
-        """Unit-norm embeddings of a batch's images, those that it carries or else computed in one forward.
+    def batch_embeds(self, batch: Mapping[str, Any], images: Sequence[str]) -> dict[str, Tensor]:
+        """Return the unit-norm embeddings of a batch, those it carries or else computed in one forward pass.
 
         Args:
-            batch: As `DataCollatorForContrastivePreference` makes it.
-            images: Names of `SEES`; those that the batch has nothing of are left out.
+            batch: Batch of `DataCollatorForContrastivePreference`.
+            images: Names in `ROW_IMAGES`. Names that the batch has nothing of are left out.
 
         Returns:
             Tensor[B, D] by name.
@@ -86,28 +82,46 @@ class ReferencePolicy:
         return known
 
     @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Any]) -> BatchLogps:
-        """Log-probabilities over the candidate texts of a batch.
+    def __call__(self, batch: Mapping[str, Any]) -> CandidateLogps:
+        """Compute log-probabilities over the candidate texts of a batch.
 
         Args:
-            batch: As `DataCollatorForContrastivePreference` makes it.
+            batch: Batch of `DataCollatorForContrastivePreference`.
 
         Returns:
-            Tensor[B, N] for the preference images, and for the regularization images and targets where there are
-            any.
+            Tensor[B, N] for the preference images, and for the regularization images and targets if there are any.
         """
-        text_embeds = self.frozen_texts(batch_texts(self.candidate_texts, batch))
+        text_embeds = self.text_embeddings(self.candidates.of_batch(batch))
         logps = {
             name: candidate_logps(embeds, text_embeds, self.logit_scale, batch.get("candidates"))
-            for name, embeds in self.embeds_of(batch, self.sees).items()
+            for name, embeds in self.batch_embeds(batch, self.images).items()
         }
-        candidates = batch["candidates"].shape[1] if "candidates" in batch else len(text_embeds)
-        unasked = text_embeds.new_zeros(len(batch["weight"]), candidates)
-        return BatchLogps(logps.get("image", unasked), logps.get("reg_image"), logps.get("target_image"))
+        count = batch["candidates"].shape[1] if "candidates" in batch else len(text_embeds)
+        unused = text_embeds.new_zeros(len(batch["weight"]), count)
+        return CandidateLogps(logps.get("image", unused), logps.get("reg_image"), logps.get("target_image"))
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Copy a model for inference. Frozen parameters are shared, so that only what trains is held twice."""
+    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(model, memo=shared).requires_grad_(False).eval()
+
+
+def initial_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
+    """Copy the policy as training starts: without the adapters that `peft_config` has just added.
+
+    Args:
+        model: The policy.
+        peft_config: Configuration of new adapters; None if the model had its adapters before.
+    """
+    reference = frozen_copy(model)
+    if peft_config is not None and isinstance(reference, PeftModel):
+        reference.base_model.disable_adapter_layers()
+    return reference
 
 
 class _Images(torch.utils.data.Dataset[Any]):
-    """The fixed images of preference pairs, one column of them."""
+    """One column of the fixed images of preference pairs."""
 
     def __init__(self, pairs: PreferencePairs, column: str) -> None:
         self.pairs = pairs
@@ -121,7 +135,7 @@ class _Images(torch.utils.data.Dataset[Any]):
 
 
 def _batch(processor: ProcessorMixin, images: Sequence[Image.Image | None]) -> tuple[Tensor, Tensor]:
-    """Pixels, blank for images that can't be read, and which can."""
+    """Return the pixels of images, blank for unreadable ones, and which images are readable."""
     pixels = to_pixels(processor, [image or blank_image() for image in images])
     return pixels, torch.tensor([image is not None for image in images])
 
@@ -135,23 +149,23 @@ def embed_fixed_images(
     num_workers: int = 0,
     disable_tqdm: bool = False,
     cache: EmbeddingCache | None = None,
-    images: Sequence[str] = SEES,
+    images: Sequence[str] = ROW_IMAGES,
 ) -> None:
-    """Let the reference see each image that is the same in every epoch once, and give rows its embeddings.
+    """Embed each image that is the same in every epoch once, and attach the embeddings to the rows.
 
-    Images come in the order of the data set, so that an embedding's last bits depend on neither the training
-    order nor a resume. The processes share the work.
+    Images come in the order of the data set, so that the last bits of an embedding do not depend on the training order
+    or on a resume. The processes share the work.
 
     Args:
         reference: The reference policy.
-        pairs: The rows; nothing is done where they have their embeddings already.
+        pairs: The rows. Nothing happens if they have their embeddings already.
         processor: Makes the pixels.
-        accelerator: Of the trainer.
-        batch_size: Images a forward and process.
+        accelerator: Accelerator of the trainer.
+        batch_size: Images in a forward pass of a process.
         num_workers: Processes that read images.
-        disable_tqdm: Shows no progress bar.
-        cache: Keeps embeddings between runs, by a fingerprint of image tower, processor and images; None for none.
-        images: Those of `SEES` that are wanted.
+        disable_tqdm: Hide the progress bar.
+        cache: Keeps embeddings between runs, by a fingerprint of image tower, processor and images; None to keep none.
+        images: Names in `ROW_IMAGES` of the images to embed.
     """
     if pairs.reference:
         return
@@ -159,13 +173,12 @@ def embed_fixed_images(
     readable: dict[str, Tensor] = {}
     maker = None if cache is None else _maker(reference, processor, accelerator.mixed_precision)
     dim = dual_encoder(reference.model).config.projection_dim
-    for column in pairs.fixed_images:
-        if column not in images:
-            continue
+    for column in (column for column in pairs.fixed_images if column in images):
+        count = pairs.image_count(column)
         source = None if maker is None else pairs.digest(column)
         name = None if maker is None or source is None else fingerprint(maker, source)
-        known = None if cache is None or name is None else cache.get(name, pairs.image_count(column), dim)
-        # Where processes have disks of their own, all compute unless all have found.
+        known = None if cache is None or name is None else cache.get(name, count, dim)
+        # If processes have disks of their own, all compute unless all have found the embeddings.
         hits = accelerator.reduce(torch.tensor(float(known is not None), device=accelerator.device), "sum")
         if known is not None and hits.item() == accelerator.num_processes:
             embeds[column] = known
@@ -178,26 +191,25 @@ def embed_fixed_images(
                 collate_fn=functools.partial(_batch, processor),
             )
         )
-        batches = tqdm(
+        bar = tqdm(
             loader,
             desc=f"Reference on {column}",
             disable=disable_tqdm or not accelerator.is_local_main_process,
             leave=False,
         )
-        found, able = [], []
-        for pixels, can_be_read in batches:
+        found, is_readable = [], []
+        for pixels, readable_rows in bar:
             found.append(accelerator.gather(reference.image_embeds(pixels)).float().cpu())
-            able.append(accelerator.gather(can_be_read).cpu())
-        embeds[column] = torch.cat(found)[: pairs.image_count(column)]
-        readable[column] = torch.cat(able)[: pairs.image_count(column)]
-        whole = bool(readable[column].all())  # an image that can't be read now may be mended later
-        if cache is not None and name is not None and whole and accelerator.is_local_main_process:
+            is_readable.append(accelerator.gather(readable_rows).cpu())
+        embeds[column], readable[column] = torch.cat(found)[:count], torch.cat(is_readable)[:count]
+        complete = bool(readable[column].all())  # an unreadable image may be fixed later
+        if cache is not None and name is not None and complete and accelerator.is_local_main_process:
             cache.put(name, embeds[column])
     pairs.attach_reference(embeds, readable)
 
 
 def _maker(reference: ReferencePolicy, processor: ProcessorMixin, precision: str) -> str:
-    """A name of all that embeddings depend on but the images."""
+    """Return a fingerprint of everything that embeddings depend on except the images."""
     encoder = dual_encoder(reference.model)
     tower = [model_digest(part) for part in (encoder.vision_model, encoder.visual_projection)]
     return fingerprint(*tower, processor_digest(processor), precision)

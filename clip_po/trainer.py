@@ -1,8 +1,9 @@
-"""The trainer: wiring only. `compute_loss` is the method's equation."""
+"""The trainer. `compute_loss` is the equation of the method; everything else is wiring."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,83 +13,72 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
-from transformers.utils import logging
 
-from clip_po.candidates import in_batch_candidates
-from clip_po.concept.policy import ConceptPolicy
-from clip_po.concept.transform import ConceptTransform
+from clip_po.candidates import CandidateTexts, in_batch_candidates
 from clip_po.config import ADAMAX, ContrastivePOConfig, check_args
-from clip_po.data.collator import DataCollatorForContrastivePreference, row_weights
-from clip_po.data.formats import check_candidates
-from clip_po.data.pairs import PreferencePairs
-from clip_po.feeding import FeedsRows
-from clip_po.hub.publishing import SafePublishing
-from clip_po.hub.safe_loading import SafeLoading
+from clip_po.data.checking import checked_pairs
+from clip_po.data.collator import SMALLEST_WEIGHT, DataCollatorForContrastivePreference, total_weights
+from clip_po.data.embedding_cache import EmbeddingCache
+from clip_po.data.loaders import row_loader
+from clip_po.data.pairs import EvaluationPairs, PreferencePairs
+from clip_po.data.sampler import EpochSampler
+from clip_po.data.skipped_rows import SkippedRows
+from clip_po.data.stream_reader import StreamMark
+from clip_po.data.streamed_pairs import StreamedPairs, checked_stream, is_stream
+from clip_po.evaluation.report.summary import measured_table
+from clip_po.hub.model_card import CARD_FILE, CARD_SETTINGS, CheckpointKind, last_evaluation, model_card
+from clip_po.hub.publishing import save_pretrained
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, preference_metrics
-from clip_po.models import (
-    check_concept,
-    check_processor,
-    default_output_dir,
-    load_policy,
-    load_processor,
-    without_new_adapters,
-)
+from clip_po.models import check_processor, default_output_dir, load_policy, load_processor
 from clip_po.policy import (
-    FrozenTexts,
+    CachedTextEmbeddings,
     Policy,
     dual_encoder,
     encode_texts,
     encode_texts_autocast,
-    frozen_copy,
     preference_logps,
     regularization_kl,
 )
-from clip_po.reference import SEES, ReferencePolicy
-from clip_po.training.activation_checkpointing import NoInputGradients
-from clip_po.training.checkpoints import CheckpointMark, WholeCheckpoints, whole_checkpoint
-from clip_po.training.nan_guard import StopsWhereNotFinite
-from clip_po.training.resuming import ResumesExactly
+from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
+from clip_po.training.activation_checkpointing import NoInputGradientsCallback
+from clip_po.training.checkpoints import CheckpointCallback, saving, whole_checkpoint
+from clip_po.training.nan_guard import NanGuardCallback
+from clip_po.training.resuming import check_resume
 from clip_po.training.sharding import allow_sharding
-
-logger = logging.get_logger(__name__)
-
-SMALLEST_WEIGHT = 1e-8
-"""Stands in for a sum of weights that is 0, so that a batch of nothing but padding has the gradient 0."""
+from clip_po.training.stream_position import StreamPositionCallback
 
 
-class ContrastivePOTrainer(
-    SafePublishing, SafeLoading, WholeCheckpoints, ResumesExactly, StopsWhereNotFinite, FeedsRows, Trainer
-):
+class ContrastivePOTrainer(Trainer):
     """Trainer for preference optimization of contrastive vision-language models.
 
-    The softmax over candidate texts is a policy; DPO, IPO or KTO moves it towards the chosen texts, and
-    KL(reference || policy) on ordinary images holds the rest.
+    The softmax over candidate texts is a policy. DPO, IPO or KTO moves it towards the chosen texts, and
+    KL(reference || policy) on regularization images keeps the rest.
 
     Args:
         model (`str`, `CLIPModel` or `PeftModel`): The policy. A name or folder is loaded in float32.
-        ref_model (`CLIPModel`, *optional*): The reference policy. Default: the policy as training starts, that is
-            without adapters where `peft_config` is given, with its adapters where `model` is a `PeftModel`.
-        args (`ContrastivePOConfig`, *optional*): Settings; the defaults write to `<model>-PO`.
-        data_collator (`Callable`, *optional*): Default: `DataCollatorForContrastivePreference`.
-        train_dataset (`datasets.Dataset` or `TypographicPreferences`): Preferences, in a format of
-            `clip_po.data.formats`. A `datasets.IterableDataset` or `TypographicStream` is read as it comes; it needs
+        ref_model (`CLIPModel`, *optional*): The reference policy. Defaults to the policy as training starts: without
+            adapters if `peft_config` is given, with its adapters if `model` is a `PeftModel`.
+        args (`ContrastivePOConfig`, *optional*): Settings. The defaults write to `<model>-PO`.
+        data_collator (`Callable`, *optional*): Defaults to `DataCollatorForContrastivePreference`.
+        train_dataset (`datasets.Dataset`, `TypographicPreferences` or a stream): Preferences in a format of
+            `clip_po.data.formats`. A `datasets.IterableDataset` or `TypographicStream` is read as it comes and needs
             `max_steps`.
-        eval_dataset (the same but no stream, or a `dict` of them, *optional*): Preferences to evaluate on.
-        processing_class (`CLIPProcessor`, *optional*): Default: loaded from where the model came from.
-        compute_metrics (`Callable`, *optional*): Takes an `EvalPrediction` of one batch (log-probabilities [B, N]
-            and positions of the chosen texts [B]) and `compute_result`; needs `batch_eval_metrics=True`.
-        callbacks, optimizers: As for `Trainer`. `optimizers` wins over what the arguments say.
+        eval_dataset (`datasets.Dataset`, `TypographicPreferences`, or a `dict` of them, *optional*): Preferences to
+            evaluate on.
+        processing_class (`CLIPProcessor`, *optional*): Defaults to the processor of the checkpoint that the model was
+            loaded from.
+        compute_metrics (`Callable`, *optional*): Takes an `EvalPrediction` of one batch (log-probabilities [B, N] and
+            positions of the chosen texts [B]) and `compute_result`. Needs `batch_eval_metrics=True`.
+        callbacks, optimizers: As in `Trainer`. `optimizers` takes precedence over the arguments.
         peft_config (`PeftConfig`, *optional*): Adapters to add to a plain model.
-        reg_dataset (`datasets.Dataset`, *optional*): Ordinary images in a column `image`. Default: the
+        reg_dataset (`datasets.Dataset`, *optional*): Regularization images in a column `image`. Defaults to the
             `clean_image` of each preference.
-        candidate_texts (`list[str]`, *optional*): The texts among which the policy of every row chooses; by
-            default each row names its own.
-        concept (`ConceptTransform`, *optional*): Train this transformation of the model's embeddings, and nothing
-            of the model, with `penalty_weight` times its penalty in the loss; `trainer.model` is the transformation.
+        candidate_texts (`list[str]`, *optional*): The texts among which the policy of every row chooses. By default
+            each row names its own.
 
     Raises:
-        ValueError, TypeError: Something does not fit together; the message says what, where and what to do.
+        ValueError, TypeError: If arguments do not fit together. The message says what, where and what to do.
 
     Source: Afzali et al. 2025, arXiv 2411.08923.
     """
@@ -99,7 +89,7 @@ class ContrastivePOTrainer(
     args: ContrastivePOConfig
     model: PreTrainedModel | PeftModel
     processing_class: ProcessorMixin
-    train_dataset: PreferencePairs | None
+    train_dataset: PreferencePairs | StreamedPairs | None
 
     def __init__(
         self,
@@ -112,84 +102,100 @@ class ContrastivePOTrainer(
         processing_class: ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction, bool], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (
-            None,
-            None,
-        ),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         peft_config: PeftConfig | None = None,
         reg_dataset: Dataset | None = None,
         candidate_texts: Sequence[str] | None = None,
-        concept: ConceptTransform | None = None,
     ) -> None:
         args = args if args is not None else ContrastivePOConfig(default_output_dir(model))
         check_args(args, compute_metrics, candidate_texts)
-        check_candidates(candidate_texts)
-        self.candidate_texts = None if candidate_texts is None else list(candidate_texts)
-        model = load_policy(model, ref_model, args, peft_config)
-        if concept is not None:
-            check_concept(concept, model, ref_model, args, peft_config)
-        processing_class = processing_class or load_processor(model, args)
-        for checked in (model, ref_model) if ref_model is not None else (model,):
-            check_processor(processing_class, checked)
-        self.reg_dataset = reg_dataset
-        pairs: PreferencePairs | None = None
-        evaluated: Any = None
-        if train_dataset is not None:
-            pairs = self._training_pairs(train_dataset, args, concept)
-        if isinstance(eval_dataset, (dict, DatasetDict)):
-            several = eval_dataset.items()
-            evaluated = {name: self._evaluation_pairs(rows, args, f"eval_dataset[{name!r}]") for name, rows in several}
-        elif eval_dataset is not None:
-            evaluated = self._evaluation_pairs(eval_dataset, args)
-
-        self.concept = concept
+        self.candidate_texts, self.reg_dataset = CandidateTexts(candidate_texts), reg_dataset
+        encoder = self.load_encoder(model, ref_model, args, peft_config)
+        processor = processing_class or load_processor(encoder, args)
+        for checked in (encoder, ref_model) if ref_model is not None else (encoder,):
+            check_processor(processor, checked)
         super().__init__(
-            model=model if concept is None else concept,
+            model=self.module_to_train(encoder),
             args=args,
-            data_collator=data_collator
-            or DataCollatorForContrastivePreference(processing_class, self.candidate_texts),
-            train_dataset=pairs,
-            eval_dataset=evaluated,
-            processing_class=processing_class,
+            data_collator=data_collator or DataCollatorForContrastivePreference(processor, self.candidate_texts.texts),
+            train_dataset=None if train_dataset is None else self.training_rows(train_dataset, args),
+            eval_dataset=self.evaluation_rows(eval_dataset, args),
+            processing_class=processor,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.add_callback(NoInputGradients())
-        self.add_callback(
-            CheckpointMark(self.accelerator.wait_for_everyone, self.callback_handler, self.publish_checkpoint)
-        )
-        # Gradients live in DDP's buckets, not beside them: one copy less of all that trains.
+        # Gradients live in DDP's buckets instead of beside them, which saves one copy of all that trains.
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
-        self.encoder: CLIPModel = dual_encoder(model).to(self.accelerator.device)
+        self.encoder: CLIPModel = dual_encoder(encoder).to(self.accelerator.device)
         if self.is_fsdp_enabled:
             allow_sharding(self.encoder)
         self.loss_settings = LossSettings(
             args.beta, args.label_smoothing, args.desirable_weight, args.undesirable_weight
         )
-        if concept is not None:
-            reference = model.requires_grad_(False).eval()  # which nothing changes
-        elif ref_model is None:
-            reference = without_new_adapters(frozen_copy(self.model), peft_config)
-        else:
-            reference = ref_model.requires_grad_(False).eval().to(self.accelerator.device)
-        self._rewarded = bool(REFERENCED & set(args.loss_type))
-        sees = SEES if self._rewarded and not args.reference_free else SEES[1:]
-        # Where the text tower trains, bfloat16's error would else stand on one side of the log-ratios alone.
-        encode = encode_texts_autocast if args.train_text_model else encode_texts
-        texts = FrozenTexts(reference, processing_class, encode)
-        self.reference = ReferencePolicy(reference, processing_class, self.candidate_texts, texts, sees)
-        # Of the two that share a frozen text tower the reference's is asked: the policy's may get sharded.
-        if ref_model is not None:
-            texts = FrozenTexts(frozen_copy(model) if self.is_fsdp_enabled else model, processing_class)
-        self.policy: Policy | ConceptPolicy = Policy(
-            processing_class, self.candidate_texts, None if args.train_text_model else texts
-        )
-        if concept is not None:
-            self.policy = ConceptPolicy(self.reference)
-        self._means = {True: RunningMeans(), False: RunningMeans()}
+        self.reference = self.build_reference(encoder, ref_model, peft_config)
+        self.policy = self.build_policy(encoder, ref_model)
+        self.training_means, self.evaluation_means = RunningMeans(), RunningMeans()
+        self.skipped_in_training, self.skipped_in_evaluation = SkippedRows(), SkippedRows()
+        self._stream_position, self._checkpoints = StreamPositionCallback(), CheckpointCallback(self)
+        for callback in (NoInputGradientsCallback(), NanGuardCallback(self), self._stream_position, self._checkpoints):
+            self.add_callback(callback)
 
-    # ---- The method ----------------------------------------------------------------------------------------
+    # ---- Steps of __init__, for subclasses to replace --------------------------------------------------------
+
+    def load_encoder(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None,
+        args: ContrastivePOConfig,
+        peft_config: PeftConfig | None,
+    ) -> PreTrainedModel | PeftModel:
+        """Load the dual encoder with its adapters, and freeze what does not train."""
+        return load_policy(model, ref_model, args, peft_config)
+
+    def module_to_train(self, encoder: PreTrainedModel | PeftModel) -> nn.Module:
+        """Return the module that `Trainer` trains and saves: the dual encoder itself."""
+        return encoder
+
+    def training_rows(self, dataset: Any, args: ContrastivePOConfig) -> PreferencePairs | StreamedPairs:
+        """Check the training data set, and pair its rows with their regularization images."""
+        check = checked_stream if is_stream(dataset) else checked_pairs
+        return check(dataset, self.reg_dataset, self.candidate_texts.texts, args, "train_dataset")
+
+    def evaluation_rows(self, dataset: Any, args: ContrastivePOConfig, name: str = "eval_dataset") -> Any:
+        """Check an evaluation data set, or several by name."""
+        if isinstance(dataset, (dict, DatasetDict)):
+            return {key: self.evaluation_rows(rows, args, f"{name}[{key!r}]") for key, rows in dataset.items()}
+        if dataset is None or isinstance(dataset, PreferencePairs):
+            return dataset
+        return checked_pairs(dataset, self.reg_dataset, self.candidate_texts.texts, args, name, EvaluationPairs)
+
+    def build_reference(
+        self, encoder: nn.Module, ref_model: nn.Module | None, peft_config: PeftConfig | None
+    ) -> ReferencePolicy:
+        """Build the reference policy from `ref_model`, or from the policy as it is now."""
+        if ref_model is None:
+            model = initial_policy(self.model, peft_config)
+        else:
+            model = ref_model.requires_grad_(False).eval().to(self.accelerator.device)
+        # If the text tower trains in bfloat16, both sides of the log-ratios must have the same rounding error.
+        encode = encode_texts_autocast if self.args.train_text_model else encode_texts
+        texts = CachedTextEmbeddings(model, self.processing_class, encode)
+        compares = self._has_rewards and not self.args.reference_free
+        images = ROW_IMAGES if compares else ROW_IMAGES[1:]
+        return ReferencePolicy(model, self.processing_class, self.candidate_texts, texts, images)
+
+    def build_policy(self, encoder: nn.Module, ref_model: nn.Module | None) -> Any:
+        """Build the policy. A frozen text tower is shared with the reference, whose copy is never sharded."""
+        texts: CachedTextEmbeddings | None = self.reference.text_embeddings
+        if self.args.train_text_model:
+            texts = None
+        elif ref_model is not None:
+            own = frozen_copy(encoder) if self.is_fsdp_enabled else encoder
+            texts = CachedTextEmbeddings(own, self.processing_class)
+        return Policy(self.processing_class, self.candidate_texts, texts)
+
+    # ---- The method ------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -198,84 +204,139 @@ class ContrastivePOTrainer(
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Preference loss + reg_weight * KL(reference || policy), means over the accumulated global batch.
+        """Compute preference loss + reg_weight * KL(reference || policy), means over the accumulated global batch.
 
         Args:
             model: The model as wrapped for training.
-            inputs: A batch, as `DataCollatorForContrastivePreference` makes it.
+            inputs: A batch of `DataCollatorForContrastivePreference`.
             return_outputs: Also return the log-probabilities over the candidates.
-            num_items_in_batch: Tensor[2], the weights of the preferences and of the ordinary images in the
-                accumulated global batch, from `get_batch_samples`; those of `inputs` alone where it is None.
+            num_items_in_batch: Tensor[2], the weights of the preferences and of the regularization images in the
+                accumulated global batch, from `get_batch_samples`; None for the weights of `inputs` alone.
 
         Returns:
-            The loss, Tensor[], scaled so that its sum over accumulation steps, averaged over processes, is the
-            mean; with `return_outputs` also {"logps": Tensor[B, N]}.
+            The loss, Tensor[], scaled so that its sum over accumulation steps, averaged over processes, is the mean;
+            with `return_outputs` also {"logps": Tensor[B, N], "chosen": Tensor[B]}.
 
         Source: Afzali et al. 2025, arXiv 2411.08923.
         """
+        inputs = self._without_metadata(inputs)
         policy = self.policy(model, self.encoder, inputs)
-        with self.accelerator.autocast():  # accelerate gives it to the model's own forward alone
+        with self.accelerator.autocast():  # accelerate applies it to the forward of the model alone
             reference = self.reference(inputs)
         logps = preference_logps(policy, reference, inputs)
         kl = regularization_kl(policy, reference)
-        weight, clean = inputs["weight"], inputs["reg_row_weight"]  # of each row; 0 for padding
-        total, clean_total = self._totals(inputs) if num_items_in_batch is None else num_items_in_batch
+        weight, reg_weight = inputs["weight"], inputs["reg_row_weight"]  # of each row; 0 for padding
+        total, reg_total = total_weights(inputs) if num_items_in_batch is None else num_items_in_batch
 
         losses = preference_loss(
-            logps, self.args.loss_type, self.args.weights, self.loss_settings, self._reference_point(kl, clean)
+            logps, self.args.loss_type, self.args.weights, self.loss_settings, self._reference_point(kl, reg_weight)
         )
-        loss = (weight * losses).sum() / total + self.args.reg_weight * (clean * kl).sum() / clean_total
-        if self.concept is not None:  # the batch's share of it: micro-batches and processes add up to one penalty
-            loss = loss + self.args.penalty_weight * self.concept.penalty() * weight.sum() / total
+        loss = (weight * losses).sum() / total + self.args.reg_weight * (reg_weight * kl).sum() / reg_total
 
-        self._log_rows(logps, losses, kl, inputs)
-        if num_items_in_batch is not None:  # processes average their gradients, but the sums above are to be added
+        self._add_to_means(logps, losses, kl, inputs)
+        if num_items_in_batch is not None:  # the gradients of processes are averaged, but these sums must be added
             loss = loss * self.accelerator.num_processes
-        return (loss, {"logps": policy.preference}) if return_outputs else loss
+        return (loss, {"logps": policy.preference, "chosen": inputs["chosen"]}) if return_outputs else loss
 
     def _reference_point(self, kl: Tensor, weight: Tensor) -> Tensor | None:
-        """KTO's z0: the KL of the global micro-batch, of all processes, since it stands inside a sigmoid."""
+        """Return KTO's z0: the KL of the micro-batch of all processes, because it is inside a sigmoid."""
         if "kto_pair" not in self.args.loss_type:
             return None
         sums = self._sum_over_processes(torch.stack([(weight * kl.detach()).sum(), weight.sum()]))
         return sums[0] / sums[1].clamp(min=SMALLEST_WEIGHT)
 
-    def _totals(self, *batches: Mapping[str, Any]) -> Tensor:
-        """Weights of the preferences and of the ordinary images in batches, Tensor[2]; where all are 0, not 0 / 0."""
-        return torch.stack([row_weights(batch) for batch in batches]).sum(dim=0).clamp(min=SMALLEST_WEIGHT)
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """The batches of an optimizer step, and the weights of their rows over all processes, Tensor[2]."""
-        if self.state.global_step >= self.state.max_steps:  # a finished run was resumed: Trainer takes a step too many
+        """Return the batches of an optimizer step, and the weights of their rows over all processes, Tensor[2]."""
+        if self.state.global_step >= self.state.max_steps:  # Trainer resumes a finished run with one step too many
             self.control.should_training_stop = True
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        return batches, self._sum_over_processes(self._totals(*batches).to(device))
+        if isinstance(self.train_dataset, StreamedPairs):
+            self._stream_position.follow(batches[-1].pop("stream_mark"), self.accelerator)
+        return batches, self._sum_over_processes(total_weights(*batches).to(device))
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
-    # ---- Metrics -------------------------------------------------------------------------------------------
+    def _without_metadata(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Count the skipped rows of a batch, and let its rows share their candidates if the arguments say so."""
+        skipped = self.skipped_in_training if self.model.training else self.skipped_in_evaluation
+        skipped.add(inputs.pop("skipped", ()))
+        return in_batch_candidates(inputs) if self.args.in_batch_candidates else inputs
 
-    def _log_rows(self, logps: PreferenceLogps, losses: Tensor, kl: Tensor, inputs: Mapping[str, Any]) -> None:
-        reg = {"kl": kl, "loss/regularization": self.args.reg_weight * kl}
+    # ---- Training --------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer.train` does, but resume only from whole checkpoints of this run.
+
+        Raises:
+            ValueError, OSError: If the checkpoint is not whole, damaged, unsafe to read, or of another run.
+            FloatingPointError: If the loss or a gradient is not finite.
+        """
+        folder = whole_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        self.args.resume_from_checkpoint = folder
+        self.training_means, self.skipped_in_training = RunningMeans(), SkippedRows()
+        self._stream_position.mark = None
+        if isinstance(self.train_dataset, StreamedPairs):
+            resumes = folder is not None and not self.args.ignore_data_skip
+            self.train_dataset.start_from(StreamMark.load(str(folder)) if resumes else None)
+        if folder is not None:
+            check_resume(self, folder)
+        try:
+            return super().train(folder, *args, **kwargs)
+        finally:
+            self._checkpoints.release(self.args)
+
+    def replace_model(self, model: CLIPModel) -> None:
+        """Replace the trained model, for instance by an interpolation, so that it is evaluated and saved instead."""
+        self.model = self.model_wrapped = self.encoder = model
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        """Return the optimizer and its arguments as `Trainer` does, and torch's Adamax for `optim="adamax"`."""
+        if args.optim == ADAMAX:
+            betas = (args.adam_beta1, args.adam_beta2)
+            return torch.optim.Adamax, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the parameters with weight decay, which excludes scales and embeddings: 0 means nothing there."""
+        without = ("logit_scale", "class_embedding", "position_embedding", "image_weight", "text_weight")
+        return [n for n in super().get_decay_parameter_names(model) if not any(part in n for part in without)]
+
+    # ---- Metrics and evaluation ------------------------------------------------------------------------------
+
+    @property
+    def _has_rewards(self) -> bool:
+        return bool(REFERENCED & set(self.args.loss_type))  # without log-ratios there are no rewards
+
+    def _add_to_means(self, logps: PreferenceLogps, losses: Tensor, kl: Tensor, inputs: Mapping[str, Any]) -> None:
+        regularization = {"kl": kl, "loss/regularization": self.args.reg_weight * kl}
         metrics = {
             **preference_metrics(logps, losses, self.args.beta, inputs["weight"]),
-            **{name: (value.detach(), inputs["reg_row_weight"]) for name, value in reg.items()},
+            **{name: (value.detach(), inputs["reg_row_weight"]) for name, value in regularization.items()},
         }
-        if not self._rewarded:  # without log-ratios there are no rewards
+        if not self._has_rewards:
             metrics = {name: value for name, value in metrics.items() if not name.startswith("rewards/")}
-        self._means[self.model.training].add(metrics)
+        (self.training_means if self.model.training else self.evaluation_means).add(metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the means of the rows seen since the last log."""
-        if "loss" in logs:  # of Trainer's own logs of training steps, which every process writes
-            logs = {**logs, **self._means[True].pop(self._sum_over_processes)}
+        """Log with the means over rows, and the number of skipped rows, since the last log."""
+        if "loss" in logs:  # Trainer's log of training steps, which every process writes
+            logs = {**logs, **self.training_means.pop(self._sum_over_processes)}
+            logs |= self._count_skipped(self.skipped_in_training, fewest=len(self.train_dataset or ()))
+        if "train_loss" in logs:  # Trainer's log at the end of training
+            logs = {**logs, **self._count_skipped(self.skipped_in_training, fewest=1)}
         super().log(logs, start_time)
+
+    def _count_skipped(self, rows: SkippedRows, fewest: int) -> dict[str, float]:
+        if self.args.on_bad_image == "raise":
+            return {}
+        return {"skipped_rows": rows.pop(self._sum_over_processes, self.accelerator.device, fewest)}
 
     def prediction_step(
         self,
@@ -284,15 +345,15 @@ class ContrastivePOTrainer(
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor | None, Tensor | None]:
-        """Evaluate a batch: its rows go into running means; nothing is kept of it unless metrics ask for it.
+        """Evaluate a batch. Its rows go into running means; nothing else is kept unless metrics ask for it.
 
         Returns:
-            No loss; the log-probabilities [B, N] and positions of the chosen texts [B] where they are asked for.
+            No loss, and the log-probabilities [B, N] and positions of the chosen texts [B] if they are asked for.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             _, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return (None, None, None) if prediction_loss_only else (None, outputs["logps"], inputs["chosen"])
+        return (None, None, None) if prediction_loss_only else (None, outputs["logps"], outputs["chosen"])
 
     def evaluation_loop(
         self,
@@ -302,38 +363,118 @@ class ContrastivePOTrainer(
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate; every row counts once, whatever the number of processes and the size of the last batch."""
-        self._means[False] = RunningMeans()
+        """Evaluate. Every row counts once, for any number of processes and any size of the last batch."""
+        self.evaluation_means, self.skipped_in_evaluation = RunningMeans(), SkippedRows()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = self._means[False].pop(self._sum_over_processes)
+        means = self.evaluation_means.pop(self._sum_over_processes)
         means["loss"] = means.get("loss/preference", 0.0) + means.get("loss/regularization", 0.0)
+        means |= self._count_skipped(self.skipped_in_evaluation, fewest=1)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`, but from whole checkpoints only; `args.resume_from_checkpoint` says from which."""
-        folder = whole_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
-        self.args.resume_from_checkpoint = folder
-        self._means[True] = RunningMeans()
-        return super().train(folder, *args, **kwargs)
+    # ---- Data ------------------------------------------------------------------------------------------------
 
-    # ---- Data ----------------------------------------------------------------------------------------------
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Load rows in the order of `EpochSampler`, with embeddings of fixed images if computing them once pays."""
+        if self.train_dataset is None:
+            raise ValueError("Training needs a train_dataset; pass it to the trainer.")
+        global_batch = self._train_batch_size * self.accelerator.num_processes
+        if isinstance(self.train_dataset, StreamedPairs):
+            self.train_dataset.multiple = global_batch
+            return self._load(self.train_dataset, self._train_batch_size, seed=None, drop_last=False)
+        rows = len(self.train_dataset) * self.args.num_train_epochs
+        if self.args.max_steps > 0:
+            rows = self.args.max_steps * self.args.gradient_accumulation_steps * global_batch
+        self.embed_images(self.train_dataset, pays=rows > len(self.train_dataset))
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        if self.args.train_sampling_strategy == "sequential":
+            seed = None
+        return self._load(self.train_dataset, self._train_batch_size, seed, self.args.dataloader_drop_last)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        return in_batch_candidates(inputs) if self.args.in_batch_candidates else inputs
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Load rows in the order of the data set. A `str` names one of several evaluation data sets."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None:
+            raise ValueError("Evaluation needs an eval_dataset; pass it to the trainer or to evaluate().")
+        pairs = self.evaluation_rows(dataset, self.args)
+        self.embed_images(pairs, pays=False)  # embeddings of every row are kept only if they are asked for
+        return self._load(pairs, self.args.eval_batch_size, seed=None, drop_last=False)
 
-    # ---- Optimizer -----------------------------------------------------------------------------------------
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Load rows as `get_eval_dataloader` does."""
+        return self.get_eval_dataloader(test_dataset)
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
-        """The optimizer and its arguments: those of `Trainer`, and torch's Adamax for `optim="adamax"`."""
-        if args.optim == ADAMAX:
-            betas = (args.adam_beta1, args.adam_beta2)
-            return torch.optim.Adamax, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+    def embed_images(self, pairs: PreferencePairs, pays: bool, images: Sequence[str] | None = None) -> None:
+        """Embed fixed images with the reference once, if the arguments say so or, by default, if it pays."""
+        wanted = self.args.precompute_ref_log_probs
+        if not (pays if wanted is None else wanted):
+            return
+        cache = EmbeddingCache(self.args.embeddings_cache) if self.args.embeddings_cache else None
+        with self.accelerator.autocast():
+            embed_fixed_images(
+                self.reference,
+                pairs,
+                self.processing_class,
+                self.accelerator,
+                self.args.eval_batch_size,
+                self.args.dataloader_num_workers,
+                bool(self.args.disable_tqdm),
+                cache,
+                images or self.reference.images,
+            )
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Parameters that weight decay pulls to 0: none for which 0 has no meaning, scales and embeddings."""
-        without = ("logit_scale", "class_embedding", "position_embedding", "image_weight", "text_weight")
-        return [n for n in super().get_decay_parameter_names(model) if not any(part in n for part in without)]
+    def _load(self, dataset: Any, batch_size: int, seed: int | None, drop_last: bool) -> DataLoader[Any]:
+        # A data set smaller than a batch is one small batch, not one that is padded with rows of weight 0.
+        batch_size = min(batch_size, -(-len(dataset) // self.accelerator.num_processes))
+        sampler = EpochSampler(len(dataset), batch_size * self.accelerator.num_processes, seed, drop_last)
+        return row_loader(dataset, sampler, batch_size, self.data_collator, self.args, self.accelerator)
+
+    # ---- Saving ----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint. It counts once `CheckpointCallback` has marked it."""
+        if self._checkpoints.is_saved(self.state):
+            return
+        with self._checkpoints.writing(self.args, self.state):
+            super()._save_checkpoint(model, trial)
+        if not self.control.should_save:  # a signal called this method, not the training loop, which calls on_save
+            self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save model, processor and arguments, without the pickle in which `Trainer._save` keeps the Hub token."""
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            settings = {**self.args.to_dict(), **self._checkpoints.withheld}
+            with saving(str(folder), str(self.args.output_dir)):
+                save_pretrained(str(folder), model, self.processing_class, settings, state_dict)
+
+    @property
+    def checkpoint_kind(self) -> CheckpointKind:
+        """What checkpoints hold, for the model card."""
+        return "adapter" if hasattr(self.accelerator.unwrap_model(self.model), "peft_config") else "model"
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """Write the model card into the output folder.
+
+        Args:
+            model_name: Name of the model; defaults to the name of the folder.
+            **kwargs: `tags` to add to the metadata. Other arguments of `Trainer.create_model_card` are not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder, settings = Path(str(self.args.output_dir)), self.args.to_dict()
+        card = model_card(
+            self.args.hub_model_id or model_name or folder.name,
+            self.args.base_model_id or self.encoder.config.name_or_path or "CLIPModel",
+            self.args.loss_type,
+            {name: settings[name] for name in CARD_SETTINGS if name in settings},
+            last_evaluation(self.state.log_history),
+            self.checkpoint_kind,
+            measured_table(folder),
+        )
+        tags = kwargs.get("tags") or []
+        card.data.tags = [*card.data.tags, *([tags] if isinstance(tags, str) else tags)]
+        card.save(folder / CARD_FILE)

@@ -4,10 +4,10 @@ from samples import PROMPTS, make_preferences
 from torch import distributed
 
 from clip_po import candidates
-from clip_po.candidates import in_batch_candidates, share_of_texts
+from clip_po.candidates import CandidateTexts, in_batch_candidates, share_of_texts
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.collator import DataCollatorForContrastivePreference
-from clip_po.policy import FrozenTexts, Policy
+from clip_po.policy import CachedTextEmbeddings, Policy
 from clip_po.trainer import ContrastivePOTrainer
 
 
@@ -85,7 +85,7 @@ def test_one_process_encodes_all_texts():
 def test_the_policy_chooses_among_the_texts_of_the_batch(rows, collate, model, processor):
     batch = in_batch_candidates(collate(rows))
     given = {**batch, "candidates": torch.arange(6).expand(4, 6)}
-    policy = Policy(processor, None, FrozenTexts(model, processor))
+    policy = Policy(processor, CandidateTexts(None), CachedTextEmbeddings(model, processor))
     found = policy(model, model, batch).preference
     assert found.shape == (4, 6)
     torch.testing.assert_close(found, policy(model, model, given).preference)

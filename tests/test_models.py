@@ -14,9 +14,9 @@ from clip_po.models import (
     load_model,
     load_policy,
     load_processor,
-    without_new_adapters,
 )
-from clip_po.policy import encode_images, frozen_copy
+from clip_po.policy import encode_images
+from clip_po.reference import initial_policy
 
 VISION = r".*vision_model.*\.(q_proj|v_proj)"
 BOTH = ["q_proj", "v_proj"]
@@ -149,7 +149,7 @@ def test_new_adapters_are_off_in_the_reference(model, args):
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    reference = without_new_adapters(frozen_copy(adapted), config)
+    reference = initial_policy(adapted, config)
     assert torch.equal(encode_images(reference, pixels), base)
     assert not torch.allclose(encode_images(adapted, pixels), base)
 
@@ -157,7 +157,7 @@ def test_new_adapters_are_off_in_the_reference(model, args):
 def test_trained_adapters_stay_on_in_the_reference(model):
     pixels = torch.randn(2, 3, 32, 32)
     adapted = get_peft_model(model, lora(init_lora_weights=False)).eval()
-    reference = without_new_adapters(frozen_copy(adapted), None)
+    reference = initial_policy(adapted, None)
     assert torch.equal(encode_images(reference, pixels), encode_images(adapted, pixels))
 
 
@@ -176,7 +176,7 @@ REFUSED = {
         TypeError,
         "model must be a transformers.CLIPModel",
         "CLIPVisionModelWithProjection",
-        "converted to the Hugging Face layout",
+        "Convert an open_clip checkpoint to the Hugging Face layout",
     ),
     "reference-without-two-towers": (
         lambda m, *_: {"ref_model": CLIPVisionModelWithProjection(tiny_config().vision_config)},

@@ -7,20 +7,21 @@ from samples import PROMPTS, tiny_config
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from clip_po.candidates import CandidateTexts
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.pairs import PreferencePairs
 from clip_po.policy import (
-    BatchLogps,
-    FrozenTexts,
+    CachedTextEmbeddings,
+    CandidateLogps,
     Policy,
     candidate_logps,
     dual_encoder,
     encode_images,
     encode_texts,
-    frozen_copy,
     preference_logps,
     regularization_kl,
 )
+from clip_po.reference import frozen_copy
 
 VISION_LORA = LoraConfig(r=2, target_modules=r".*vision_model.*\.(q_proj|v_proj)")
 
@@ -77,7 +78,7 @@ def test_autocast_and_half_precision_leave_logps_in_float32():
 def test_chosen_and_rejected_are_picked_from_both_policies():
     policy, reference = torch.arange(6.0).view(2, 3), -torch.arange(6.0).view(2, 3)
     batch = {"chosen": torch.tensor([2, 0]), "rejected": torch.tensor([[0, 1], [1, -1]])}
-    logps = preference_logps(BatchLogps(policy, None), BatchLogps(reference, None), batch)
+    logps = preference_logps(CandidateLogps(policy, None), CandidateLogps(reference, None), batch)
     assert logps.chosen.tolist() == [2.0, 3.0]
     assert logps.rejected.tolist() == [[0.0, 1.0], [4.0, -torch.inf]]
     assert logps.ref_chosen.tolist() == [-2.0, -3.0]
@@ -87,13 +88,13 @@ def test_chosen_and_rejected_are_picked_from_both_policies():
 
 def test_kl_is_0_without_ordinary_images():
     logps = unit(3, 4).log_softmax(-1)
-    assert regularization_kl(BatchLogps(logps, None), BatchLogps(logps, None)).tolist() == [0.0] * 3
+    assert regularization_kl(CandidateLogps(logps, None), CandidateLogps(logps, None)).tolist() == [0.0] * 3
 
 
 def test_kl_compares_the_ordinary_images_alone():
     same, one, other = (torch.randn(2, 3).log_softmax(-1) for _ in range(3))
-    assert regularization_kl(BatchLogps(one, same), BatchLogps(other, same)).tolist() == [0.0, 0.0]
-    assert (regularization_kl(BatchLogps(same, one), BatchLogps(same, other)) > 0).all()
+    assert regularization_kl(CandidateLogps(one, same), CandidateLogps(other, same)).tolist() == [0.0, 0.0]
+    assert (regularization_kl(CandidateLogps(same, one), CandidateLogps(same, other)) > 0).all()
 
 
 # ---- The forward
@@ -102,7 +103,7 @@ def test_kl_compares_the_ordinary_images_alone():
 @pytest.mark.parametrize("candidate_texts", [None, PROMPTS])
 def test_one_forward_equals_separate_forwards_of_images_and_texts(model, processor, preferences, candidate_texts):
     batch = batch_of(preferences, processor, candidate_texts)
-    policy = Policy(processor, candidate_texts, FrozenTexts(model, processor))
+    policy = Policy(processor, CandidateTexts(candidate_texts), CachedTextEmbeddings(model, processor))
     with torch.no_grad():
         found = policy(model, model, batch)
         texts = encode_texts(model, processor, candidate_texts or batch["texts"])
@@ -117,7 +118,7 @@ def test_logps_are_those_of_the_models_own_logits(model, processor, preferences)
     batch = batch_of(preferences, processor, PROMPTS)
     tokens = processor(text=PROMPTS, padding=True, return_tensors="pt")
     with torch.no_grad():
-        found = Policy(processor, PROMPTS, FrozenTexts(model, processor))(model, model, batch)
+        found = Policy(processor, CandidateTexts(PROMPTS), CachedTextEmbeddings(model, processor))(model, model, batch)
         expected = model(**tokens, pixel_values=batch["pixel_values"]).logits_per_image.log_softmax(-1)
     torch.testing.assert_close(found.preference, expected)
 
@@ -125,8 +126,8 @@ def test_logps_are_those_of_the_models_own_logits(model, processor, preferences)
 def test_frozen_and_training_text_towers_give_the_same_logps(model, processor, preferences):
     batch = batch_of(preferences, processor)
     with torch.no_grad():
-        frozen = Policy(processor, None, FrozenTexts(model, processor))(model, model, batch)
-        training = Policy(processor, None, None)(model, model, batch)
+        frozen = Policy(processor, CandidateTexts(None), CachedTextEmbeddings(model, processor))(model, model, batch)
+        training = Policy(processor, CandidateTexts(None), None)(model, model, batch)
     torch.testing.assert_close(frozen.preference, training.preference)
     torch.testing.assert_close(frozen.regularization, training.regularization)
 
@@ -134,15 +135,20 @@ def test_frozen_and_training_text_towers_give_the_same_logps(model, processor, p
 def test_without_ordinary_images_there_are_no_logps_of_them(model, processor, preferences):
     batch = batch_of(preferences, processor)
     del batch["reg_pixel_values"]
-    assert Policy(processor, None, FrozenTexts(model, processor))(model, model, batch).regularization is None
+    assert (
+        Policy(processor, CandidateTexts(None), CachedTextEmbeddings(model, processor))(
+            model, model, batch
+        ).regularization
+        is None
+    )
 
 
 def test_the_model_is_called_once_and_as_itself(model, processor, preferences):
     calls = []
     model.register_forward_hook(lambda *_: calls.append("model"))
     model.vision_model.register_forward_hook(lambda *_: calls.append("vision"))
-    frozen = FrozenTexts(model, processor)
-    Policy(processor, None, frozen)(model, model, batch_of(preferences, processor))
+    frozen = CachedTextEmbeddings(model, processor)
+    Policy(processor, CandidateTexts(None), frozen)(model, model, batch_of(preferences, processor))
     assert calls == ["vision", "model"]
 
 
@@ -150,7 +156,7 @@ def test_the_model_is_called_once_and_as_itself(model, processor, preferences):
 def test_gradients_reach_the_towers_that_train(model, processor, preferences, text_trains):
     if not text_trains:
         freeze_text(model)
-    policy = Policy(processor, None, None if text_trains else FrozenTexts(model, processor))
+    policy = Policy(processor, CandidateTexts(None), None if text_trains else CachedTextEmbeddings(model, processor))
     policy(model, model, batch_of(preferences, processor)).preference[:, 0].sum().backward()
     moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     vision = {"vision_model", "visual_projection"}
@@ -163,7 +169,7 @@ def test_gradients_reach_the_towers_that_train(model, processor, preferences, te
 def test_frozen_texts_are_encoded_once_each(model, processor):
     encoded = []
     model.text_model.register_forward_hook(lambda _, args, kwargs, out: encoded.append(len(out[0])), with_kwargs=True)
-    texts = FrozenTexts(model, processor)
+    texts = CachedTextEmbeddings(model, processor)
     first = texts(["a", "b", "a"])
     again = texts(["b", "c", "a"])
     texts(["c", "b"])
@@ -204,7 +210,7 @@ def test_a_model_without_two_towers_is_refused(make, name):
         f"{name} must be a transformers.CLIPModel",
         f"got {type(other).__name__}",
         "both towers",
-        "converted",
+        "open_clip",
     ):
         assert part in str(error.value)
 

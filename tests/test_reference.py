@@ -6,12 +6,13 @@ from accelerate import Accelerator
 from samples import PROMPTS
 from torch.nn import functional as F
 
+from clip_po.candidates import CandidateTexts
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.embedding_cache import EmbeddingCache
 from clip_po.data.pairs import PreferencePairs, TypographicPreferences
-from clip_po.policy import FrozenTexts, Policy, candidate_logps, encode_images, encode_texts, frozen_copy
-from clip_po.reference import ReferencePolicy, embed_fixed_images
+from clip_po.policy import CachedTextEmbeddings, Policy, candidate_logps, encode_images, encode_texts
+from clip_po.reference import ReferencePolicy, embed_fixed_images, frozen_copy
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def collate(processor):
 
 @pytest.fixture
 def reference(model, processor):
-    return ReferencePolicy(frozen_copy(model), processor, None)
+    return ReferencePolicy(frozen_copy(model), processor, CandidateTexts(None))
 
 
 def first_rows(pairs, rows=4):
@@ -39,7 +40,10 @@ def wrong_embeds(rows=4):
 
 def test_at_the_start_reference_and_policy_are_equal(model, processor, pairs, collate, reference):
     batch = collate(first_rows(pairs))
-    found, policy = reference(batch), Policy(processor, None, FrozenTexts(model, processor))(model, model, batch)
+    found, policy = (
+        reference(batch),
+        Policy(processor, CandidateTexts(None), CachedTextEmbeddings(model, processor))(model, model, batch),
+    )
     torch.testing.assert_close(found.preference, policy.preference.detach())
     torch.testing.assert_close(found.regularization, policy.regularization.detach())
 
@@ -54,7 +58,7 @@ def test_the_reference_stays_when_the_policy_moves(model, pairs, collate, refere
 
 
 def test_the_reference_takes_no_gradients(pairs, collate, model, processor):
-    found = ReferencePolicy(model, processor, None)(collate(first_rows(pairs)))
+    found = ReferencePolicy(model, processor, CandidateTexts(None))(collate(first_rows(pairs)))
     assert not found.preference.requires_grad
     assert not found.regularization.requires_grad
 
@@ -63,7 +67,7 @@ def test_fixed_candidates_are_those_of_the_reference_too(model, processor, prefe
     batch = DataCollatorForContrastivePreference(processor, PROMPTS)(
         first_rows(PreferencePairs(preferences, "clean_image", PROMPTS))
     )
-    found = ReferencePolicy(model, processor, PROMPTS)(batch).preference
+    found = ReferencePolicy(model, processor, CandidateTexts(PROMPTS))(batch).preference
     images, texts = encode_images(model, batch["pixel_values"]), encode_texts(model, processor, PROMPTS)
     torch.testing.assert_close(found, candidate_logps(images, texts, model.logit_scale.exp()))
 
@@ -79,7 +83,7 @@ def test_embeddings_in_the_batch_are_taken_as_they_are(reference, pairs, collate
     batch = collate(first_rows(pairs))
     computed, embeds = reference(batch), wrong_embeds()
     found = reference({**batch, given: embeds})
-    texts = reference.frozen_texts(batch["texts"])
+    texts = reference.text_embeddings(batch["texts"])
     expected = candidate_logps(embeds, texts, reference.logit_scale, batch["candidates"])
     assert torch.equal(getattr(found, changed), expected)
     assert not torch.allclose(getattr(found, changed), getattr(computed, changed))
@@ -118,14 +122,14 @@ def test_the_target_is_the_answer_on_the_rows_own_clean_image(reference, prefere
 
 
 def test_texts_of_the_policy_are_shared_where_they_are_given(model, processor, pairs, collate):
-    shared = FrozenTexts(model, processor)
+    shared = CachedTextEmbeddings(model, processor)
     other = frozen_copy(model)
     with torch.no_grad():
         for parameter in other.text_model.parameters():
             parameter.zero_()
     batch = collate(first_rows(pairs))
-    expected = ReferencePolicy(model, processor, None)(batch).preference
-    assert torch.equal(ReferencePolicy(other, processor, None, shared)(batch).preference, expected)
+    expected = ReferencePolicy(model, processor, CandidateTexts(None))(batch).preference
+    assert torch.equal(ReferencePolicy(other, processor, CandidateTexts(None), shared)(batch).preference, expected)
 
 
 # ---- Embeddings of fixed images

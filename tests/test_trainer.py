@@ -227,7 +227,7 @@ def test_fifty_steps_repeat_and_resume_bit_for_bit_with_fresh_attacks_and_two_wo
 
 def test_a_run_logs_its_own_rows_alone(make_trainer):
     fresh, used = (make_trainer(make_preferences(13), max_steps=2) for _ in range(2))
-    used._means[True].add({"kl": (torch.tensor([9.0]), torch.tensor([1.0]))})  # of a run that ended between two logs
+    used.training_means.add({"kl": (torch.tensor([9.0]), torch.tensor([1.0]))})  # of a run that ended between two logs
     fresh.train()
     used.train()
     assert logged(used, "kl") == logged(fresh, "kl")

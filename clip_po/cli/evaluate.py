@@ -27,7 +27,7 @@ from clip_po.evaluation.robustness import (
     robustness_report,
     robustness_table,
 )
-from clip_po.hub.publishing import put_into_card
+from clip_po.hub.model_card import update_card
 from clip_po.models import load_any
 from clip_po.validation import COUNT, COUNT_OR_NONE, check_number, check_writable
 
@@ -142,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
     )
     print(f"Report: {path}")
     report = read_report(path)
-    put_into_card(folder, markdown_summary(report))
+    update_card(folder, markdown_summary(report))
     examples = [] if base is None else choose_examples(answers, "base", "aligned", seed=args.seed)
     changes = changes_line(answers, "base", "aligned") if base else ""
     figures = {}

@@ -26,8 +26,8 @@ from clip_po.concept.sweep import (
     scale_table,
     sweep_scales,
 )
+from clip_po.concept.trainer import ConceptConfig, ConceptTrainer
 from clip_po.concept.transform import CONCEPT_FILE, ConceptTransform, ScalePath
-from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
@@ -39,7 +39,6 @@ from clip_po.evaluation.report.report_file import write_report
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.tables import format_estimate
 from clip_po.models import load_model
-from clip_po.trainer import ContrastivePOTrainer
 from clip_po.validation import check_writable
 
 DEFAULTS: Mapping[str, Any] = {
@@ -142,9 +141,9 @@ class Case:
     about: Mapping[str, Any]
 
 
-def parse(argv: Sequence[str]) -> tuple[SteerArguments, ContrastivePOConfig]:
+def parse(argv: Sequence[str]) -> tuple[SteerArguments, ConceptConfig]:
     """The arguments: flags over YAML (`--config`) over `DEFAULTS`."""
-    parser = TrlParser([SteerArguments, ContrastivePOConfig], prog="clip-po steer")
+    parser = TrlParser([SteerArguments, ConceptConfig], prog="clip-po steer")
     parser.set_defaults_with_config(**DEFAULTS)
     args, config = parse_flags(parser, argv)
     return args, config
@@ -236,15 +235,15 @@ def fixed(attack: TypographicAttack) -> TypographicAttack:
     return replace(attack, redraw="never")
 
 
-def concept_trainer(case: Case, transform: ConceptTransform, config: ContrastivePOConfig) -> ContrastivePOTrainer:
+def concept_trainer(case: Case, transform: ConceptTransform, config: ConceptConfig) -> ConceptTrainer:
     """The trainer of W."""
-    return ContrastivePOTrainer(
+    return ConceptTrainer(
         case.model,
+        transform,
         args=config,
         train_dataset=case.train,
         processing_class=case.processor,
         candidate_texts=case.train.texts,
-        concept=transform,
     )
 
 

@@ -169,7 +169,7 @@ def keep_clean_accuracy(
         if isinstance(trainer.model, PeftModel):
             print("The adapters are merged into the model: an interpolation is a plain CLIPModel.")
     chosen = interpolate(trainer.reference.model, trainer.model, choice.point.alpha)
-    trainer.model = trainer.model_wrapped = trainer.encoder = chosen
+    trainer.replace_model(chosen)
 
 
 def main(argv: Sequence[str]) -> None:

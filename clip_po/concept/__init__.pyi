@@ -7,4 +7,6 @@ from .sweep import choose_within as choose_within
 from .sweep import embed_variants as embed_variants
 from .sweep import scale_table as scale_table
 from .sweep import sweep_scales as sweep_scales
+from .trainer import ConceptConfig as ConceptConfig
+from .trainer import ConceptTrainer as ConceptTrainer
 from .transform import ConceptTransform as ConceptTransform

@@ -108,6 +108,11 @@ def _ragged(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows])
 
 
-def row_weights(batch: Mapping[str, Any]) -> Tensor:
-    """Tensor[2]: the sum of the weights of a batch's preferences, and of its ordinary images."""
-    return torch.stack([batch["weight"].sum(), batch["reg_row_weight"].sum()])
+SMALLEST_WEIGHT = 1e-8
+"""Replaces a sum of weights that is 0, so that a batch of padding alone has the gradient 0."""
+
+
+def total_weights(*batches: Mapping[str, Any]) -> Tensor:
+    """Return the summed weights of the preferences and of the regularization images in batches, Tensor[2], never 0."""
+    sums = [torch.stack([batch["weight"].sum(), batch["reg_row_weight"].sum()]) for batch in batches]
+    return torch.stack(sums).sum(dim=0).clamp(min=SMALLEST_WEIGHT)

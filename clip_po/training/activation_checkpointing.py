@@ -1,4 +1,4 @@
-"""Activation checkpointing without gradients that nobody asked for."""
+"""Activation checkpointing that adds no gradients below the trained parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRANSFORMERS_OWN = {"every_n_layers", "offload"}
 """Of `activation_checkpointing_kwargs`, those that do not go to torch."""
 
 
-class NoInputGradients(TrainerCallback):
+class NoInputGradientsCallback(TrainerCallback):
     """Lets no gradient flow below what trains where activations are checkpointed.
 
     With activation checkpointing transformers makes the inputs of both towers require gradients, which the reentrant

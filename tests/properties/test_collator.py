@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from samples import picture, tiny_processor
 
 from clip_po.data.collator import DataCollatorForContrastivePreference
-from clip_po.policy import BatchLogps, candidate_logps, preference_logps
+from clip_po.policy import CandidateLogps, candidate_logps, preference_logps
 
 TEXTS = [f"a photo of {name}" for name in ("a cat", "a dog", "a bird", "a ship", "猫", "a hot dog", "nothing", "two")]
 EMBEDS = torch.nn.functional.normalize(torch.randn(len(TEXTS), 8, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -47,7 +47,7 @@ def logps_of(batch, rows, candidate_texts=None):
     texts = batch.get("texts", candidate_texts)
     images = PIXELS_EMBED[[row["number"] for row in rows]]
     logps = candidate_logps(images, EMBEDS[[TEXTS.index(text) for text in texts]], 20.0, batch.get("candidates"))
-    found = preference_logps(BatchLogps(logps, None), BatchLogps(logps, logps), batch)
+    found = preference_logps(CandidateLogps(logps, None), CandidateLogps(logps, logps), batch)
     return found.chosen, found.rejected
 
 

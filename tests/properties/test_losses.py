@@ -19,7 +19,7 @@ from clip_po.losses import (
     preference_loss,
     sigmoid_loss,
 )
-from clip_po.policy import BatchLogps, candidate_logps, preference_logps
+from clip_po.policy import CandidateLogps, candidate_logps, preference_logps
 
 BETAS = st.floats(1e-3, 10)
 LOGRATIO = st.floats(-30, 30)
@@ -50,7 +50,7 @@ def batches(draw, single=False):
 def as_losses_take_them(policy, reference, chosen, rejected):
     logps = [logits.log_softmax(dim=-1) for logits in (policy, reference)]
     batch = {"chosen": chosen, "rejected": rejected}
-    return preference_logps(BatchLogps(logps[0], None), BatchLogps(logps[1], logps[1]), batch)
+    return preference_logps(CandidateLogps(logps[0], None), CandidateLogps(logps[1], logps[1]), batch)
 
 
 def every_loss(logps, beta):
@@ -133,8 +133,8 @@ def test_a_constant_added_to_the_logits_changes_nothing(batch, beta, constant):
         images = torch.cat([policy, torch.ones(rows, 1, dtype=torch.float64)], dim=1)
         texts = torch.cat([identity, torch.full((columns, 1), added, dtype=torch.float64)], dim=1)
         logps = preference_logps(
-            BatchLogps(candidate_logps(images, texts, 1.0), None),
-            BatchLogps(reference.log_softmax(-1), reference.log_softmax(-1)),
+            CandidateLogps(candidate_logps(images, texts, 1.0), None),
+            CandidateLogps(reference.log_softmax(-1), reference.log_softmax(-1)),
             {"chosen": chosen, "rejected": rejected},
         )
         found.append(every_loss(logps, beta))

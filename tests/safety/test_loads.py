@@ -215,13 +215,13 @@ def test_pickled_adapters_of_a_checkpoint_are_refused(make_trainer, tmp_path, ma
 
 
 def test_a_pickled_best_model_is_refused(make_trainer, whole_run, marker):
-    trainer = make_trainer()
     folder = whole_run / "checkpoint-4"
     (folder / "model.safetensors").unlink()
     plant(folder, "pytorch_model.bin", marker, "torch.save")
-    trainer.state.best_model_checkpoint = str(folder)
+    state = whole_run / "checkpoint-2" / "trainer_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "best_model_checkpoint": str(folder)}))
     with pytest.raises(OSError, match="pickle alone"):
-        trainer._load_best_model()
+        make_trainer().train(resume_from_checkpoint=str(whole_run / "checkpoint-2"))
 
 
 def test_a_pickle_in_the_place_of_averaged_weights_is_refused(make_trainer, whole_run, marker):

@@ -119,7 +119,7 @@ def test_a_half_written_checkpoint_is_never_taken(make_trainer):
     folder = Path(trainer.args.output_dir)
     (folder / "checkpoint-6" / MARK).unlink()
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-4")
-    with pytest.raises(ValueError, match=rf"checkpoint-6' has no {MARK}: it was cut off.*checkpoint-4"):
+    with pytest.raises(ValueError, match=rf"checkpoint-6' has no {MARK}: saving was cut off.*checkpoint-4"):
         make_trainer().train(resume_from_checkpoint=str(folder / "checkpoint-6"))
     resumed = make_trainer()
     resumed.train(resume_from_checkpoint=True)
@@ -137,9 +137,9 @@ def test_a_left_over_half_is_not_kept_in_place_of_a_whole_one(make_trainer):
 
 
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume(make_trainer, tmp_path):
-    with pytest.raises(ValueError, match=r"no whole checkpoint.*start anew"):
+    with pytest.raises(ValueError, match=r"no whole checkpoint.*start a new run"):
         make_trainer().train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         make_trainer().train(resume_from_checkpoint=str(tmp_path / "nowhere"))
     assert whole_checkpoint(None, str(tmp_path)) is None
     assert whole_checkpoint(False, str(tmp_path)) is None

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -21,6 +22,7 @@ from clip_po.data.pairs import TypographicPreferences
 from clip_po.data.stream_reader import STREAM_FILE, StreamMark
 from clip_po.data.streamed_pairs import TypographicStream
 from clip_po.trainer import ContrastivePOTrainer
+from clip_po.training.stream_position import StreamPositionCallback
 
 ATTACK = TypographicAttack(CLASSES, min_side=32)
 TESTS = Path(__file__).parents[1]
@@ -134,12 +136,11 @@ def test_what_a_stream_cannot_do_is_refused(make_trainer):
 
 
 @pytest.mark.parametrize("digests", [[5, 5], [5, 6]])
-def test_processes_that_read_other_rows_are_stopped(digests, make_trainer, monkeypatch):
-    trainer, mark = make_trainer(shuffled(), max_steps=1), StreamMark(agreed=5)
-    monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.tensor(digests))
-    refused = pytest.raises(ValueError, match=r"other rows than each other .*stream\.shuffle\(seed=0\)")
+def test_processes_that_read_other_rows_are_stopped(digests):
+    two = SimpleNamespace(num_processes=2, device="cpu", gather=lambda own: torch.tensor(digests))
+    refused = pytest.raises(ValueError, match=r"The processes read different rows .*stream\.shuffle\(seed=0\)")
     with refused if digests[0] != digests[1] else contextlib.nullcontext():
-        trainer._check_same_rows(mark, torch.device("cpu"))
+        StreamPositionCallback().follow(StreamMark(agreed=5), two)
 
 
 @pytest.fixture(scope="module")

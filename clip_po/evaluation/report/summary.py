@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_po.evaluation.bootstrap import Estimate
-from clip_po.evaluation.report.report_file import report_estimates
+from clip_po.evaluation.report.report_file import read_report, report_estimates
 from clip_po.evaluation.robustness import robustness_table
 from clip_po.evaluation.tables import format_estimate, format_number
 
@@ -73,6 +73,12 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
         lines += ["", "| setting | value |", "| --- | --- |"]
         lines += [f"| {name} | {_markdown(_without_folders(name, value))} |" for name, value in told.items()]
     return "\n".join(lines)
+
+
+def measured_table(folder: Path) -> str | None:
+    """Return the measurements in the report.json of a folder as Markdown, or None if there is no report."""
+    report = folder / "report.json"
+    return markdown_summary(read_report(report)) if report.is_file() else None
 
 
 def base_of(found: Found) -> str | None:

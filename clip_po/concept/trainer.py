@@ -1,0 +1,213 @@
+"""ConceptTrainer: trains a linear transformation of a model's embeddings instead of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
+
+from clip_po.concept.transform import ConceptTransform
+from clip_po.config import ContrastivePOConfig
+from clip_po.data.collator import total_weights
+from clip_po.data.pairs import PreferencePairs
+from clip_po.data.streamed_pairs import is_stream
+from clip_po.hub.model_card import CheckpointKind
+from clip_po.models import default_output_dir
+from clip_po.policy import CandidateLogps, candidate_logps, dual_encoder
+from clip_po.reference import ROW_IMAGES, ReferencePolicy
+from clip_po.trainer import ContrastivePOTrainer
+from clip_po.validation import NOT_NEGATIVE, Allowed
+
+
+@dataclass
+class ConceptConfig(ContrastivePOConfig):
+    """Configuration of the [`ConceptTrainer`], beyond the arguments of [`ContrastivePOConfig`].
+
+    Parameters:
+        penalty_weight (`float`, defaults to `0.1`): Weight of the penalty ||I - W W^T||_F, >= 0.
+    """
+
+    penalty_weight: float = field(default=0.1, metadata={"help": "Weight of the penalty ||I - W W^T||_F, >= 0."})
+
+    def _numbers(self) -> dict[str, Allowed]:
+        return {**super()._numbers(), "penalty_weight": NOT_NEGATIVE}
+
+
+class ConceptPolicy:
+    """pi(y | x) on transformed embeddings of the reference. No tower runs if the batch carries the embeddings.
+
+    Args:
+        reference: The frozen model, which is the reference policy too.
+    """
+
+    def __init__(self, reference: ReferencePolicy) -> None:
+        self.reference = reference
+
+    def __call__(self, model: nn.Module, encoder: nn.Module, batch: Mapping[str, Any]) -> CandidateLogps:
+        """Compute log-probabilities over the candidate texts, as `Policy` does.
+
+        Args:
+            model: The `ConceptTransform` as wrapped for training.
+            encoder: The CLIPModel. Its logit scale is that of the reference.
+            batch: Batch of `DataCollatorForContrastivePreference`.
+
+        Returns:
+            Tensor[B, N] for the preference images, and for the regularization images if there are any.
+        """
+        images = list(self.reference.batch_embeds(batch, ("image", "reg_image")).values())
+        texts = self.reference.text_embeddings(self.reference.candidates.of_batch(batch))
+        image_embeds, text_embeds = model(torch.cat(images), texts)
+        logps = [
+            candidate_logps(embeds, text_embeds, self.reference.logit_scale, batch.get("candidates"))
+            for embeds in image_embeds.chunk(len(images))
+        ]
+        return CandidateLogps(logps[0], logps[1] if len(logps) > 1 else None)
+
+
+class ConceptTrainer(ContrastivePOTrainer):
+    """Trainer for a concept's linear transformation W of frozen embeddings, with the losses of the method.
+
+    `trainer.model` is the transformation. `trainer.encoder` is the model, which does not change and is its own
+    reference. Images are embedded once, so that a step costs a matrix product.
+
+    Args:
+        model (`str`, `CLIPModel` or `PeftModel`): The model whose embeddings are transformed.
+        concept (`ConceptTransform`): The transformation to train.
+        args (`ConceptConfig`, *optional*): Settings. The defaults write to `<model>-PO`.
+        train_dataset (`datasets.Dataset` or `TypographicPreferences`): Preferences; no stream.
+        data_collator, eval_dataset, processing_class, compute_metrics, callbacks, optimizers, reg_dataset,
+            candidate_texts: As in `ContrastivePOTrainer`.
+
+    Raises:
+        ValueError, TypeError: If arguments do not fit together. The message says what, where and what to do.
+
+    Source: Afzali et al. 2025, arXiv 2411.08923.
+    """
+
+    args: ConceptConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        concept: ConceptTransform,
+        args: ConceptConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction, bool], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        reg_dataset: Dataset | None = None,
+        candidate_texts: Sequence[str] | None = None,
+    ) -> None:
+        args = args if args is not None else ConceptConfig(default_output_dir(model))
+        _check_args(concept, args)
+        self.concept = concept
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            reg_dataset=reg_dataset,
+            candidate_texts=candidate_texts,
+        )
+
+    def load_encoder(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None,
+        args: ContrastivePOConfig,
+        peft_config: PeftConfig | None,
+    ) -> PreTrainedModel | PeftModel:
+        """Load the dual encoder, and raise if its embeddings do not fit the transformation."""
+        encoder = super().load_encoder(model, ref_model, args, peft_config)
+        dim = dual_encoder(encoder).config.projection_dim
+        if self.concept.dim != dim:
+            raise ValueError(
+                f"concept transforms embeddings of {self.concept.dim} dimensions, but the model's have {dim}. Pass "
+                f"ConceptTransform({dim})."
+            )
+        return encoder
+
+    def module_to_train(self, encoder: PreTrainedModel | PeftModel) -> nn.Module:
+        """Return the transformation, the only thing that `Trainer` trains and saves."""
+        return self.concept
+
+    def training_rows(self, dataset: Any, args: ContrastivePOConfig) -> PreferencePairs:
+        """Check the training data set, which has a length: its images are embedded once."""
+        if is_stream(dataset):
+            raise ValueError(
+                "train_dataset is streamed, but a concept's transformation is trained on embeddings that are computed "
+                "once and used in many steps. Load the data without streaming=True."
+            )
+        rows: PreferencePairs = super().training_rows(dataset, args)
+        return rows
+
+    def build_reference(
+        self, encoder: nn.Module, ref_model: nn.Module | None, peft_config: PeftConfig | None
+    ) -> ReferencePolicy:
+        """Use the frozen model itself as the reference."""
+        return super().build_reference(encoder, encoder, None)
+
+    def build_policy(self, encoder: nn.Module, ref_model: nn.Module | None) -> ConceptPolicy:
+        """Build the policy on transformed embeddings of the reference."""
+        return ConceptPolicy(self.reference)
+
+    def embed_images(self, pairs: PreferencePairs, pays: bool, images: Sequence[str] | None = None) -> None:
+        """Embed all fixed images once, unless the arguments say otherwise; rows then come without images."""
+        pairs.without_images = True
+        super().embed_images(pairs, pays=True, images=ROW_IMAGES)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Compute the loss of `ContrastivePOTrainer` + penalty_weight * ||I - W W^T||_F.
+
+        Each micro-batch and process adds a share of the penalty, in proportion to its row weights.
+        """
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        total = (total_weights(inputs) if num_items_in_batch is None else num_items_in_batch)[0]
+        share = processes * inputs["weight"].sum() / total
+        loss = loss + self.args.penalty_weight * share * self.concept.penalty()
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def checkpoint_kind(self) -> CheckpointKind:
+        """What checkpoints hold, for the model card."""
+        return "concept"
+
+
+def _check_args(concept: Any, args: Any) -> None:
+    if not isinstance(concept, ConceptTransform):
+        raise TypeError(f"concept must be a ConceptTransform, got {type(concept).__name__}.")
+    if not isinstance(args, ConceptConfig):
+        raise TypeError(f"args must be a ConceptConfig, got {type(args).__name__}.")
+    given = {
+        "train_text_model=True": args.train_text_model,
+        "train_logit_scale=True": args.train_logit_scale,
+        "activation_checkpointing=True": bool(args.activation_checkpointing),
+    }
+    wrong = [name for name, is_given in given.items() if is_given]
+    if wrong:
+        raise ValueError(
+            f"{' and '.join(wrong)} has no effect: ConceptTrainer trains a transformation of embeddings, and the "
+            "model itself does not change. Leave the arguments out."
+        )

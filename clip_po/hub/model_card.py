@@ -1,0 +1,137 @@
+"""The model card: what was aligned, how, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from clip_po.hub.redaction import redacted
+
+CheckpointKind = Literal["model", "adapter", "concept"]
+"""What a checkpoint holds: a model, adapters of the base model, or a transformation of its embeddings."""
+
+CARD_FILE = "README.md"
+MEASURED = "## What was measured"
+PAPER = "2411.08923"
+
+METHODS = {
+    "sigmoid": "DPO",
+    "ipo": "IPO",
+    "kto_pair": "KTO",
+    "sft": "cross-entropy",
+    "distillation": "distillation of clean answers",
+}
+"""Name of the method in the card, by loss type."""
+
+CARD_SETTINGS = (
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "label_smoothing",
+    "reg_weight",
+    "penalty_weight",
+    "train_text_model",
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+)
+"""Arguments that the card repeats, where the configuration has them."""
+
+
+def model_card(
+    model_name: str,
+    base_model: str,
+    loss_types: list[str],
+    settings: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    kind: CheckpointKind = "model",
+    report: str | None = None,
+) -> ModelCard:
+    """Make the card of an aligned model.
+
+    Args:
+        model_name: Name of the model.
+        base_model: Name of the model that was aligned.
+        loss_types: Names in `clip_po.losses.LOSSES`.
+        settings: Training settings, shown as a table without secrets.
+        metrics: Metrics of the last evaluation, by name. Only shown without a `report`.
+        kind: What the checkpoint holds.
+        report: A Markdown table of measurements before and after alignment.
+
+    Returns:
+        The card. Its `data` is the metadata that the Hub reads.
+    """
+    method = " + ".join(METHODS.get(name, name) for name in loss_types)
+    local = os.path.isabs(base_model) or os.path.exists(base_model)
+    data = ModelCardData(
+        model_name=model_name,
+        base_model=None if local else base_model,
+        library_name={"model": "transformers", "adapter": "peft", "concept": "clip_po"}[kind],
+        pipeline_tag="zero-shot-image-classification",
+        tags=["clip", "clip_po", "preference-optimization", *sorted(set(loss_types))],
+    )
+    measured = report or _table({k: f"{v:.4f}" for k, v in sorted(metrics.items())}) or "Nothing was measured yet."
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n"
+        f"# {model_name}\n\n"
+        f"`{base_model}`, aligned by preference optimization ({method}) with clip_po {version('clip_po')}: for an "
+        "image, the preferred text rather than another, while KL(reference || policy) on ordinary images keeps the "
+        f"rest (Afzali et al., ICLR 2025, [arXiv {PAPER}](https://arxiv.org/abs/{PAPER})).\n\n"
+        f"```python\n{_loading_code(model_name, base_model, kind)}\n"
+        f'processor = CLIPProcessor.from_pretrained("{model_name}")\n```\n\n'
+        f"{MEASURED}\n\n{measured}\n\n"
+        f"## Settings\n\n{_table({k: json.dumps(v, default=str) for k, v in redacted(settings).items()})}\n"
+    )
+
+
+def _loading_code(model_name: str, base_model: str, kind: CheckpointKind) -> str:
+    base = f'CLIPModel.from_pretrained("{base_model}")'
+    return {
+        "model": "from transformers import CLIPModel, CLIPProcessor\n\n"
+        f'model = CLIPModel.from_pretrained("{model_name}")',
+        "adapter": "from peft import PeftModel\nfrom transformers import CLIPModel, CLIPProcessor\n\n"
+        f'model = PeftModel.from_pretrained({base}, "{model_name}")',
+        "concept": "from clip_po.concept import ConceptTransform\n"
+        "from transformers import CLIPModel, CLIPProcessor\n\n"
+        f'model = ConceptTransform.load("{model_name}").fold_into({base}, t=1.0)',
+    }[kind]
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    if not rows:
+        return ""
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def last_evaluation(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the metrics of the last evaluated step in a trainer's log, without timings."""
+    evaluations = [log for log in log_history if any(key.startswith("eval_") for key in log)]
+    last = [log for log in evaluations if log["step"] == evaluations[-1]["step"]]
+    metrics = {name: float(value) for log in last for name, value in log.items() if name.startswith("eval_")}
+    return {name: value for name, value in metrics.items() if not name.endswith(("_runtime", "_per_second"))}
+
+
+def update_card(folder: Path, table: str) -> None:
+    """Replace the measurements in the model card of a folder. Do nothing if there is no card.
+
+    Args:
+        folder: Folder of the model.
+        table: Markdown.
+    """
+    file = folder / CARD_FILE
+    if not file.is_file() or MEASURED not in (text := file.read_text()):
+        return
+    before, _, rest = text.partition(MEASURED)
+    _, heading, after = rest.partition("\n## ")
+    file.write_text(f"{before}{MEASURED}\n\n{table}\n{heading}{after}")

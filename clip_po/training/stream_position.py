@@ -1,0 +1,46 @@
+"""The position in a streamed training data set: kept with every checkpoint, and the same in every process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from clip_po.data.stream_reader import StreamMark
+
+
+class StreamPositionCallback(TrainerCallback):
+    """Saves the position in the stream with every checkpoint, so that a resumed run reads the rows that follow."""
+
+    def __init__(self) -> None:
+        self.mark: StreamMark | None = None
+
+    def follow(self, mark: StreamMark, accelerator: Accelerator) -> None:
+        """Keep the position after a batch.
+
+        Args:
+            mark: Position of the stream.
+            accelerator: Accelerator of the trainer; every process must call the method.
+
+        Raises:
+            ValueError: If the processes read different rows: some would be used twice, others never.
+        """
+        self.mark = mark
+        if accelerator.num_processes == 1:
+            return
+        digests = accelerator.gather(torch.tensor([mark.agreed], device=accelerator.device)).tolist()
+        if len(set(digests)) > 1:
+            raise ValueError(
+                f"The processes read different rows from train_dataset (in pass {mark.epoch}), so some rows would be "
+                "counted twice. Give its shuffling a seed, stream.shuffle(seed=0), and make a generator return the "
+                "same rows in every process."
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the position into the checkpoint."""
+        if self.mark is not None and args.should_save:
+            self.mark.save(Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
