@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from peft import LoraConfig
 from samples import PROMPTS, make_labelled, make_preferences, run_config
 from torch.nn import functional as F
 from transformers import CLIPModel
@@ -140,7 +139,6 @@ def test_what_was_saved_folds_into_a_plain_model_that_says_the_same(make_trainer
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"peft_config": LoraConfig(target_modules=r".*vision_model.*q_proj")}, "peft_config"),
         ({"train_text_model": True}, "train_text_model=True"),
         ({"train_logit_scale": True}, "train_logit_scale=True"),
         ({"activation_checkpointing": True}, "activation_checkpointing=True"),
@@ -151,3 +149,9 @@ def test_what_was_saved_folds_into_a_plain_model_that_says_the_same(make_trainer
 def test_what_a_concept_can_not_be_trained_with_is_refused(make_trainer, arguments, said):
     with pytest.raises(ValueError, match=said):
         make_trainer(**arguments)
+
+
+@pytest.mark.parametrize("argument", ["peft_config", "ref_model"])
+def test_a_concept_has_neither_adapters_nor_another_reference(make_trainer, argument):
+    with pytest.raises(TypeError, match=argument):
+        make_trainer(**{argument: None})
