@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_gather
 
-from clip_po.data.formats import check_candidates
+from clip_po.validation import check_candidates
 
 
 class CandidateTexts:

@@ -26,6 +26,7 @@ from clip_po.config import ContrastivePOConfig
 from clip_po.hub.safe_loading import refuse_pickles
 from clip_po.policy import dual_encoder
 from clip_po.training.resuming import differences
+from clip_po.validation import check_finite
 
 logger = logging.get_logger(__name__)
 
@@ -118,24 +119,6 @@ def load_any(name: str) -> CLIPModel | PeftModel:
             "adapter_config.json, as base_model_name_or_path."
         )
     return adapted
-
-
-def check_finite(model: nn.Module, name: str = "model") -> None:
-    """Refuse a model with weights that are no finite numbers: whatever it is asked, it answers nothing.
-
-    Args:
-        model: The model.
-        name: What messages call it.
-
-    Raises:
-        ValueError: Says which weights.
-    """
-    spoiled = [n for n, p in model.named_parameters() if not p.is_meta and not bool(torch.isfinite(p).all())]
-    if spoiled:
-        raise ValueError(
-            f"{len(spoiled)} weights of {name} hold nan or infinity, such as {spoiled[0]!r}: its training diverged, "
-            "or the file is damaged. Load an earlier checkpoint."
-        )
 
 
 def load_policy(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,26 +12,7 @@ from PIL import Image
 
 from clip_po.data.images import to_rgb
 from clip_po.data.skipped_rows import UnreadableImage
-
-
-def check_class_names(class_names: Sequence[str]) -> None:
-    """Refuse class names that are no list, empty or repeated.
-
-    Raises:
-        ValueError: Says which name is wrong.
-    """
-    if isinstance(class_names, str) or not class_names:
-        raise ValueError(f"class_names must be a list of at least one name, got {class_names!r}.")
-    for position, name in enumerate(class_names):
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(
-                f"class_names[{position}] must be a text that is not empty, got {name!r}. Name the class."
-            )
-    repeated = [name for name, count in Counter(class_names).items() if count > 1]
-    if repeated:
-        raise ValueError(
-            f"class_names has {repeated} more than once; no prompt can tell such classes apart: rename them."
-        )
+from clip_po.validation import check_class_names as check_class_names
 
 
 def read_labels(

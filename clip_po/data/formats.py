@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from PIL import Image as PILImage
 from clip_po.data.images import to_rgb
 from clip_po.data.skipped_rows import UnreadableImage
 from clip_po.losses import SINGLE_REJECTED, WITHOUT_REJECTED
+from clip_po.validation import check_candidates as check_candidates
 
 Row = dict[str, Any]
 
@@ -45,43 +46,6 @@ def as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def check_candidates(candidate_texts: Sequence[str] | None, name: str = "candidate_texts") -> None:
-    """Refuse candidate texts over which no policy can be defined.
-
-    Args:
-        candidate_texts: The texts.
-        name: What messages call them.
-
-    Raises:
-        ValueError: Fewer than two, an empty one, or one that stands in the list twice.
-        TypeError: No list, or something in it is no string.
-    """
-    if candidate_texts is None:
-        return
-    if isinstance(candidate_texts, (Set, Mapping)) or not hasattr(candidate_texts, "__len__"):
-        raise TypeError(
-            f"{name} must be a list of texts, got {type(candidate_texts).__name__}: their order has to be the same in "
-            "every process and run. Give a list, such as sorted(texts)."
-        )
-    if isinstance(candidate_texts, str) or len(candidate_texts) < 2:
-        raise ValueError(
-            f"{name} must be a list of at least two texts, got {candidate_texts!r}: with a single "
-            "candidate its probability is always 1 and there is nothing to prefer."
-        )
-    seen: dict[str, int] = {}
-    for position, text in enumerate(candidate_texts):
-        if not isinstance(text, str):
-            raise TypeError(f"{name}[{position}] must be a string, got {text!r}. Give every candidate as a text.")
-        if not text.strip():
-            raise ValueError(f"{name}[{position}] is empty, got {text!r}. Leave it out, or give its text.")
-        if text in seen:
-            raise ValueError(
-                f"{name}[{position}] is {text!r}, which stands at position {seen[text]} already. "
-                "Give each candidate once: twice, it would get its probability twice."
-            )
-        seen[text] = position
 
 
 def row_format(columns: Collection[str], name: str = "train_dataset") -> str:

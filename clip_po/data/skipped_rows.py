@@ -9,14 +9,12 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
+from clip_po.validation import UnreadableImage as UnreadableImage
+
 logger = logging.get_logger(__name__)
 
 MOST_NAMED = 3
 """Skipped rows that a process names with their reason; the others are only counted."""
-
-
-class UnreadableImage(ValueError):
-    """An image that can't be read, or is refused; the message names row and column and says why."""
 
 
 def blank_image() -> Image.Image:

@@ -329,7 +329,7 @@ CHECKPOINTS = {
         lambda b: resumed(b, untouched, optim="sgd"), ValueError, "another optimizer than optim='sgd'", "momentum"
     ),
     "output-is-a-file": case(
-        lambda b: b.trainer(output_dir=str(file(b))), OSError, "output_dir", "can't be written to", "nothing was"
+        lambda b: b.trainer(output_dir=str(file(b))), OSError, "output_dir", "can't be written to", "Nothing has"
     ),
     "output-is-below-a-file": case(
         lambda b: b.trainer(output_dir=str(file(b) / "run")), OSError, "file/run' can't be written", "another folder"

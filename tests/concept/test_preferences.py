@@ -134,7 +134,7 @@ def test_the_trainer_takes_them(clip_folder, tmp_path):
         (lambda: neutralize_attribute(people(0), TEMPLATE, "gender"), "is empty"),
         (lambda: neutralize_texts(people(), []), "text_pairs is empty"),
         (lambda: neutralize_texts(people(), ["ab"]), "must be a pair of texts"),
-        (lambda: neutralize_texts(people(), [("a man", "a man")]), "stands at position 0 already"),
+        (lambda: neutralize_texts(people(), [("a man", "a man")]), "already at position 0"),
         (lambda: neutralize_texts(people(2), PAIRS), "Set rounds to at least 2"),
     ],
 )
