@@ -1,4 +1,4 @@
-"""Preference losses: pure functions of log-probabilities, and the table of their names."""
+"""Preference losses: pure functions of log-probabilities, and the table of loss types."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ class PreferenceLogps:
 
     Attributes:
         chosen: Tensor[B], log pi(y_w | x).
-        rejected: Tensor[B, R], log pi(y_l | x); -inf where a row has fewer than R rejected texts.
-        ref_chosen: Tensor[B], the same under the reference policy.
-        ref_rejected: Tensor[B, R]; only read where `rejected` is finite.
-        candidates: Tensor[B, N], log pi(y | x) over all candidate texts; -inf for an absent one. Only read by
-            `distillation`, as is:
-        target: Tensor[B, N], log ref(y | x_clean) over the same texts, x_clean the image before the attack.
+        rejected: Tensor[B, R], log pi(y_l | x); -inf if a row has fewer than R rejected texts.
+        ref_chosen: Tensor[B], log ref(y_w | x).
+        ref_rejected: Tensor[B, R], log ref(y_l | x). Only read where `rejected` is finite.
+        candidates: Tensor[B, N], log pi(y | x) over all candidate texts; -inf for an absent one. Only `distillation`
+            reads it.
+        target: Tensor[B, N], log ref(y | x_clean) over the same texts, where x_clean is the image before the attack.
+            Only `distillation` reads it.
     """
 
     chosen: Tensor
@@ -33,12 +34,12 @@ class PreferenceLogps:
 
     @property
     def chosen_logratios(self) -> Tensor:
-        """Tensor[B], log pi(y_w | x) - log ref(y_w | x)."""
+        """Log-ratios of the chosen texts, Tensor[B]: log pi(y_w | x) - log ref(y_w | x), in nats."""
         return self.chosen - self.ref_chosen
 
     @property
     def rejected_logratios(self) -> Tensor:
-        """Tensor[B, R], log pi(y_l | x) - log ref(y_l | x); -inf where there is no such text."""
+        """Log-ratios of the rejected texts, Tensor[B, R], in nats; -inf for an absent text."""
         absent = self.rejected.isneginf()
         return (self.rejected - self.ref_rejected).masked_fill(absent, -torch.inf)
 
@@ -46,22 +47,22 @@ class PreferenceLogps:
 def sigmoid_loss(
     chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float = 0.0
 ) -> Tensor:
-    """DPO; with several rejected texts its softmax form, S-DPO.
+    """Compute the DPO loss, or its softmax form S-DPO if there are several rejected texts.
 
-    With m = -log sum_l exp(beta * (rejected_l - chosen)), for one rejected text beta times the margin, it is
-    -(1 - label_smoothing) log sigmoid(m) - label_smoothing log sigmoid(-m).
+    With m = -log sum_l exp(beta * (rejected_l - chosen)), which is beta times the margin for one rejected text, the
+    loss is -(1 - label_smoothing) log sigmoid(m) - label_smoothing log sigmoid(-m).
 
     Args:
         chosen_logratios: Tensor[B], log pi_w - log ref_w, in nats.
         rejected_logratios: Tensor[B, R], log pi_l - log ref_l; -inf for an absent text.
         beta: Strength of the pull to the reference, > 0.
-        label_smoothing: Probability in [0, 0.5) that a preference is the wrong way round (conservative DPO).
+        label_smoothing: Probability in [0, 0.5) that a preference is wrong (conservative DPO).
 
     Returns:
         Tensor[B], one loss per preference.
 
     Raises:
-        ValueError: The shapes don't belong together.
+        ValueError: If the shapes do not match.
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; S-DPO: Chen et al. 2024, arXiv 2406.09215;
     label smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
@@ -72,18 +73,18 @@ def sigmoid_loss(
 
 
 def ipo_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
-    """Squared distance of the log-ratio margin to 1 / (2 beta).
+    """Compute the IPO loss, the squared distance of the log-ratio margin to 1 / (2 beta).
 
     Args:
         chosen_logratios: Tensor[B], log pi_w - log ref_w, in nats.
         rejected_logratios: Tensor[B, 1], log pi_l - log ref_l.
-        beta: Regularization strength tau of the paper, > 0.
+        beta: Regularization strength, tau in the paper, > 0.
 
     Returns:
         Tensor[B], one loss per preference.
 
     Raises:
-        ValueError: More than one rejected text.
+        ValueError: If there is more than one rejected text.
 
     Source: Azar et al. 2023, arXiv 2310.12036, Eq. 17.
     """
@@ -99,16 +100,16 @@ def kto_pair_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """KTO on pairs: the chosen text desirable, the rejected one undesirable, against one reference point.
+    """Compute the KTO loss of pairs: the chosen text is desirable, the rejected text undesirable.
 
-    desirable_weight * (1 - sigmoid(beta * (chosen - kl)))
-    + undesirable_weight * (1 - sigmoid(beta * (kl - rejected))), halved: the mean over the two texts.
+    The loss is the mean over the two texts of desirable_weight * (1 - sigmoid(beta * (chosen - kl))) and
+    undesirable_weight * (1 - sigmoid(beta * (kl - rejected))).
 
     Args:
         chosen_logratios: Tensor[B], log pi_w - log ref_w, in nats.
         rejected_logratios: Tensor[B, 1], log pi_l - log ref_l.
-        kl: Tensor[], the reference point z0: KL(reference || policy) of the regularization batch in nats,
-            detached here.
+        kl: Tensor[], the reference point z0: KL(reference || policy) of the regularization batch, in nats. No gradient
+            flows through it.
         beta: Steepness of the value function, > 0.
         desirable_weight: lambda_D, >= 0.
         undesirable_weight: lambda_U, >= 0.
@@ -117,7 +118,7 @@ def kto_pair_loss(
         Tensor[B], one loss per preference.
 
     Raises:
-        ValueError: More than one rejected text.
+        ValueError: If there is more than one rejected text.
 
     Source: the paired KTO of Afzali et al. 2025, arXiv 2411.08923; KTO: Ethayarajh et al. 2024,
     arXiv 2402.01306, Sec. 4.
@@ -129,7 +130,7 @@ def kto_pair_loss(
 
 
 def sft_loss(chosen_logps: Tensor) -> Tensor:
-    """Cross-entropy on the chosen text: the paper's baseline CE, under TRL's name.
+    """Compute the cross-entropy on the chosen text: the baseline CE of the paper, under TRL's name.
 
     Args:
         chosen_logps: Tensor[B], log pi(y_w | x), in nats.
@@ -141,32 +142,32 @@ def sft_loss(chosen_logps: Tensor) -> Tensor:
 
 
 def distillation_loss(target_logps: Tensor, policy_logps: Tensor) -> Tensor:
-    """The reference on the clean image as a soft target for the policy on the attacked one; needs no label.
+    """Compute KL(reference on the clean image || policy on the attacked image).
 
-    KL(reference on the clean image || policy on the attacked image).
+    The reference's answer on the clean image is the soft target, so no label is needed.
 
     Args:
         target_logps: Tensor[B, N], log ref(y | x_clean) in nats; -inf for an absent candidate.
-        policy_logps: Tensor[B, N], log pi(y | x); -inf at the same places.
+        policy_logps: Tensor[B, N], log pi(y | x); -inf for the same candidates.
 
     Returns:
         Tensor[B], >= 0, one loss per image.
 
-    Source: soft targets of Hinton et al. 2015, arXiv 1503.02531, at temperature 1, with the model before
-    alignment as its own teacher on another view of the image.
+    Source: soft targets of Hinton et al. 2015, arXiv 1503.02531, at temperature 1. The model before alignment is its
+    own teacher, on another view of the image.
     """
     return kl_regularization(target_logps, policy_logps)
 
 
 def kl_regularization(ref_logps: Tensor, policy_logps: Tensor) -> Tensor:
-    """KL(reference || policy) over the candidate texts of each ordinary image.
+    """Compute KL(reference || policy) over the candidate texts of each regularization image.
 
     Args:
         ref_logps: Tensor[B, N], log ref(y | x) in nats; -inf for an absent candidate.
-        policy_logps: Tensor[B, N], log pi(y | x); -inf at the same places.
+        policy_logps: Tensor[B, N], log pi(y | x); -inf for the same candidates.
 
     Returns:
-        Tensor[B], >= 0, one divergence per image; the caller takes the mean over the batch.
+        Tensor[B], >= 0, one divergence per image. The caller takes the mean over the batch.
 
     Source: the regularization of Afzali et al. 2025, arXiv 2411.08923.
     """
@@ -176,11 +177,11 @@ def kl_regularization(ref_logps: Tensor, policy_logps: Tensor) -> Tensor:
 
 
 def _check_shapes(chosen: Tensor, rejected: Tensor) -> None:
-    # Of Tensor[B] and Tensor[B] the difference would be taken between all rows.
+    # Tensor[B] and Tensor[B] would broadcast to the differences between all rows.
     if rejected.ndim != chosen.ndim + 1 or rejected.shape[:-1] != chosen.shape:
         raise ValueError(
-            f"rejected must be Tensor[B, R] where chosen is Tensor[B], got {list(rejected.shape)} and "
-            f"{list(chosen.shape)}. One rejected text a row is rejected.unsqueeze(-1)."
+            f"rejected must be Tensor[B, R] if chosen is Tensor[B], got {list(rejected.shape)} and "
+            f"{list(chosen.shape)}. For one rejected text a row, pass rejected.unsqueeze(-1)."
         )
 
 
@@ -188,14 +189,14 @@ def _single(rejected: Tensor, loss_type: str) -> Tensor:
     if rejected.shape[-1] != 1:
         raise ValueError(
             f"loss_type={loss_type!r} compares the chosen text with one rejected text, got rows with up to "
-            f"{rejected.shape[-1]}. Give one rejected text a row, or use loss_type='sigmoid' (S-DPO)."
+            f"{rejected.shape[-1]}. Pass one rejected text a row, or use loss_type='sigmoid' (S-DPO)."
         )
     return rejected.squeeze(-1)
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The numbers that losses take, named as in `ContrastivePOConfig`."""
+    """Hyperparameters of the losses, named as in `ContrastivePOConfig`."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -217,8 +218,8 @@ def _ipo(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> T
 def _kto_pair(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> Tensor:
     if kl is None:
         raise ValueError(
-            "loss_type='kto_pair' needs the KL of ordinary images as its reference point: "
-            "give a reg_dataset, or rows with a column 'clean_image'."
+            "loss_type='kto_pair' needs the KL on regularization images as its reference point. Pass a reg_dataset, "
+            "or rows with a column 'clean_image'."
         )
     return kto_pair_loss(
         logps.chosen_logratios,
@@ -237,7 +238,7 @@ def _sft(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> T
 def _distillation(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> Tensor:
     if logps.target is None or logps.candidates is None:
         raise ValueError(
-            "loss_type='distillation' needs the reference's answer on each row's clean image: give rows a column "
+            "loss_type='distillation' needs the reference's answer on the clean image of each row. Add a column "
             "'clean_image'."
         )
     return distillation_loss(logps.target, logps.candidates)
@@ -250,19 +251,19 @@ LOSSES: Mapping[str, Loss] = {
     "sft": _sft,
     "distillation": _distillation,
 }
-"""The loss types by name: TRL's names, `kto_pair` for the paper's paired KTO, and `distillation`."""
+"""Loss by loss type: TRL's names, `kto_pair` for the paired KTO of the paper, and `distillation`."""
 
 WITHOUT_REJECTED = frozenset({"sft", "distillation"})
-"""The loss types that read no rejected text."""
+"""Loss types that read no rejected text."""
 
 REFERENCED = frozenset({"sigmoid", "ipo", "kto_pair"})
-"""The loss types that compare with the reference on the preferences' own images."""
+"""Loss types that compare with the reference on the images of the preferences."""
 
 TARGETED = frozenset({"distillation"})
-"""The loss types that compare with the reference on the clean image of the same row."""
+"""Loss types that compare with the reference on the clean image of the same row."""
 
 SINGLE_REJECTED = frozenset({"ipo", "kto_pair"})
-"""The loss types that take exactly one rejected text a row."""
+"""Loss types that take exactly one rejected text a row."""
 
 
 def preference_loss(
@@ -272,26 +273,26 @@ def preference_loss(
     settings: LossSettings,
     kl: Tensor | None = None,
 ) -> Tensor:
-    """The weighted sum of the named losses.
+    """Compute the weighted sum of losses.
 
     Args:
         logps: Log-probabilities of B preferences.
-        loss_types: Names of `LOSSES`.
-        loss_weights: A weight for each of them.
-        settings: beta and the other numbers.
-        kl: Tensor[], the reference point of `kto_pair`; other losses don't read it.
+        loss_types: Names in `LOSSES`.
+        loss_weights: One weight for each loss type.
+        settings: beta and the other hyperparameters.
+        kl: Tensor[], the reference point of `kto_pair`. Other losses do not read it.
 
     Returns:
         Tensor[B], one loss per preference.
 
     Raises:
-        ValueError: An unknown name, a weight too many or too few, `kto_pair` without a KL, or a loss that takes one
-            rejected text was given several.
+        ValueError: If a name is unknown, the number of weights is wrong, `kto_pair` gets no KL, or a loss that takes
+            one rejected text gets several.
     """
     unknown = [name for name in loss_types if name not in LOSSES]
     if unknown or len(loss_types) != len(loss_weights):
         raise ValueError(
-            f"loss_types must be names of {sorted(LOSSES)}, each with a weight, got {list(loss_types)} with the "
+            f"loss_types must be names in {sorted(LOSSES)}, each with a weight, got {list(loss_types)} with the "
             f"weights {list(loss_weights)}."
         )
     losses = [
