@@ -142,9 +142,9 @@ class ContrastivePOConfig(TrainingArguments):
         precompute_ref_log_probs (`bool`, *optional*): Embed each fixed image with the reference once, before training.
             `None` does so if it pays: for fixed images that are used in more than one epoch. `True` always does, and
             raises for images that change. `False` never does.
-        embeddings_cache (`str`, *optional*): Folder that keeps these embeddings between runs, by a fingerprint of image
-            tower, processor, precision and images. It is only used if embeddings are precomputed: for a run of one
-            epoch on fixed images, also set `precompute_ref_log_probs=True`.
+        embeddings_cache (`str`, *optional*): Folder that keeps these embeddings between runs, by a fingerprint of
+            image tower, processor, precision and images. It is only used if embeddings are precomputed: for a run of
+            one epoch on fixed images, also set `precompute_ref_log_probs=True`.
     """
 
     # Arguments given as JSON on the command line.
@@ -237,7 +237,7 @@ class ContrastivePOConfig(TrainingArguments):
         weights = self.loss_weights
         if weights is not None and not (isinstance(weights, (list, tuple)) and len(weights) == len(self.loss_type)):
             raise ValueError(
-                f"loss_weights must have one weight for each of the {len(self.loss_type)} loss types "
+                f"loss_weights must hold one weight for each of the {len(self.loss_type)} loss types "
                 f"{self.loss_type!r}, got {self.loss_weights!r}."
             )
         for position, weight in enumerate(weights or ()):
@@ -251,8 +251,8 @@ class ContrastivePOConfig(TrainingArguments):
         check_number("label_smoothing", self.label_smoothing, SMOOTHING)
         if self.label_smoothing_factor != 0:
             raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor!r} is Trainer's argument for classifiers and has no "
-                "effect here. Use label_smoothing for the conservative DPO loss."
+                f"label_smoothing_factor={self.label_smoothing_factor!r} is Trainer's argument for classifiers. It "
+                "has no effect here. Use label_smoothing for the conservative DPO loss."
             )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
@@ -302,7 +302,7 @@ class ContrastivePOConfig(TrainingArguments):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> ContrastivePOConfig:
-        """Return the settings of the paper: torch's Adamax, learning rate 2e-5, cosine, 3 epochs, global batch size 512.
+        """Return the settings of the paper: Adamax, learning rate 2e-5, cosine, 3 epochs, global batch size 512.
 
         Args:
             name: "dpo" (beta 1.0, lambda 1.0), "ipo" (0.01, 0.01) or "kto" (1.5, 0.01).
@@ -330,8 +330,8 @@ def check_args(args: Any, compute_metrics: Any, candidate_texts: Any = None) -> 
 
     Raises:
         TypeError: If `args` is not a ContrastivePOConfig, or an argument has the wrong type.
-        ValueError: If metrics come without `batch_eval_metrics`, candidates are given in two ways, or an attribute was
-            set to a value that is not allowed after the configuration was made.
+        ValueError: If metrics come without `batch_eval_metrics`, candidates are given in two ways, or an attribute
+            was set to a value that is not allowed after the configuration was made.
         OSError: If `output_dir` is not writable.
     """
     if not isinstance(args, ContrastivePOConfig):

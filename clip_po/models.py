@@ -1,4 +1,4 @@
-"""The model that is trained: loaded, checked, and frozen where it does not train."""
+"""Loading models: from safetensors, checked, with adapters, and frozen where they do not train."""
 
 from __future__ import annotations
 
@@ -38,67 +38,68 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
 
     Args:
         name: Folder or Hub id.
-        **kwargs: As for `CLIPModel.from_pretrained`.
+        **kwargs: As in `CLIPModel.from_pretrained`.
 
     Raises:
-        TypeError: The checkpoint is of another architecture.
-        OSError: There is no such model, or its weights are not in safetensors.
-        ValueError: The folder holds no model, or weights that can't be read or lack some of the model's.
+        TypeError: If the checkpoint has another architecture.
+        OSError: If there is no such model, or its weights are not in safetensors.
+        ValueError: If the folder holds no model, or weights that are not readable or incomplete.
     """
     if not kwargs.get("use_safetensors", True):
         raise ValueError(
-            f"use_safetensors={kwargs['use_safetensors']!r} would read weights from a pickle, which may run any "
+            f"use_safetensors={kwargs['use_safetensors']!r} would read weights from a pickle, which can run any "
             "program. Leave it out: weights are read from safetensors only."
         )
     hub = {k: v for k, v in kwargs.items() if k in ("revision", "token")}
-    # The type as it is written: where AutoConfig does not know it, it asks whether to run the model's own code.
+    # Read the type from the file: for an unknown type, AutoConfig asks whether to run the code of the model.
     written, _ = PreTrainedConfig.get_config_dict(name, **hub)
     kind = written.get("model_type") or AutoConfig.from_pretrained(name, trust_remote_code=False, **hub).model_type
     if kind != "clip":
         raise TypeError(
-            f"{name!r} is a {kind!r} model, but clip_po aligns CLIPModel checkpoints (model_type "
-            "'clip'), which have an image and a text tower. Give such a checkpoint, for example "
-            "'openai/clip-vit-base-patch32'."
+            f"{name!r} is a {kind!r} model, but clip_po aligns CLIPModel checkpoints (model_type 'clip'), which have "
+            "an image and a text tower. Choose such a checkpoint, for example 'openai/clip-vit-base-patch32'."
         )
-    if os.path.isdir(name):  # on the Hub transformers looks for a converted copy beside a pickle, and reads no other
+    if os.path.isdir(name):  # for the Hub, transformers finds a converted copy of pickled weights
         refuse_pickles(name)
     given = {"dtype": torch.float32, **kwargs, "use_safetensors": True}
     try:
         model, found = CLIPModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **given)
     except SafetensorError as error:
-        raise ValueError(f"The weights of {name!r} can't be read ({error}). Copy or download them again.") from error
-    # What is missing or of another size would start from random weights.
+        raise ValueError(
+            f"The weights of {name!r} are not readable ({error}). Copy or download them again."
+        ) from error
+    # Weights that are missing or have another size would start from random values.
     missing = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
     if missing:
         raise ValueError(
-            f"The weights of {name!r} are not those of its config.json: {len(missing)} are missing or of another "
-            f"size, such as {missing[0]!r}. Copy or download the checkpoint again, config.json and weights together."
+            f"The weights of {name!r} do not match its config.json: {len(missing)} are missing or have another size, "
+            f"such as {missing[0]!r}. Copy or download the checkpoint again, config.json and weights together."
         )
     return model
 
 
 def load_any(name: str) -> CLIPModel | PeftModel:
-    """A plain model, or a base model with the adapters that a folder or Hub id holds.
+    """Load a plain model, or a base model with the adapters in a folder or Hub repository.
 
     Args:
         name: Folder or Hub id.
 
     Raises:
-        ValueError: Adapters that can't be read, that name no base model, or that are of another one.
-        TypeError, OSError, ValueError: As for `load_model`.
+        ValueError: If adapters are not readable, name no base model, or belong to another base model.
+        TypeError, OSError, ValueError: As in `load_model`.
     """
     try:
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"The adapter_config.json of {name!r} can't be read ({error}). Save the adapters again."
+            f"The adapter_config.json of {name!r} is not readable ({error}). Save the adapters again."
         ) from error
     except ValueError:  # no adapters there
         return load_model(name)
     if base is None or (os.path.isabs(base) and not os.path.isdir(base)):
         raise ValueError(
-            f"The adapters in {name!r} name {base!r} as their base model, which is not there. Write its Hub id or "
-            "folder into their adapter_config.json, as base_model_name_or_path."
+            f"The adapters in {name!r} name {base!r} as their base model, which does not exist. Set "
+            "base_model_name_or_path in their adapter_config.json to its Hub id or folder."
         )
     refuse_pickles(name)
     model = load_model(base)
@@ -107,16 +108,16 @@ def load_any(name: str) -> CLIPModel | PeftModel:
         stored = {key: tuple(weight.shape) for key, weight in load_peft_weights(name, device="cpu").items()}
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"The adapters in {name!r} can't be put on their base model {base!r} ({_first_lines(error)}). Give the "
-            "model that they were trained on as base_model_name_or_path in their adapter_config.json, or save them "
-            "again."
+            f"The adapters in {name!r} do not fit their base model {base!r} ({_first_lines(error)}). Set "
+            "base_model_name_or_path in their adapter_config.json to the model that they were trained on, or save "
+            "them again."
         ) from error
     wanted = {key: tuple(weight.shape) for key, weight in get_peft_model_state_dict(adapted).items()}
     if stored != wanted:
         raise ValueError(
-            f"The adapters in {name!r} are of another model than their base model {base!r}: "
-            f"{differences(stored, wanted)}. Write the model that they were trained on into their "
-            "adapter_config.json, as base_model_name_or_path."
+            f"The adapters in {name!r} belong to another model than their base model {base!r}: "
+            f"{differences(stored, wanted)}. Set base_model_name_or_path in their adapter_config.json to the model "
+            "that they were trained on."
         )
     return adapted
 
@@ -127,11 +128,17 @@ def load_policy(
     args: ContrastivePOConfig,
     peft_config: PeftConfig | None,
 ) -> PreTrainedModel | PeftModel:
-    """The policy as it starts: loaded where it is a name, with new adapters, frozen where it does not train.
+    """Make the initial policy: load it if it is a name, add new adapters, and freeze what does not train.
+
+    Args:
+        model: The model, or its folder or Hub id.
+        ref_model: The reference policy, if it is another model.
+        args: Says what trains.
+        peft_config: New adapters; None for no new ones.
 
     Raises:
-        ValueError: The arguments don't fit together; the message says which and what to do.
-        TypeError: No CLIPModel.
+        ValueError: If arguments do not fit together. The message says which, and what to do.
+        TypeError: If `model` is not a CLIPModel.
     """
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise TypeError(
@@ -139,28 +146,28 @@ def load_policy(
         )
     if peft_config is not None and peft_config.task_type is not None:
         raise ValueError(
-            f"peft_config.task_type is {str(peft_config.task_type)!r}, which asks for a language model's methods. Set "
-            "task_type=None."
+            f"peft_config.task_type is {str(peft_config.task_type)!r}, which needs the methods of a language model. "
+            "Set task_type=None."
         )
     if ref_model is not None:
         reference = dual_encoder(ref_model, "ref_model")
         if not isinstance(model, str) and reference is dual_encoder(model):
             raise ValueError(
-                "model and ref_model are the same object, or one holds the other inside its adapters: the reference "
-                "would train along with the policy. Leave ref_model out to compare with the model as training starts, "
+                "model and ref_model are the same object, or one holds the other inside its adapters, so the "
+                "reference would train along with the policy. Leave ref_model out to compare with the initial model, "
                 "or load it a second time."
             )
     if args.train_logit_scale and (peft_config is not None or isinstance(model, PeftModel)):
         raise ValueError(
-            "train_logit_scale=True with adapters: an adapter checkpoint can't hold the logit scale, so it would be "
-            "lost. Leave it frozen, or train the full model."
+            "train_logit_scale=True with adapters: an adapter checkpoint does not hold the logit scale, so it would "
+            "be lost. Leave it frozen, or train the full model."
         )
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
     if isinstance(model, str):
         model = load_model(model, **init_kwargs(args.model_init_kwargs))
     elif args.model_init_kwargs:
-        logger.warning("model_init_kwargs are ignored: the model is an object already, not a name.")
+        logger.warning("model_init_kwargs are ignored because the model is an object, not a name.")
     encoder = dual_encoder(model)
     check_finite(encoder)
     if ref_model is not None:
@@ -168,22 +175,22 @@ def load_policy(
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError(
-                "peft_config was given with a PeftModel, which has adapters already. Leave peft_config out to go on "
-                "training them, or merge them first: model = model.merge_and_unload()."
+                "peft_config was given with a PeftModel, which already has adapters. Leave peft_config out to train "
+                "these adapters, or merge them first: model = model.merge_and_unload()."
             )
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
-                "The PeftModel has nothing to train: PeftModel.from_pretrained loads adapters frozen. Load it with "
+                "The PeftModel has no trainable parameters: PeftModel.from_pretrained freezes adapters. Load it with "
                 "is_trainable=True."
             )
     elif peft_config is not None:
-        # Adapters start from random weights: the same ones for the same seed.
+        # Adapters start from random weights, which must be the same for the same seed.
         set_seed(args.seed)
         try:
             model = get_peft_model(encoder, peft_config)
         except ValueError as error:
             raise ValueError(
-                f"peft_config does not fit the model ({error}). Target the layers of its vision tower, with "
+                f"peft_config does not fit the model ({error}). Target layers of its vision tower, with "
                 r"target_modules=r'.*vision_model.*\.(q_proj|v_proj)'."
             ) from error
     else:
@@ -193,8 +200,8 @@ def load_policy(
     _check_adapters(model, args)
     if args.base_model_id is None and isinstance(model, PeftModel) and os.path.isdir(encoder.config.name_or_path):
         logger.warning(
-            f"The adapters will name the folder {encoder.config.name_or_path!r} as their base model, which means "
-            "nothing on another machine. Give base_model_id, its id on the Hub."
+            f"The adapters will name the folder {encoder.config.name_or_path!r} as their base model, which does not "
+            "exist on other machines. Set base_model_id to its id on the Hub."
         )
     if args.base_model_id is not None and isinstance(model, PeftModel):
         for config in model.peft_config.values():
@@ -203,7 +210,11 @@ def load_policy(
 
 
 def init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """`model_init_kwargs` as a dictionary of its own."""
+    """Return a copy of `model_init_kwargs`.
+
+    Raises:
+        ValueError: If they are not a dictionary.
+    """
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ValueError(f"model_init_kwargs must be a dict (as JSON on the command line), got {kwargs!r}.")
     return dict(kwargs or {})
@@ -215,17 +226,17 @@ def _check_adapters(model: nn.Module, args: ContrastivePOConfig) -> None:
     text = [n for n, p in model.named_parameters() if p.requires_grad and any(part in n for part in TEXT_TOWER)]
     if text:
         raise ValueError(
-            f"{len(text)} trainable parameters of the adapters lie in the text tower (such as {text[0]!r}), which is "
-            "frozen. Target the vision tower alone, with target_modules="
+            f"{len(text)} trainable adapter parameters are in the text tower (such as {text[0]!r}), which is frozen. "
+            "Target the vision tower alone, with target_modules="
             r"r'.*vision_model.*\.(q_proj|v_proj)', or set train_text_model=True."
         )
 
 
 def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixin:
-    """The processor from where the model came from.
+    """Load the processor of the checkpoint that a model was loaded from.
 
     Raises:
-        ValueError: There is none.
+        ValueError: If there is none.
     """
     name = dual_encoder(model).config.name_or_path
     kwargs = init_kwargs(args.model_init_kwargs)
@@ -234,17 +245,17 @@ def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixi
         return CLIPProcessor.from_pretrained(name, trust_remote_code=False, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No processor was given, and none can be loaded from {name!r}, where the model came from ({error}). "
-            "Pass processing_class=CLIPProcessor.from_pretrained(...)."
+            f"No processor was given, and the checkpoint of the model, {name!r}, has none ({error}). Pass "
+            "processing_class=CLIPProcessor.from_pretrained(...)."
         ) from error
 
 
 def check_processor(processor: Any, model: nn.Module) -> None:
-    """Refuse a processor that is none of images and texts, or makes images of another size than the model reads.
+    """Raise if a processor does not fit a model.
 
     Raises:
-        TypeError: No image processor or no tokenizer in it.
-        ValueError: Another image size, or more tokens than the model knows.
+        TypeError: If it has no image processor or no tokenizer.
+        ValueError: If it makes images of another size, or its tokenizer has more tokens than the model.
     """
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise TypeError(
@@ -256,24 +267,24 @@ def check_processor(processor: Any, model: nn.Module) -> None:
     if size is not None and size != config.vision_config.image_size:
         raise ValueError(
             f"The processor makes images of {size} pixels, but the model reads {config.vision_config.image_size}. "
-            "Load the processor from the same checkpoint as the model."
+            "Load the processor of the same checkpoint as the model."
         )
     if len(processor.tokenizer) > config.text_config.vocab_size:
         raise ValueError(
-            f"The tokenizer knows {len(processor.tokenizer)} tokens, but the model only "
-            f"{config.text_config.vocab_size}. Load the processor from the same checkpoint as the model."
+            f"The tokenizer has {len(processor.tokenizer)} tokens, but the model only "
+            f"{config.text_config.vocab_size}. Load the processor of the same checkpoint as the model."
         )
 
 
 def image_size(processor: ProcessorMixin) -> int | None:
-    """Height in pixels of the images that a processor makes, None where it does not say."""
+    """Return the height in pixels of the images that a processor makes, or None if it does not say."""
     images = processor.image_processor
     size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
     return (size or {}).get("height") or (size or {}).get("shortest_edge")
 
 
 def crop_side(processor: ProcessorMixin) -> int | None:
-    """Side of the square in the middle of an image that a processor shows, None where it shows anything else."""
+    """Return the side in pixels of the center square that a processor crops, or None if it crops anything else."""
     images = processor.image_processor
     if not getattr(images, "do_center_crop", False) or not getattr(images, "do_resize", False):
         return None
@@ -282,7 +293,7 @@ def crop_side(processor: ProcessorMixin) -> int | None:
 
 
 def default_output_dir(model: str | os.PathLike[str] | nn.Module) -> str:
-    """Where a trainer without arguments writes: the model's name and -PO."""
+    """Return the output folder of a trainer without arguments: the name of the model and -PO."""
     name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else dual_encoder(model).config.name_or_path
     return f"{name.rstrip('/').split('/')[-1] or 'clip'}-PO"
 

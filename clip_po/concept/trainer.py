@@ -26,7 +26,7 @@ from clip_po.trainer import ContrastivePOTrainer
 from clip_po.validation import NOT_NEGATIVE, Allowed
 
 
-@dataclass
+@dataclass(repr=False)  # the inherited one hides secrets
 class ConceptConfig(ContrastivePOConfig):
     """Configuration of the [`ConceptTrainer`], beyond the arguments of [`ContrastivePOConfig`].
 

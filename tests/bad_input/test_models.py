@@ -108,25 +108,25 @@ MODELS = {
     "weights-are-cut": case(
         lambda b: load_model(folder(b, lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:1000]))),
         ValueError,
-        "changed' can't be read",
+        "changed' are not readable",
         "download them again",
     ),
     "weights-are-empty": case(
-        lambda b: load_model(folder(b, lambda f: (f / WEIGHTS).write_bytes(b""))), ValueError, "can't be read"
+        lambda b: load_model(folder(b, lambda f: (f / WEIGHTS).write_bytes(b""))), ValueError, "are not readable"
     ),
     "weights-lack-a-tower": case(
         lambda b: load_model(
             folder(b, with_weights(lambda w: {name: w[name] for name in w if name.startswith("vision")}))
         ),
         ValueError,
-        "are missing or of another size",
+        "are missing or have another size",
         "'logit_scale'",
         "config.json and weights together",
     ),
     "weights-are-of-another-size": case(
         lambda b: load_model(folder(b, lambda f: save_file(larger().state_dict(), f / WEIGHTS, {"format": "pt"}))),
         ValueError,
-        "not those of its config.json",
+        "do not match its config.json",
         "vision_model.embeddings.class_embedding",
     ),
     "another-architecture": case(
@@ -157,33 +157,36 @@ MODELS = {
     "adapters-of-another-model": case(
         lambda b: load_any(adapters(b, larger(), str(b.clip))),
         ValueError,
-        "adapters' can't be put on their base model",
+        "adapters' do not fit their base model",
         "size mismatch",
         "base_model_name_or_path",
     ),
     "adapters-of-a-deeper-model": case(
         lambda b: load_any(adapters(b, CLIPModel(tiny_config(vision={"num_hidden_layers": 3})), str(b.clip))),
         ValueError,
-        "are of another model",
+        "belong to another model",
         "layers.2",
         "absent here",
         "base_model_name_or_path",
     ),
     "adapters-without-a-base": case(lambda b: load_any(adapters(b)), ValueError, "name None as their base", "Hub id"),
     "adapters-of-a-lost-base": case(
-        lambda b: load_any(adapters(b, base=str(b.folder / "gone"))), ValueError, "gone' as their base", "not there"
+        lambda b: load_any(adapters(b, base=str(b.folder / "gone"))),
+        ValueError,
+        "gone' as their base",
+        "does not exist",
     ),
     "adapters-are-cut": case(
         lambda b: load_any(adapters(b, None, str(b.clip), lambda f: (f / ADAPTERS).write_bytes(b"cut"))),
         ValueError,
-        "can't be put on",
+        "do not fit",
         "save them again",
     ),
     "adapters-with-a-broken-config": case(
         lambda b: load_any(adapters(b, change=lambda f: (f / "adapter_config.json").write_text("{"))),
         ValueError,
         "adapter_config.json of",
-        "can't be read",
+        "is not readable",
     ),
     "interpolation-with-another": case(
         lambda b: interpolate(b.model, larger(), 0.5), ValueError, "different architectures", "trained from"
@@ -198,10 +201,10 @@ PROCESSORS = {
         lambda b: zero_shot(b, processor=tiny_processor(48)), ValueError, "images of 48 pixels", "same checkpoint"
     ),
     "of-another-vocabulary": case(
-        lambda b: b.trainer(processing_class=more_tokens()), ValueError, "knows 74 tokens", "only 64"
+        lambda b: b.trainer(processing_class=more_tokens()), ValueError, "has 74 tokens", "only 64"
     ),
     "of-another-vocabulary-in-evaluation": case(
-        lambda b: zero_shot(b, processor=more_tokens()), ValueError, "knows 74 tokens", "same checkpoint"
+        lambda b: zero_shot(b, processor=more_tokens()), ValueError, "has 74 tokens", "same checkpoint"
     ),
     "a-tokenizer-alone": case(
         lambda b: zero_shot(b, processor=b.processor.tokenizer), TypeError, "must be a CLIPProcessor"
@@ -226,11 +229,18 @@ EMBEDDINGS = {
         lambda b: classify(b.model, torch.zeros(1, 3, 32, 32), torch.full((4, 16), NAN)), ValueError, "text_embeds"
     ),
     "of-two-models": case(
-        lambda b: candidate_logps(torch.ones(2, 16), torch.ones(3, 8), 1.0), ValueError, "16 numbers", "8", "one model"
+        lambda b: candidate_logps(torch.ones(2, 16), torch.ones(3, 8), 1.0),
+        ValueError,
+        "16 dimensions",
+        "8",
+        "same model",
     ),
     "transformation-of-another-size": case(lambda b: ConceptTransform(8).fold_into(b.model), ValueError, "8", "16"),
     "transformation-to-be-trained": case(
-        lambda b: b.trainer(concept=ConceptTransform(8)), ValueError, "embeddings of 8 numbers", "ConceptTransform(16)"
+        lambda b: b.trainer(concept=ConceptTransform(8)),
+        ValueError,
+        "embeddings of 8 dimensions",
+        "ConceptTransform(16)",
     ),
     "cache-is-a-file": case(
         lambda b: EmbeddingCache(b.clip / "config.json"), OSError, "embeddings_cache", "config.json'", "another folder"
