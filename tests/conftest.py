@@ -9,12 +9,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import pytest
+import samples
 import torch
 from samples import make_labelled, make_preferences, tiny_config, tiny_processor
 from transformers import CLIPModel, CLIPProcessor
 
-# Tiny matrices are faster on one thread, and their sums come in one order.
-torch.set_num_threads(1)
+# Tiny matrices are faster on one thread. .ci/run sets other numbers, which sum in another order.
+torch.set_num_threads(int(os.environ.get("CLIP_PO_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,18 @@ def clip_folder(tmp_path_factory) -> Path:
     CLIPModel(tiny_config()).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def make_trainer(request, clip_folder, tmp_path):
+    """Make a trainer of the tiny CLIP. A module's `RUN` holds the arguments that all its runs share."""
+    shared = getattr(request.module, "RUN", {})
+
+    def make(train_dataset=None, model=clip_folder, folder="run", **arguments):
+        given = {} if train_dataset is None else {"train_dataset": train_dataset}
+        return samples.make_trainer(model, tmp_path / folder, **{**shared, **given, **arguments})
+
+    return make
 
 
 @pytest.fixture

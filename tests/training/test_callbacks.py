@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences, run_config
+from samples import CLASSES, StopAt, logged, make_labelled, make_preferences
 from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback
 
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness, robustness_report
-from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.callbacks import RobustnessCallback, trade_off
 
 TEMPLATES = ["a photo of a {}"]
@@ -24,50 +23,26 @@ def attack(words=CLASSES):
     return TypographicAttack(words=words, min_side=32, size=(0.3, 0.5))
 
 
+RUN = {
+    "train_dataset": TypographicPreferences(make_labelled(16), attack()),
+    "eval_dataset": make_preferences(4),
+    "learning_rate": 2e-3,
+    "max_steps": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
 @pytest.fixture
 def images(processor):
     return RobustnessImages(make_labelled(16), attack(), processor)
 
 
-@pytest.fixture
-def make_trainer(clip_folder, tmp_path):
-    def make(*callbacks, folder="run", eval_dataset=None, **arguments):
-        config = {
-            "learning_rate": 2e-3,
-            "max_steps": 8,
-            "eval_strategy": "steps",
-            "eval_steps": 2,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            **arguments,
-        }
-        return ContrastivePOTrainer(
-            str(clip_folder),
-            args=run_config(tmp_path / folder, **config),
-            train_dataset=TypographicPreferences(make_labelled(16), attack()),
-            eval_dataset=eval_dataset if eval_dataset is not None else make_preferences(4),
-            candidate_texts=PROMPTS,
-            callbacks=list(callbacks),
-        )
-
-    return make
-
-
 def with_robustness(trainer, images, **arguments):
     trainer.add_callback(RobustnessCallback(trainer, images, TEMPLATES, **arguments))
     return trainer
-
-
-def logged(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 class Evaluations(TrainerCallback):
@@ -101,7 +76,7 @@ def test_early_stopping_goes_by_them_whichever_callback_was_added_first(make_tra
     """Nothing is learned, so that no evaluation after the first is better."""
     settings = {"learning_rate": 0.0, "metric_for_best_model": "typographic_accuracy"}
     stopping = EarlyStoppingCallback(early_stopping_patience=2)
-    trainer = make_trainer(stopping, **settings) if first else make_trainer(**settings)
+    trainer = make_trainer(callbacks=[stopping], **settings) if first else make_trainer(**settings)
     with_robustness(trainer, images)
     if not first:
         trainer.add_callback(stopping)
@@ -126,7 +101,9 @@ def test_of_several_data_sets_the_first_one_has_them(make_trainer, images):
     sets = {"near": make_preferences(4), "near_too": make_preferences(5)}
     seen = Evaluations()
     settings = {"learning_rate": 0.0, "metric_for_best_model": "typographic_accuracy"}
-    trainer = with_robustness(make_trainer(seen, EarlyStoppingCallback(2), eval_dataset=sets, **settings), images)
+    trainer = with_robustness(
+        make_trainer(callbacks=[seen, EarlyStoppingCallback(2)], eval_dataset=sets, **settings), images
+    )
     trainer.train()
     assert trainer.state.global_step == 6
     assert len(logged(trainer, "eval_typographic_accuracy")) == 3
@@ -143,7 +120,7 @@ def test_an_evaluation_of_another_prefix_is_left_alone(make_trainer, images):
 def test_a_resumed_run_measures_the_same(make_trainer, images):
     whole = with_robustness(make_trainer(folder="whole"), images, max_clean_cost=1.0)
     whole.train()
-    with_robustness(make_trainer(StopAt(4)), images, max_clean_cost=1.0).train()
+    with_robustness(make_trainer(callbacks=[StopAt(4)]), images, max_clean_cost=1.0).train()
     resumed = with_robustness(make_trainer(), images, max_clean_cost=1.0)
     resumed.train(resume_from_checkpoint=True)
     for name in (*SHARES, "clean_cost", "trade_off"):
@@ -192,7 +169,6 @@ from clip_po.training.callbacks import RobustnessCallback
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.evaluation.robustness import RobustnessImages
-from clip_po.trainer import ContrastivePOTrainer
 
 torch.set_num_threads(1)
 clip, folder, stop = sys.argv[1:]
