@@ -1,6 +1,7 @@
 """A tiny CLIP on disk and small data sets of real files, for every test."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,7 @@ import samples
 import torch
 from samples import make_labelled, make_preferences, tiny_config, tiny_processor
 from transformers import CLIPModel, CLIPProcessor
+from two_processes import TwoProcesses
 
 # Tiny matrices are faster on one thread. .ci/run sets other numbers, which sum in another order.
 torch.set_num_threads(int(os.environ.get("CLIP_PO_TEST_THREADS", "1")))
@@ -48,6 +50,13 @@ def model(clip_folder) -> CLIPModel:
 @pytest.fixture(scope="session")
 def processor(clip_folder) -> CLIPProcessor:
     return CLIPProcessor.from_pretrained(clip_folder)
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory) -> Iterator[TwoProcesses]:
+    processes = TwoProcesses(tmp_path_factory.mktemp("two-processes"))
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture(scope="session")

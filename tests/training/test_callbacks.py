@@ -1,10 +1,6 @@
 """Robustness measured while training: its metrics choose checkpoints and stop runs, and a resume repeats them."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from samples import CLASSES, StopAt, logged, make_labelled, make_preferences
@@ -160,23 +156,18 @@ WORKER = """
 import json
 import sys
 
-import torch
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences
+from samples import CLASSES, make_labelled, make_preferences, make_trainer
 from transformers import CLIPProcessor
 
 from clip_po.training.averaging import BetaMovingAverageCallback
 from clip_po.training.callbacks import RobustnessCallback
-from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.evaluation.robustness import RobustnessImages
 
-torch.set_num_threads(1)
 clip, folder, stop = sys.argv[1:]
-args = ContrastivePOConfig(output_dir=folder + "/run", per_device_train_batch_size=2, max_steps=4,
+trainer = make_trainer(clip, folder + "/run", per_device_train_batch_size=2, max_steps=4,
     eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, learning_rate=1e-2,
-    report_to="none", disable_tqdm=True, use_cpu=True)
-trainer = ContrastivePOTrainer(clip, args=args, train_dataset=make_preferences(8), eval_dataset=make_preferences(3),
-    candidate_texts=PROMPTS, callbacks=[BetaMovingAverageCallback()])
+    train_dataset=make_preferences(8), eval_dataset=make_preferences(3), callbacks=[BetaMovingAverageCallback()])
 attack = TypographicAttack(words=CLASSES, min_side=32, size=(0.3, 0.5))
 images = RobustnessImages(make_labelled(7), attack, CLIPProcessor.from_pretrained(clip))
 trainer.add_callback(RobustnessCallback(trainer, images, ["a photo of a {}"], batch_size=2))
@@ -194,18 +185,13 @@ trainer.accelerator.end_training()
 """
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
-def test_two_processes_agree_on_metrics_and_average_and_resume_exactly(clip_folder, images, processor, tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    for resumed in ("", str(tmp_path / "run" / "checkpoint-2")):
-        done = subprocess.run(
-            [*command, str(clip_folder), str(tmp_path), resumed], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_agree_on_metrics_and_average_and_resume_exactly(
+    clip_folder, processor, two_processes, tmp_path
+):
+    for resumed in ("", tmp_path / "run" / "checkpoint-2"):
+        two_processes.run(WORKER, clip_folder, tmp_path, resumed)
     found = [
         json.loads((tmp_path / f"{run}-{rank}.json").read_text()) for run in ("whole", "resumed") for rank in (0, 1)
     ]

@@ -2,10 +2,6 @@
 
 import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -21,7 +17,6 @@ from clip_po.data.stream_reader import STREAM_FILE, StreamMark
 from clip_po.data.streamed_pairs import TypographicStream
 
 ATTACK = TypographicAttack(CLASSES, min_side=32)
-TESTS = Path(__file__).parents[1]
 RUN = {"per_device_train_batch_size": 3, "learning_rate": 1e-3, "max_steps": 9, "logging_steps": 1}
 
 
@@ -106,23 +101,14 @@ def test_processes_that_read_other_rows_are_stopped(digests, make_trainer, monke
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, clip_folder):
-    """The logs of one process and of two."""
+def runs(tmp_path_factory, clip_folder, two_processes):
+    """The logs of one process and of two, and what the two wrote."""
     folder = tmp_path_factory.mktemp("streams")
-    command = [sys.executable, *map(str, (TESTS / "streaming_worker.py", clip_folder, folder))]
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    ranks = [
-        {**shared, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": TESTS, "OMP_NUM_THREADS": 1} for rank in (0, 1)
-    ]
-    environments = [{**os.environ, **{name: str(value) for name, value in rank.items()}} for rank in ranks]
-    started = [subprocess.Popen(command, env=e, stderr=subprocess.PIPE, text=True) for e in environments]
-    said = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-4000:] for text in said)
-    return streaming_worker.run(str(clip_folder), folder), json.loads((folder / "two.json").read_text()), "".join(said)
+    said = two_processes.run(Path(streaming_worker.__file__), clip_folder, folder)
+    return streaming_worker.run(clip_folder, folder), json.loads((folder / "two.json").read_text()), said
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stream", "rows", "apart"])
 def test_two_processes_train_as_one_on_streams_and_around_broken_images(name, runs):
@@ -138,6 +124,7 @@ def test_two_processes_train_as_one_on_streams_and_around_broken_images(name, ru
     assert (sum(counts[:3]), sum(counts[3:])) == broken
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 def test_what_two_processes_skip_is_said_by_the_one_that_read_it(runs):
     assert "Skipped, by on_bad_image='skip': train_dataset row 1: an image in column 'image' can't be read" in runs[2]
