@@ -1,6 +1,7 @@
 """A tiny CLIP on disk and small data sets of real files, for every test."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,12 +10,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import pytest
+import samples
 import torch
 from samples import make_labelled, make_preferences, tiny_config, tiny_processor
 from transformers import CLIPModel, CLIPProcessor
+from two_processes import TwoProcesses
 
-# Tiny matrices are faster on one thread, and their sums come in one order.
-torch.set_num_threads(1)
+# Tiny matrices are faster on one thread. .ci/run sets other numbers, which sum in another order.
+torch.set_num_threads(int(os.environ.get("CLIP_PO_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +31,18 @@ def clip_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def make_trainer(request, clip_folder, tmp_path):
+    """Make a trainer of the tiny CLIP. A module's `RUN` holds the arguments that all its runs share."""
+    shared = getattr(request.module, "RUN", {})
+
+    def make(train_dataset=None, model=clip_folder, folder="run", **arguments):
+        given = {} if train_dataset is None else {"train_dataset": train_dataset}
+        return samples.make_trainer(model, tmp_path / folder, **{**shared, **given, **arguments})
+
+    return make
+
+
+@pytest.fixture
 def model(clip_folder) -> CLIPModel:
     return CLIPModel.from_pretrained(clip_folder)
 
@@ -35,6 +50,13 @@ def model(clip_folder) -> CLIPModel:
 @pytest.fixture(scope="session")
 def processor(clip_folder) -> CLIPProcessor:
     return CLIPProcessor.from_pretrained(clip_folder)
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory) -> Iterator[TwoProcesses]:
+    processes = TwoProcesses(tmp_path_factory.mktemp("two-processes"))
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,17 @@
-"""A tiny CLIP and small data sets, made on the spot."""
+"""A tiny CLIP, small datasets and short runs, and what tests compare of them."""
+
+import functools
+import inspect
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer, TrainerCallback
 
+from clip_po.concept import ConceptConfig, ConceptTrainer
 from clip_po.config import ContrastivePOConfig
+from clip_po.trainer import ContrastivePOTrainer
 
 CLASSES = ["cat", "dog", "bird", "ship"]
 PROMPTS = [f"a photo of a {name}" for name in CLASSES]
@@ -61,10 +67,50 @@ def make_preferences(rows: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def run_config(folder, **arguments):
+def run_config(folder, config=ContrastivePOConfig, **arguments):
     """A short and silent run on the CPU; `arguments` win."""
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    return ContrastivePOConfig(**{"output_dir": str(folder), "per_device_train_batch_size": 4, **quiet, **arguments})
+    return config(**{"output_dir": str(folder), "per_device_train_batch_size": 4, **quiet, **arguments})
+
+
+TRAINER_ARGUMENTS = set(inspect.signature(ContrastivePOTrainer).parameters)
+
+
+def make_trainer(model, folder, args=None, concept=None, **arguments):
+    """A trainer for a short and silent run. What it does not take itself goes to its configuration."""
+    if concept is None:
+        trainer, config = ContrastivePOTrainer, ContrastivePOConfig
+    else:
+        trainer, config = functools.partial(ConceptTrainer, concept=concept), ConceptConfig
+    own = {name: arguments.pop(name) for name in TRAINER_ARGUMENTS & set(arguments)}
+    own.setdefault("candidate_texts", PROMPTS)
+    if "train_dataset" not in own:
+        own["train_dataset"] = make_preferences(13)
+    model = model if isinstance(model, torch.nn.Module) else str(model)
+    return trainer(model, args=args or run_config(folder, config, **arguments), **own)
+
+
+class StopAt(TrainerCallback):
+    """Ends a training before its last step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step >= self.step
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(first, second):
+    """Whether two dictionaries hold the same tensors, bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def logged(trainer, name):
+    return [log[name] for log in trainer.state.log_history if name in log]
 
 
 SCENE_CLASSES = ("cat", "dog", "car")

@@ -6,14 +6,11 @@ import sys
 from pathlib import Path
 
 import datasets
-import torch
 from accelerate import PartialState
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences
+from samples import CLASSES, make_labelled, make_preferences, make_trainer
 
-from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.streamed_pairs import TypographicStream
-from clip_po.trainer import ContrastivePOTrainer
 
 GLOBAL_BATCH = 4
 BROKEN = {"bytes": b"no image", "path": None}
@@ -45,21 +42,18 @@ def run(model, folder):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     found = {}
     for name, data in data_sets().items():
-        args = ContrastivePOConfig(
-            output_dir=str(folder / f"{name}-{processes}"),
+        trainer = make_trainer(
+            model,
+            folder / f"{name}-{processes}",
             per_device_train_batch_size=GLOBAL_BATCH // processes,
             per_device_eval_batch_size=4 // processes,
             max_steps=6,
             learning_rate=1e-2,
             optim="sgd",
             logging_steps=1,
-            save_strategy="no",
             on_bad_image="skip",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
+            **data,
         )
-        trainer = ContrastivePOTrainer(model, args=args, candidate_texts=PROMPTS, **data)
         trainer.train()
         if "eval_dataset" in data:
             trainer.evaluate()
@@ -68,8 +62,6 @@ def run(model, folder):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     logs = run(sys.argv[1], Path(sys.argv[2]))
     if PartialState().is_main_process:
         Path(sys.argv[2], "two.json").write_text(json.dumps(logs))
-    PartialState().destroy_process_group()  # else gloo may abort a process that ends before the others

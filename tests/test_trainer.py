@@ -8,8 +8,8 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences, run_config, tiny_config
-from transformers import CLIPModel, CLIPProcessor, TrainerCallback
+from samples import CLASSES, PROMPTS, StopAt, logged, make_labelled, make_preferences, same, tiny_config, weights
+from transformers import CLIPModel, CLIPProcessor
 
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.typographic import TypographicAttack
@@ -20,6 +20,7 @@ from clip_po.policy import candidate_logps, encode_images, encode_texts
 from clip_po.trainer import ContrastivePOTrainer
 
 VISION_LORA = {"r": 4, "lora_alpha": 8, "target_modules": r".*vision_model.*\.(q_proj|v_proj)"}
+RUN = {"learning_rate": 1e-3, "max_steps": 6, "logging_steps": 1}
 METRICS = {
     "loss",
     "kl",
@@ -34,46 +35,12 @@ METRICS = {
 }
 
 
-@pytest.fixture
-def make_trainer(clip_folder, tmp_path):
-    def make(train_dataset, model=None, candidate_texts=PROMPTS, **arguments):
-        names = ("ref_model", "eval_dataset", "reg_dataset", "peft_config", "callbacks", "compute_metrics")
-        given = {name: arguments.pop(name) for name in names if name in arguments}
-        config = {
-            "learning_rate": 1e-3,
-            "max_steps": 6,
-            "logging_steps": 1,
-            **arguments,
-        }
-        return ContrastivePOTrainer(
-            model if model is not None else str(clip_folder),
-            args=run_config(tmp_path / "run", **config),
-            train_dataset=train_dataset,
-            candidate_texts=candidate_texts,
-            **given,
-        )
-
-    return make
-
-
 def _counting(embed, seen):
     def counted(pixels):
         seen.append(len(pixels))
         return embed(pixels)
 
     return counted
-
-
-def weights(trainer):
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def logged(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
 
 
 def plain_loss(model, processor, rows, beta, reg_weight):
@@ -168,7 +135,7 @@ def test_accumulated_steps_equal_one_large_step_also_where_the_last_batch_is_rag
             loss_type=loss_type,
         )
         trainer.train()
-        runs.append((weights(trainer), logged(trainer, "loss"), logged(trainer, "rewards/margins")))
+        runs.append((weights(trainer.model), logged(trainer, "loss"), logged(trainer, "rewards/margins")))
     for other, losses, margins in runs[1:]:
         assert losses == pytest.approx(runs[0][1], abs=1e-5)
         assert margins == pytest.approx(runs[0][2], abs=1e-5)
@@ -181,7 +148,7 @@ def test_row_weights_count(make_trainer):
     doubled = rows.add_column("weight", [2.0, 0.0, 0.0, 1.0, 1.0, 0.0])
     kept = make_preferences(6).select([0, 0, 3, 4])
     results = [
-        make_trainer(make_preferences(4), model=None, eval_dataset=data, reg_weight=0.0, beta=3.0).evaluate()
+        make_trainer(make_preferences(4), eval_dataset=data, reg_weight=0.0, beta=3.0).evaluate()
         for data in (doubled, kept)
     ]
     assert results[0]["eval_logps/chosen"] == pytest.approx(results[1]["eval_logps/chosen"], abs=1e-6)
@@ -190,14 +157,6 @@ def test_row_weights_count(make_trainer):
 def typographic(rows=16, **attack):
     style = {"min_side": 32, "size": (0.3, 0.5), **attack}
     return TypographicPreferences(make_labelled(rows), TypographicAttack(words=CLASSES, **style))
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 @pytest.mark.slow
@@ -214,7 +173,7 @@ def test_fifty_steps_repeat_and_resume_bit_for_bit_with_fresh_attacks_and_two_wo
     first, second = make_trainer(typographic(), **settings), make_trainer(typographic(), **settings)
     first.train()
     second.train()
-    assert same(weights(first), weights(second))
+    assert same(weights(first.model), weights(second.model))
 
     stopped = make_trainer(typographic(), **settings, callbacks=[StopAt(20)], output_dir=str(tmp_path / "stopped"))
     stopped.train()
@@ -222,7 +181,7 @@ def test_fifty_steps_repeat_and_resume_bit_for_bit_with_fresh_attacks_and_two_wo
     resumed = make_trainer(typographic(), **settings, output_dir=str(tmp_path / "stopped"))
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 50
-    assert same(weights(first), weights(resumed))
+    assert same(weights(first.model), weights(resumed.model))
 
 
 def test_a_run_logs_its_own_rows_alone(make_trainer):
@@ -237,22 +196,22 @@ def test_another_seed_gives_other_weights(make_trainer):
     runs = [make_trainer(make_preferences(13), seed=seed) for seed in (1, 2)]
     for run in runs:
         run.train()
-    assert not same(*map(weights, runs))
+    assert not same(*(weights(run.model) for run in runs))
 
 
 def test_only_the_vision_side_trains_by_default(make_trainer):
     trainer = make_trainer(make_preferences(8))
-    before = weights(trainer)
+    before = weights(trainer.model)
     trainer.train()
-    changed = {n.split(".")[0] for n, v in weights(trainer).items() if not torch.equal(v, before[n])}
+    changed = {n.split(".")[0] for n, v in weights(trainer.model).items() if not torch.equal(v, before[n])}
     assert changed == {"vision_model", "visual_projection"}
 
 
 def test_text_tower_and_logit_scale_train_on_demand(make_trainer):
     trainer = make_trainer(make_preferences(8), train_text_model=True, train_logit_scale=True)
-    before = weights(trainer)
+    before = weights(trainer.model)
     trainer.train()
-    changed = {n.split(".")[0] for n, v in weights(trainer).items() if not torch.equal(v, before[n])}
+    changed = {n.split(".")[0] for n, v in weights(trainer.model).items() if not torch.equal(v, before[n])}
     assert changed == {"vision_model", "visual_projection", "text_model", "text_projection", "logit_scale"}
 
 
@@ -422,7 +381,7 @@ def test_a_saved_model_is_a_plain_clip_with_its_processor_and_no_pickle(make_tra
     assert {"config.json", "model.safetensors", "training_args.json"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     loaded = CLIPModel.from_pretrained(out)
-    assert same(dict(loaded.state_dict()), weights(trainer))
+    assert same(dict(loaded.state_dict()), weights(trainer.model))
     image = make_preferences(1)[0]["image"]
     ours, theirs = (
         p(images=image, return_tensors="pt")["pixel_values"] for p in (processor, CLIPProcessor.from_pretrained(out))

@@ -4,13 +4,11 @@ import traceback
 from dataclasses import dataclass
 
 import pytest
-from samples import PROMPTS, make_labelled, make_preferences
-
-from clip_po.config import ContrastivePOConfig
-from clip_po.trainer import ContrastivePOTrainer
+from samples import make_labelled, make_preferences, make_trainer, run_config
 
 NAN = float("nan")
 INF = float("inf")
+RUN = {"per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 1}
 
 
 @dataclass(frozen=True)
@@ -60,31 +58,13 @@ class Bench:
     processor: object
 
     def config(self, **arguments):
-        return ContrastivePOConfig(
-            **{
-                "output_dir": str(self.folder / "run"),
-                "per_device_train_batch_size": 2,
-                "max_steps": 4,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                "use_cpu": True,
-                **arguments,
-            }
-        )
+        return run_config(self.folder / "run", **{**RUN, **arguments})
 
     def trainer(self, train_dataset=None, model=None, **arguments):
         """A trainer; what it takes itself by its names, the rest goes to the configuration."""
-        names = ("ref_model", "reg_dataset", "eval_dataset", "peft_config", "callbacks", "processing_class", "concept")
-        own = {name: arguments.pop(name) for name in names if name in arguments}
-        own["candidate_texts"] = arguments.pop("candidate_texts", PROMPTS)
-        return ContrastivePOTrainer(
-            model if model is not None else str(self.clip),
-            args=arguments.pop("args", None) or self.config(**arguments),
-            train_dataset=make_preferences(4) if train_dataset is None else train_dataset,
-            **own,
-        )
+        rows = make_preferences(4) if train_dataset is None else train_dataset
+        model = model if model is not None else self.clip
+        return make_trainer(model, self.folder / "run", train_dataset=rows, **{**RUN, **arguments})
 
 
 def preferences(**columns):

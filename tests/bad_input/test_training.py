@@ -11,7 +11,7 @@ from bad_input.table import NAN, Bench, case, check
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from samples import tiny_config
+from samples import same, tiny_config, weights
 from transformers import CLIPModel, TrainerCallback
 
 import clip_po.trainer
@@ -36,14 +36,6 @@ class Spoils(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == self.step - 1:
             self.spoil(model)
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(first, second):
-    return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def spoil_next_step(trainer, part, value, monkeypatch, step=3):

@@ -3,30 +3,12 @@
 import importlib
 from pathlib import Path
 
-import pytest
 import torch
 from peft import LoraConfig
 from samples import PROMPTS, make_preferences, tiny_config
 from transformers import CLIPModel
 
-from clip_po.config import ContrastivePOConfig
-from clip_po.trainer import ContrastivePOTrainer
-
-
-@pytest.fixture
-def make_trainer(clip_folder, tmp_path):
-    def make(model, candidate_texts=PROMPTS, **given):
-        return ContrastivePOTrainer(
-            model,
-            args=ContrastivePOConfig(
-                str(tmp_path), per_device_train_batch_size=4, report_to="none", disable_tqdm=True, use_cpu=True
-            ),
-            train_dataset=make_preferences(4),
-            candidate_texts=candidate_texts,
-            **given,
-        )
-
-    return make
+RUN = {"train_dataset": make_preferences(4)}
 
 
 def batch_of(trainer):
@@ -44,7 +26,7 @@ def test_the_straight_step_has_the_loss_and_gradients_of_the_trainer(make_traine
     other = CLIPModel(tiny_config())  # else both policies start equal, and every log-ratio is 0
     straight = baseline.StraightStep(model, processor, PROMPTS, beta=0.1)
     straight.reference.load_state_dict(other.state_dict())
-    trainer = make_trainer(CLIPModel.from_pretrained(model.config.name_or_path), ref_model=other)
+    trainer = make_trainer(model=CLIPModel.from_pretrained(model.config.name_or_path), ref_model=other)
     batch = batch_of(trainer)
     theirs, ours = straight.loss(batch), trainer.compute_loss(trainer.model, batch)
     torch.testing.assert_close(ours, theirs)
@@ -59,7 +41,7 @@ def test_the_straight_step_has_the_loss_and_gradients_of_the_trainer(make_traine
 
 def test_below_the_first_adapter_no_graph_is_built(make_trainer, model):
     last = LoraConfig(r=2, target_modules=r".*vision_model.*\.layers\.1\..*\.(q_proj|v_proj)")
-    trainer = make_trainer(model, peft_config=last)
+    trainer = make_trainer(model=model, peft_config=last)
     tower = trainer.encoder.vision_model
     graph = {}
     for name, block in {
@@ -73,7 +55,7 @@ def test_below_the_first_adapter_no_graph_is_built(make_trainer, model):
 
 
 def test_a_step_runs_the_tower_once_and_neither_the_reference_nor_the_texts(make_trainer, model):
-    trainer = make_trainer(model)
+    trainer = make_trainer(model=model)
     batch = batch_of(trainer)
     trainer.compute_loss(trainer.model, batch)  # encodes the texts
     rows = {"policy": [], "reference": [], "texts": []}

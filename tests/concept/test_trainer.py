@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from samples import PROMPTS, make_labelled, make_preferences, run_config
+from samples import PROMPTS, logged, make_labelled, make_preferences, weights
 from torch.nn import functional as F
 from transformers import CLIPModel
 
@@ -12,43 +12,24 @@ from clip_po.data.collator import to_pixels
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.losses import kl_regularization
 from clip_po.policy import candidate_logps, encode_images, encode_texts
-from clip_po.trainer import ContrastivePOTrainer
+
+RUN = {"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1, "beta": 1.0}
 
 
 @pytest.fixture
-def make_trainer(clip_folder, tmp_path):
-    def make(rows=None, concept=None, folder="run", **arguments):
-        names = ("reg_dataset", "peft_config", "ref_model", "eval_dataset")
-        given = {name: arguments.pop(name) for name in names if name in arguments}
-        config = {
-            "learning_rate": 1e-2,
-            "max_steps": 6,
-            "logging_steps": 1,
-            "beta": 1.0,
-            **arguments,
-        }
-        return ContrastivePOTrainer(
-            str(clip_folder),
-            args=run_config(tmp_path / folder, **config),
-            train_dataset=make_preferences(13) if rows is None else rows,
-            candidate_texts=PROMPTS,
-            concept=concept or ConceptTransform(16),
-            **given,
-        )
+def make_concept_trainer(make_trainer):
+    def make(rows=None, concept=None, **arguments):
+        return make_trainer(rows, concept=concept or ConceptTransform(16), **arguments)
 
     return make
 
 
-def weights(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def test_the_loss_is_the_equation(make_trainer, processor):
+def test_the_loss_is_the_equation(make_concept_trainer, processor):
     concept = ConceptTransform(16)
     with torch.no_grad():
         concept.image_weight += 0.05 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
     rows = make_preferences(4)
-    trainer = make_trainer(rows, concept, loss_type="sft", reg_weight=0.7, penalty_weight=0.3)
+    trainer = make_concept_trainer(rows, concept, loss_type="sft", reg_weight=0.7, penalty_weight=0.3)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
     model = trainer.encoder
     texts, scale = encode_texts(model, processor, PROMPTS), model.logit_scale.exp()
@@ -61,8 +42,8 @@ def test_the_loss_is_the_equation(make_trainer, processor):
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
 
 
-def test_training_runs_on_embeddings_and_the_model_stays(make_trainer):
-    trainer = make_trainer(num_train_epochs=3, max_steps=-1, loss_type="sft", reg_weight=0.1)
+def test_training_runs_on_embeddings_and_the_model_stays(make_concept_trainer):
+    trainer = make_concept_trainer(num_train_epochs=3, max_steps=-1, loss_type="sft", reg_weight=0.1)
     before, calls = weights(trainer.encoder), []
     for tower in (trainer.encoder.vision_model, trainer.encoder.text_model):
         tower.register_forward_hook(lambda *_: calls.append(1))
@@ -71,13 +52,13 @@ def test_training_runs_on_embeddings_and_the_model_stays(make_trainer):
     assert len(calls) == 2 + 2 + 1
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer.encoder).items())
     assert trainer.model.penalty() > 0
-    first, *_, last = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    first, *_, last = logged(trainer, "loss")
     assert last < first
 
 
-def test_rows_come_without_images_once_their_embeddings_are_known(make_trainer, labelled):
+def test_rows_come_without_images_once_their_embeddings_are_known(make_concept_trainer, labelled):
     attack = TypographicAttack(["cat", "dog", "bird"], min_side=32, redraw="never")
-    trainer = make_trainer(TypographicPreferences(labelled, attack), max_steps=2)
+    trainer = make_concept_trainer(TypographicPreferences(labelled, attack), max_steps=2)
     with_images = trainer.train_dataset[0, 3, 5]
     trainer.train()
     row = trainer.train_dataset[0, 3, 5]
@@ -87,18 +68,18 @@ def test_rows_come_without_images_once_their_embeddings_are_known(make_trainer, 
     }
 
 
-def test_attacks_drawn_anew_train_too(make_trainer, labelled):
+def test_attacks_drawn_anew_train_too(make_concept_trainer, labelled):
     rows = TypographicPreferences(labelled, TypographicAttack(["cat", "dog", "bird"], min_side=32))
-    trainer = make_trainer(rows, loss_type=["distillation", "sft"], reg_dataset=make_labelled(5))
+    trainer = make_concept_trainer(rows, loss_type=["distillation", "sft"], reg_dataset=make_labelled(5))
     start = weights(trainer.model)
     trainer.train()
     assert not torch.equal(trainer.model.image_weight, start["image_weight"])
 
 
-def test_micro_batches_add_up_to_one_penalty(make_trainer):
+def test_micro_batches_add_up_to_one_penalty(make_concept_trainer):
     ends = []
     for size, steps in ((4, 1), (2, 2)):
-        trainer = make_trainer(
+        trainer = make_concept_trainer(
             per_device_train_batch_size=size,
             gradient_accumulation_steps=steps,
             optim="sgd",
@@ -110,17 +91,17 @@ def test_micro_batches_add_up_to_one_penalty(make_trainer):
     torch.testing.assert_close(*ends)
 
 
-def test_a_resumed_run_ends_with_the_same_weights(make_trainer):
+def test_a_resumed_run_ends_with_the_same_weights(make_concept_trainer):
     saving = {"save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(folder="whole", **saving)
+    whole = make_concept_trainer(folder="whole", **saving)
     whole.train()
-    resumed = make_trainer(folder="resumed", **saving)
+    resumed = make_concept_trainer(folder="resumed", **saving)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
     assert torch.equal(whole.model.image_weight, resumed.model.image_weight)
 
 
-def test_what_was_saved_folds_into_a_plain_model_that_says_the_same(make_trainer, processor, tmp_path):
-    trainer = make_trainer()
+def test_what_was_saved_folds_into_a_plain_model_that_says_the_same(make_concept_trainer, processor, tmp_path):
+    trainer = make_concept_trainer()
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()
@@ -146,12 +127,12 @@ def test_what_was_saved_folds_into_a_plain_model_that_says_the_same(make_trainer
         ({"penalty_weight": -1.0}, "penalty_weight"),
     ],
 )
-def test_what_a_concept_can_not_be_trained_with_is_refused(make_trainer, arguments, said):
+def test_what_a_concept_can_not_be_trained_with_is_refused(make_concept_trainer, arguments, said):
     with pytest.raises(ValueError, match=said):
-        make_trainer(**arguments)
+        make_concept_trainer(**arguments)
 
 
 @pytest.mark.parametrize("argument", ["peft_config", "ref_model"])
-def test_a_concept_has_neither_adapters_nor_another_reference(make_trainer, argument):
+def test_a_concept_has_neither_adapters_nor_another_reference(make_concept_trainer, argument):
     with pytest.raises(TypeError, match=argument):
-        make_trainer(**{argument: None})
+        make_concept_trainer(**{argument: None})

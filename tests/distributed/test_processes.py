@@ -1,9 +1,6 @@
 """Two processes on gloo train as one, whole or sharded: same losses, metrics and gradients, ragged batches too."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,22 +9,15 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import CLIPModel
 
-TESTS = Path(__file__).parents[1]
-CONFIGS = TESTS.parent / "examples" / "accelerate_configs"
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, clip_folder):
+def results(tmp_path_factory, clip_folder, two_processes):
     """What one process found, and two that accelerate launched with the configuration of the examples."""
     folder = tmp_path_factory.mktemp("processes")
     worker.main(str(clip_folder), folder)
-    path = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "ddp_cpu.yaml"]
-    done = subprocess.run(
-        [*command, worker.__file__, clip_folder, folder], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes.run(Path(worker.__file__), clip_folder, folder)
     return folder
 
 
@@ -49,13 +39,11 @@ def assert_same_run(folder, name, settings):
     return two
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", worker.RUNS)
 def test_two_processes_train_as_one(results, name):
     assert_same_run(results, name, worker.RUNS[name])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", worker.RUNS)
 def test_their_gradients_are_those_of_one_process(results, name):
     one, two = (load_file(results / f"{name}-{n}" / "gradients.safetensors") for n in (1, 2))
@@ -65,13 +53,11 @@ def test_their_gradients_are_those_of_one_process(results, name):
         assert_close(two[key], gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", worker.SHARDED_RUNS)
 def test_a_sharded_model_trains_as_a_whole_one(results, name):
     assert "DTensor" in assert_same_run(results, name, worker.SHARDED_RUNS[name])["kinds"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharded", "sharded_in_batch"])
 def test_a_sharded_model_is_saved_as_a_plain_one(results, name):
     one, two = (load_file(results / f"{name}-{n}" / "model.safetensors") for n in (1, 2))
@@ -83,7 +69,6 @@ def test_a_sharded_model_is_saved_as_a_plain_one(results, name):
     assert json.loads((results / f"{name}-2" / "config.json").read_text())["architectures"] == ["CLIPModel"]
 
 
-@pytest.mark.slow
 def test_sharded_adapters_are_saved_as_plain_ones(results):
     one, two = (load_file(results / f"sharded_lora-{n}" / "adapter_model.safetensors") for n in (1, 2))
     assert one.keys() == two.keys()

@@ -6,18 +6,15 @@ import sys
 from pathlib import Path
 
 import datasets
-import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig
 from safetensors.torch import save_file
-from samples import PROMPTS, make_labelled, make_preferences
+from samples import PROMPTS, make_labelled, make_preferences, make_trainer
 from transformers import TrainerCallback
 
 from clip_po.concept.transform import ConceptTransform
-from clip_po.config import ContrastivePOConfig
-from clip_po.trainer import ContrastivePOTrainer
 
 GLOBAL_BATCH = 8
 IN_BATCH = {"own_texts": True, "in_batch_candidates": True, "learning_rate": 1e-3}
@@ -70,33 +67,28 @@ def run(name, settings, model, folder):
     accumulation = settings.get("gradient_accumulation_steps", 1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     place = folder / f"{name}-{processes}"
-    args = ContrastivePOConfig(
-        output_dir=str(place),
+    settings = dict(
         per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
         per_device_eval_batch_size=4 // processes,
         optim="sgd",
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
         **{"max_steps": 50, "learning_rate": 1e-2, **settings},
     )
+    adapters = LoraConfig(r=4, target_modules=r".*vision_model.*\.(q_proj|v_proj)", init_lora_weights=False)
+    what = {"concept": ConceptTransform(16)} if concept else {"peft_config": adapters} if lora else {}
     if name in SHARDED_RUNS and processes > 1:
         shard_from_here_on()
     gradients = Gradients()
-    trainer = ContrastivePOTrainer(
+    trainer = make_trainer(
         model,
-        args=args,
+        place,
         train_dataset=(preferences_with_own_texts if own else make_preferences)(13),
         eval_dataset=(preferences_with_own_texts if own else make_preferences)(11),
         reg_dataset=make_labelled(7),
         candidate_texts=None if own else PROMPTS,
         callbacks=[gradients],
-        peft_config=LoraConfig(r=4, target_modules=r".*vision_model.*\.(q_proj|v_proj)", init_lora_weights=False)
-        if lora
-        else None,
-        concept=ConceptTransform(16) if concept else None,
+        **what,
+        **settings,
     )
     trainer.train()
     result = trainer.evaluate()
@@ -125,13 +117,9 @@ def shard_from_here_on():
 
 
 def main(model, folder):
-    torch.set_num_threads(1)
     for name, settings in {**RUNS, **SHARDED_RUNS}.items():  # nothing goes back to DDP
         run(name, settings, model, Path(folder))
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    # Else gloo may abort a process that ends before the others.
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()

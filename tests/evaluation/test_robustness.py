@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -302,19 +300,13 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
-def test_two_processes_give_the_answers_of_one(dataset, images, model, processor, tmp_path):
+def test_two_processes_give_the_answers_of_one(dataset, images, model, processor, two_processes, tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     dataset.save_to_disk(tmp_path / "rows")
-    script = tmp_path / "script.py"
-    script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes.run(TWO_PROCESSES, tmp_path)
     alone = ask({"a": model}, images, processor, batch_size=3).predicted["a"]
     for process in range(2):
         for count in (1, len(images)):  # with one row the second process has none

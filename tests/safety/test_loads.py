@@ -5,10 +5,11 @@ import pickle
 import shutil
 
 import pytest
+import samples
 import torch
 from harmful import Program
 from peft import LoraConfig, get_peft_model
-from samples import PROMPTS, make_preferences
+from samples import make_preferences
 from transformers import CLIPModel
 
 from clip_po.baselines.defense_prefix import Prefix
@@ -19,6 +20,7 @@ from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.averaging import AVERAGE_FILE, BetaMovingAverageCallback
 from clip_po.training.checkpoints import MARK
 
+RUN = {"train_dataset": make_preferences(8), "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 LORA = LoraConfig(r=2, target_modules=r".*vision_model.*\.(q_proj|v_proj)")
 
 
@@ -124,27 +126,6 @@ def test_no_code_of_a_model_runs_and_no_one_is_asked(model_type, clip_folder, ma
 # ---- Checkpoints
 
 
-@pytest.fixture
-def make_trainer(clip_folder, tmp_path):
-    def make(max_steps=4, callbacks=None, **arguments):
-        args = ContrastivePOConfig(
-            output_dir=str(tmp_path / "run"),
-            max_steps=max_steps,
-            save_steps=2,
-            per_device_train_batch_size=4,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-        )
-        rows = make_preferences(8)
-        model = str(clip_folder)
-        return ContrastivePOTrainer(
-            model, args=args, train_dataset=rows, candidate_texts=PROMPTS, callbacks=callbacks, **arguments
-        )
-
-    return make
-
-
 def plant(folder, name, marker, how):
     if how == "torch.save":
         torch.save(Program(marker), folder / name)
@@ -168,19 +149,7 @@ def test_a_program_in_a_checkpoints_state_does_not_run(name, how, make_trainer, 
 def finished(clip_folder, tmp_path_factory):
     """The output of a run with an average of its weights, made once."""
     folder = tmp_path_factory.mktemp("finished")
-    args = ContrastivePOConfig(
-        output_dir=str(folder),
-        max_steps=4,
-        save_steps=2,
-        per_device_train_batch_size=4,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    callbacks = [BetaMovingAverageCallback()]
-    ContrastivePOTrainer(
-        str(clip_folder), args=args, train_dataset=make_preferences(8), candidate_texts=PROMPTS, callbacks=callbacks
-    ).train()
+    samples.make_trainer(clip_folder, folder, **RUN, callbacks=[BetaMovingAverageCallback()]).train()
     return folder
 
 

@@ -7,23 +7,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from samples import PROMPTS, make_preferences, run_config, tiny_config
+from samples import StopAt, make_preferences, same, tiny_config, weights
 from torch.distributions import Beta
 from transformers import CLIPModel, TrainerCallback
 
 from clip_po.evaluation.interpolation import interpolate
-from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.averaging import AVERAGE_FILE, BetaMovingAverageCallback
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*vision_model.*\.(q_proj|v_proj)", init_lora_weights=False)
-
-
-def weights(model):
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+RUN = {"learning_rate": 1e-2, "max_steps": 6}
 
 
 @pytest.fixture
@@ -101,42 +93,13 @@ class Steps(TrainerCallback):
         self._keep(model)
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
-@pytest.fixture
-def make_trainer(clip_folder, tmp_path):
-    def make(*callbacks, folder="run", peft_config=None, eval_dataset=None, **arguments):
-        config = {
-            "learning_rate": 1e-2,
-            "max_steps": 6,
-            **arguments,
-        }
-        return ContrastivePOTrainer(
-            str(clip_folder),
-            args=run_config(tmp_path / folder, **config),
-            train_dataset=make_preferences(13),
-            candidate_texts=PROMPTS,
-            callbacks=list(callbacks),
-            peft_config=peft_config,
-            eval_dataset=eval_dataset,
-        )
-
-    return make
-
-
 @pytest.mark.parametrize(
     ("beta", "peft_config", "accumulation"), [(0.7, None, 1), (3.0, None, 2), (0.5, LORA, 1), (1.0, LORA, 2)]
 )
 def test_the_average_is_the_beta_weighted_mean_of_all_steps(make_trainer, tmp_path, beta, peft_config, accumulation):
     seen = Steps()
     callbacks = [seen, BetaMovingAverageCallback(beta)]
-    trainer = make_trainer(*callbacks, peft_config=peft_config, gradient_accumulation_steps=accumulation)
+    trainer = make_trainer(callbacks=callbacks, peft_config=peft_config, gradient_accumulation_steps=accumulation)
     before = weights(trainer.model)
     trainer.train()
     density = Beta(beta, beta).log_prob((torch.arange(7, dtype=torch.float64) + 0.5) / 7).exp()
@@ -160,42 +123,42 @@ def test_the_average_is_the_beta_weighted_mean_of_all_steps(make_trainer, tmp_pa
 @pytest.mark.parametrize("peft_config", [None, LORA])
 def test_a_resumed_run_ends_with_the_same_average(make_trainer, peft_config):
     saving = {"save_strategy": "steps", "save_steps": 2, "peft_config": peft_config}
-    whole = make_trainer(BetaMovingAverageCallback(), **saving, folder="whole")
+    whole = make_trainer(callbacks=[BetaMovingAverageCallback()], **saving, folder="whole")
     whole.train()
-    stopped = make_trainer(BetaMovingAverageCallback(), StopAt(4), **saving)
+    stopped = make_trainer(callbacks=[BetaMovingAverageCallback(), StopAt(4)], **saving)
     stopped.train()
-    resumed = make_trainer(BetaMovingAverageCallback(), **saving)
+    resumed = make_trainer(callbacks=[BetaMovingAverageCallback()], **saving)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
     assert same(weights(whole.model), weights(resumed.model))
     assert not same(weights(whole.model), weights(stopped.model))
 
     elsewhere = f"{stopped.args.output_dir}/checkpoint-2"
-    moved = make_trainer(BetaMovingAverageCallback(), **saving, folder="elsewhere")
+    moved = make_trainer(callbacks=[BetaMovingAverageCallback()], **saving, folder="elsewhere")
     moved.train(resume_from_checkpoint=elsewhere)
     assert same(weights(whole.model), weights(moved.model))
 
 
 def test_a_resume_that_would_average_something_else_is_refused(make_trainer):
     saving = {"save_strategy": "steps", "save_steps": 2}
-    make_trainer(BetaMovingAverageCallback(), StopAt(4), **saving).train()
+    make_trainer(callbacks=[BetaMovingAverageCallback(), StopAt(4)], **saving).train()
     for callback, arguments, message in (
         (BetaMovingAverageCallback(0.5), {}, "'beta': '0.7'"),
         (BetaMovingAverageCallback(), {"max_steps": 8}, "'steps': '8'"),
     ):
         with pytest.raises(ValueError, match=message):
-            make_trainer(callback, **saving, **arguments).train(resume_from_checkpoint=True)
+            make_trainer(callbacks=[callback], **saving, **arguments).train(resume_from_checkpoint=True)
     file = Path(make_trainer().args.output_dir, "checkpoint-4", AVERAGE_FILE)
     assert all(name.startswith(("vision_model", "visual_projection")) for name in load_file(file))
     file.unlink()
     with pytest.raises(FileNotFoundError, match="resume from an earlier one, resume without the callback"):
-        make_trainer(BetaMovingAverageCallback(), **saving).train(resume_from_checkpoint=True)
+        make_trainer(callbacks=[BetaMovingAverageCallback()], **saving).train(resume_from_checkpoint=True)
 
 
 def test_a_resume_that_trains_other_parameters_is_refused(make_trainer):
     saving = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
-    make_trainer(BetaMovingAverageCallback(), StopAt(2), **saving).train()
-    other = make_trainer(BetaMovingAverageCallback(), **saving, train_text_model=True)
+    make_trainer(callbacks=[BetaMovingAverageCallback(), StopAt(2)], **saving).train()
+    other = make_trainer(callbacks=[BetaMovingAverageCallback()], **saving, train_text_model=True)
     with pytest.raises(ValueError, match=r"other parameters than those that train now \(such as 'text_model"):
         other.train(resume_from_checkpoint=True)
 
@@ -203,9 +166,9 @@ def test_a_resume_that_trains_other_parameters_is_refused(make_trainer):
 def test_a_finished_run_that_is_resumed_keeps_its_average(make_trainer):
     """Trainer takes one step too many then; it has no weight."""
     saving = {"save_strategy": "steps", "save_steps": 6}
-    whole = make_trainer(BetaMovingAverageCallback(), **saving)
+    whole = make_trainer(callbacks=[BetaMovingAverageCallback()], **saving)
     whole.train()
-    again = make_trainer(BetaMovingAverageCallback(), **saving)
+    again = make_trainer(callbacks=[BetaMovingAverageCallback()], **saving)
     again.train(resume_from_checkpoint=True)
     assert same(weights(whole.model), weights(again.model))
 
@@ -213,7 +176,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_average(make_trainer):
 def test_the_best_checkpoint_and_the_average_exclude_each_other(make_trainer):
     best = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
     with pytest.raises(ValueError, match="Set load_best_model_at_end=False"):
-        make_trainer(BetaMovingAverageCallback(), eval_dataset=make_preferences(4), **best)
+        make_trainer(callbacks=[BetaMovingAverageCallback()], eval_dataset=make_preferences(4), **best)
     added = make_trainer(eval_dataset=make_preferences(4), **best)
     added.add_callback(BetaMovingAverageCallback())
     with pytest.raises(ValueError, match="Set load_best_model_at_end=False"):

@@ -1,19 +1,14 @@
 """Robustness measured while training: its metrics choose checkpoints and stop runs, and a resume repeats them."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences, run_config
+from samples import CLASSES, StopAt, logged, make_labelled, make_preferences
 from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback
 
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness, robustness_report
-from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.callbacks import RobustnessCallback, trade_off
 
 TEMPLATES = ["a photo of a {}"]
@@ -24,50 +19,26 @@ def attack(words=CLASSES):
     return TypographicAttack(words=words, min_side=32, size=(0.3, 0.5))
 
 
+RUN = {
+    "train_dataset": TypographicPreferences(make_labelled(16), attack()),
+    "eval_dataset": make_preferences(4),
+    "learning_rate": 2e-3,
+    "max_steps": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
 @pytest.fixture
 def images(processor):
     return RobustnessImages(make_labelled(16), attack(), processor)
 
 
-@pytest.fixture
-def make_trainer(clip_folder, tmp_path):
-    def make(*callbacks, folder="run", eval_dataset=None, **arguments):
-        config = {
-            "learning_rate": 2e-3,
-            "max_steps": 8,
-            "eval_strategy": "steps",
-            "eval_steps": 2,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            **arguments,
-        }
-        return ContrastivePOTrainer(
-            str(clip_folder),
-            args=run_config(tmp_path / folder, **config),
-            train_dataset=TypographicPreferences(make_labelled(16), attack()),
-            eval_dataset=eval_dataset if eval_dataset is not None else make_preferences(4),
-            candidate_texts=PROMPTS,
-            callbacks=list(callbacks),
-        )
-
-    return make
-
-
 def with_robustness(trainer, images, **arguments):
     trainer.add_callback(RobustnessCallback(trainer, images, TEMPLATES, **arguments))
     return trainer
-
-
-def logged(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 class Evaluations(TrainerCallback):
@@ -101,7 +72,7 @@ def test_early_stopping_goes_by_them_whichever_callback_was_added_first(make_tra
     """Nothing is learned, so that no evaluation after the first is better."""
     settings = {"learning_rate": 0.0, "metric_for_best_model": "typographic_accuracy"}
     stopping = EarlyStoppingCallback(early_stopping_patience=2)
-    trainer = make_trainer(stopping, **settings) if first else make_trainer(**settings)
+    trainer = make_trainer(callbacks=[stopping], **settings) if first else make_trainer(**settings)
     with_robustness(trainer, images)
     if not first:
         trainer.add_callback(stopping)
@@ -126,7 +97,9 @@ def test_of_several_data_sets_the_first_one_has_them(make_trainer, images):
     sets = {"near": make_preferences(4), "near_too": make_preferences(5)}
     seen = Evaluations()
     settings = {"learning_rate": 0.0, "metric_for_best_model": "typographic_accuracy"}
-    trainer = with_robustness(make_trainer(seen, EarlyStoppingCallback(2), eval_dataset=sets, **settings), images)
+    trainer = with_robustness(
+        make_trainer(callbacks=[seen, EarlyStoppingCallback(2)], eval_dataset=sets, **settings), images
+    )
     trainer.train()
     assert trainer.state.global_step == 6
     assert len(logged(trainer, "eval_typographic_accuracy")) == 3
@@ -143,7 +116,7 @@ def test_an_evaluation_of_another_prefix_is_left_alone(make_trainer, images):
 def test_a_resumed_run_measures_the_same(make_trainer, images):
     whole = with_robustness(make_trainer(folder="whole"), images, max_clean_cost=1.0)
     whole.train()
-    with_robustness(make_trainer(StopAt(4)), images, max_clean_cost=1.0).train()
+    with_robustness(make_trainer(callbacks=[StopAt(4)]), images, max_clean_cost=1.0).train()
     resumed = with_robustness(make_trainer(), images, max_clean_cost=1.0)
     resumed.train(resume_from_checkpoint=True)
     for name in (*SHARES, "clean_cost", "trade_off"):
@@ -183,24 +156,18 @@ WORKER = """
 import json
 import sys
 
-import torch
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences
+from samples import CLASSES, make_labelled, make_preferences, make_trainer
 from transformers import CLIPProcessor
 
 from clip_po.training.averaging import BetaMovingAverageCallback
 from clip_po.training.callbacks import RobustnessCallback
-from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.evaluation.robustness import RobustnessImages
-from clip_po.trainer import ContrastivePOTrainer
 
-torch.set_num_threads(1)
 clip, folder, stop = sys.argv[1:]
-args = ContrastivePOConfig(output_dir=folder + "/run", per_device_train_batch_size=2, max_steps=4,
+trainer = make_trainer(clip, folder + "/run", per_device_train_batch_size=2, max_steps=4,
     eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, learning_rate=1e-2,
-    report_to="none", disable_tqdm=True, use_cpu=True)
-trainer = ContrastivePOTrainer(clip, args=args, train_dataset=make_preferences(8), eval_dataset=make_preferences(3),
-    candidate_texts=PROMPTS, callbacks=[BetaMovingAverageCallback()])
+    train_dataset=make_preferences(8), eval_dataset=make_preferences(3), callbacks=[BetaMovingAverageCallback()])
 attack = TypographicAttack(words=CLASSES, min_side=32, size=(0.3, 0.5))
 images = RobustnessImages(make_labelled(7), attack, CLIPProcessor.from_pretrained(clip))
 trainer.add_callback(RobustnessCallback(trainer, images, ["a photo of a {}"], batch_size=2))
@@ -218,18 +185,13 @@ trainer.accelerator.end_training()
 """
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
-def test_two_processes_agree_on_metrics_and_average_and_resume_exactly(clip_folder, images, processor, tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    for resumed in ("", str(tmp_path / "run" / "checkpoint-2")):
-        done = subprocess.run(
-            [*command, str(clip_folder), str(tmp_path), resumed], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_agree_on_metrics_and_average_and_resume_exactly(
+    clip_folder, processor, two_processes, tmp_path
+):
+    for resumed in ("", tmp_path / "run" / "checkpoint-2"):
+        two_processes.run(WORKER, clip_folder, tmp_path, resumed)
     found = [
         json.loads((tmp_path / f"{run}-{rank}.json").read_text()) for run in ("whole", "resumed") for rank in (0, 1)
     ]

@@ -9,23 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from samples import PROMPTS, make_preferences, run_config, tiny_config, tiny_processor
+from samples import StopAt, make_preferences, same, tiny_config, tiny_processor
 from transformers import CLIPModel, TrainerCallback
 
-from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.averaging import AVERAGE_FILE, BetaMovingAverageCallback
 from clip_po.training.checkpoints import MARK, is_whole, last_whole_checkpoint, whole_checkpoint
 
-
-class StopAt(TrainerCallback):
-    """Ends a training before its last step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.fixture
@@ -33,27 +23,6 @@ def kills(monkeypatch):
     """The benchmark that kills runs."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     return importlib.import_module("kills")
-
-
-@pytest.fixture
-def make_trainer(clip_folder, tmp_path):
-    def make(*callbacks, folder="run", model=clip_folder, eval_dataset=None, **arguments):
-        config = {
-            "max_steps": 6,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            **arguments,
-        }
-        return ContrastivePOTrainer(
-            str(model),
-            args=run_config(tmp_path / folder, **config),
-            train_dataset=make_preferences(13),
-            eval_dataset=eval_dataset,
-            candidate_texts=PROMPTS,
-            callbacks=list(callbacks),
-        )
-
-    return make
 
 
 def checkpoints(trainer):
@@ -75,7 +44,9 @@ class Signal(TrainerCallback):
 @pytest.mark.parametrize("save_steps", [2, 6])
 def test_a_checkpoint_written_on_a_signal_is_whole_and_loses_none(make_trainer, save_steps):
     signal = Signal(2)  # which is when one was just saved, or not
-    signal.trainer = make_trainer(BetaMovingAverageCallback(), signal, save_total_limit=1, save_steps=save_steps)
+    signal.trainer = make_trainer(
+        callbacks=[BetaMovingAverageCallback(), signal], save_total_limit=1, save_steps=save_steps
+    )
     signal.trainer.train()
     assert checkpoints(signal.trainer) == ["checkpoint-2"]
     folder = Path(signal.trainer.args.output_dir, "checkpoint-2")
@@ -124,8 +95,7 @@ def test_a_half_written_checkpoint_is_never_taken(make_trainer):
     resumed = make_trainer()
     resumed.train(resume_from_checkpoint=True)
     assert is_whole(folder / "checkpoint-6")
-    for name, value in trainer.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name])
+    assert same(trainer.model.state_dict(), resumed.model.state_dict())
 
 
 def test_a_left_over_half_is_not_kept_in_place_of_a_whole_one(make_trainer):
@@ -162,8 +132,7 @@ def test_resuming_a_finished_run_changes_nothing(make_trainer, settings):
     again.train(resume_from_checkpoint=True)
     assert weights.stat().st_mtime_ns == written  # to write it again would leave no whole checkpoint meanwhile
     assert again.state.global_step == trainer.state.global_step
-    for name, value in trainer.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[name])
+    assert same(trainer.model.state_dict(), again.model.state_dict())
 
 
 def test_a_checkpoint_stops_being_whole_before_anything_of_it_is_deleted(make_trainer, monkeypatch):
@@ -182,7 +151,7 @@ def test_a_checkpoint_stops_being_whole_before_anything_of_it_is_deleted(make_tr
 
 
 def test_a_half_deleted_checkpoint_takes_no_place_of_a_whole_one(make_trainer):
-    trainer = make_trainer(StopAt(6), max_steps=8)
+    trainer = make_trainer(callbacks=[StopAt(6)], max_steps=8)
     trainer.train()
     folder = Path(trainer.args.output_dir)
     (folder / "checkpoint-4" / MARK).unlink()  # which makes it the one that was changed last
@@ -191,7 +160,7 @@ def test_a_half_deleted_checkpoint_takes_no_place_of_a_whole_one(make_trainer):
 
 
 def test_killed_between_mark_and_deleting(make_trainer):
-    trainer = make_trainer(StopAt(4), max_steps=8)
+    trainer = make_trainer(callbacks=[StopAt(4)], max_steps=8)
     trainer.train()
     assert checkpoints(trainer) == ["checkpoint-2", "checkpoint-4"]
     resumed = make_trainer(max_steps=8, save_total_limit=1)
@@ -206,7 +175,7 @@ def test_the_best_checkpoint_is_kept_with_the_last(make_trainer):
             metrics["eval_early"] = -state.global_step
 
     trainer = make_trainer(
-        EarlyIsBest(),
+        callbacks=[EarlyIsBest()],
         max_steps=6,
         save_total_limit=1,
         eval_strategy="steps",
@@ -232,11 +201,11 @@ def test_all_that_a_run_consists_of_comes_back(make_trainer, tmp_path, kills):
     }
     CLIPModel(tiny_config({"attention_dropout": 0.2})).save_pretrained(settings["model"])
     tiny_processor().save_pretrained(settings["model"])
-    first = make_trainer(BetaMovingAverageCallback(), folder="first", **settings)
+    first = make_trainer(callbacks=[BetaMovingAverageCallback()], folder="first", **settings)
     first.train()
     first.save_model()
     for step in (3, 6):
-        resumed = make_trainer(BetaMovingAverageCallback(), folder=f"from {step}", **settings)
+        resumed = make_trainer(callbacks=[BetaMovingAverageCallback()], folder=f"from {step}", **settings)
         checkpoint = Path(first.args.output_dir, f"checkpoint-{step}")
         shutil.copytree(checkpoint, Path(resumed.args.output_dir, checkpoint.name))
         resumed.train(resume_from_checkpoint=True)

@@ -3,55 +3,42 @@
 import math
 
 import pytest
+import samples
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from samples import PROMPTS, make_preferences, run_config
+from samples import PROMPTS, make_preferences
+from tolerances import LOGIT_SCALE, TINY_CLIP, TRAINING, rounding
 from torch._dynamo.utils import counters
 from transformers import CLIPModel
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.policy import tokenize
-from clip_po.trainer import ContrastivePOTrainer
 
-FLOAT32 = 1e-5
-BFLOAT16 = 2.0**-8
-"""Relative distance of neighbouring numbers."""
-ROUNDINGS = 16
-"""What adds up over layers, steps and the difference of two texts' gradients; a wrong gradient is off by hundreds."""
+FLOAT32 = rounding(depth=TINY_CLIP * TRAINING)
+BFLOAT16 = rounding(depth=TRAINING, dtype=torch.bfloat16)
+"""Relative. Sums are in float32 here too and each result is rounded once; a wrong gradient is off by its own size."""
+LOGPS = rounding(scale=LOGIT_SCALE)
 COMPILED = {"torch_compile_backend": "eager"}  # traces as inductor does, without its C++
+RUN = {
+    "per_device_eval_batch_size": 5,
+    "optim": "sgd",  # whose updates are as wrong as its gradients, no more
+    "learning_rate": 0.02,
+    "max_steps": 5,
+    "logging_steps": 1,
+    "beta": 1.0,
+    "eval_dataset": make_preferences(7),
+}
 KINDS = {
-    "full": {},
-    "text": {"train_text_model": True, "candidate_texts": None},
-    "lora": {"adapters": r".*vision_model.*(q_proj|v_proj)"},
-    "concept": {"concept": True},
+    "full": lambda: {},
+    "text": lambda: {"train_text_model": True, "candidate_texts": None},
+    "lora": lambda: {"peft_config": adapters(r".*vision_model.*(q_proj|v_proj)"), "learning_rate": 0.5},
+    "concept": lambda: {"concept": ConceptTransform(16), "learning_rate": 0.5},
 }
 
 
-@pytest.fixture(scope="module")
-def make_trainer(clip_folder, tmp_path_factory):
-    def make(folder=None, adapters=None, concept=False, candidate_texts=PROMPTS, attention="sdpa", **arguments):
-        config = {
-            "per_device_eval_batch_size": 5,
-            "optim": "sgd",  # whose updates are as wrong as its gradients, no more
-            "learning_rate": 0.5 if adapters or concept else 0.02,
-            "max_steps": 5,
-            "logging_steps": 1,
-            "beta": 1.0,
-            "model_init_kwargs": {"attn_implementation": attention},
-            **arguments,
-        }
-        return ContrastivePOTrainer(
-            str(clip_folder),
-            args=run_config(folder or tmp_path_factory.mktemp("run"), **config),
-            train_dataset=make_preferences(13),
-            eval_dataset=make_preferences(7),
-            candidate_texts=candidate_texts,
-            peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=adapters) if adapters else None,
-            concept=ConceptTransform(16) if concept else None,
-        )
-
-    return make
+def adapters(modules):
+    return LoraConfig(r=4, lora_alpha=8, target_modules=modules)
 
 
 @pytest.fixture(autouse=True)
@@ -80,45 +67,52 @@ def distances(found, plain):
     return {name: ((found[name] - plain[name]).norm() / plain[name].norm()).item() for name in plain}
 
 
+def error_of(arguments):
+    return BFLOAT16 if "bf16" in arguments else FLOAT32
+
+
 @pytest.fixture(scope="module")
-def plain(make_trainer):
-    return {kind: trained(make_trainer(**arguments)) for kind, arguments in KINDS.items()}
+def plain(clip_folder, tmp_path_factory):
+    """The run of each kind in float32, with none of the arguments under test."""
+    folder = tmp_path_factory.mktemp("plain")
+    return {kind: trained(samples.make_trainer(clip_folder, folder, **{**RUN, **of()})) for kind, of in KINDS.items()}
 
 
+EAGER = {"model_init_kwargs": {"attn_implementation": "eager"}}
 BF16 = {"bf16": True}
 CHECKPOINTED = {"activation_checkpointing": True}
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments", "error"),
+    ("kind", "arguments"),
     [
-        ("full", {"attention": "eager"}, FLOAT32),
-        ("full", CHECKPOINTED, FLOAT32),
-        ("full", BF16, BFLOAT16),
-        ("full", {"attention": "eager", **BF16}, BFLOAT16),
-        ("full", {"precompute_ref_log_probs": False, **BF16}, BFLOAT16),
-        ("text", CHECKPOINTED, FLOAT32),
-        ("text", {**BF16, **CHECKPOINTED}, BFLOAT16),
-        ("lora", CHECKPOINTED, FLOAT32),
-        ("lora", BF16, BFLOAT16),
-        ("concept", BF16, BFLOAT16),
-        ("concept", {**COMPILED, **BF16}, BFLOAT16),
+        ("full", EAGER),
+        ("full", CHECKPOINTED),
+        ("full", BF16),
+        ("full", {**EAGER, **BF16}),
+        ("full", {"precompute_ref_log_probs": False, **BF16}),
+        ("text", CHECKPOINTED),
+        ("text", {**BF16, **CHECKPOINTED}),
+        ("lora", CHECKPOINTED),
+        ("lora", BF16),
+        ("concept", BF16),
+        ("concept", {**COMPILED, **BF16}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )
-def test_a_run_stays_the_plain_one_within_its_dtypes_error(make_trainer, plain, kind, arguments, error):
-    found = trained(make_trainer(**KINDS[kind], **arguments))
+def test_a_run_stays_the_plain_one_within_its_dtypes_error(make_trainer, plain, kind, arguments):
+    found = trained(make_trainer(**KINDS[kind](), **arguments))
     far = distances(found, plain[kind])
-    assert max(far.values()) < ROUNDINGS * error
+    assert max(far.values()) < error_of(arguments)
     assert ("bf16" in arguments) == (far["added"] > FLOAT32)  # it was in bfloat16 indeed
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_bfloat16_too_the_policy_starts_as_its_reference(make_trainer, kind):
-    trainer = make_trainer(**KINDS[kind], bf16=True, max_steps=1)
+    trainer = make_trainer(**KINDS[kind](), bf16=True, max_steps=1)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=LOGPS)
+    assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.0, abs=LOGPS)
 
 
 def test_in_full_precision_the_policys_answers_are_the_models_own(make_trainer, processor):
@@ -126,16 +120,17 @@ def test_in_full_precision_the_policys_answers_are_the_models_own(make_trainer, 
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
     outputs = trainer.model(**tokenize(trainer.model, processor, PROMPTS), pixel_values=batch["pixel_values"])
     del batch["reg_pixel_values"]
-    logits = outputs.image_embeds @ outputs.text_embeds.T * trainer.model.logit_scale.exp()
+    scale = trainer.model.logit_scale.exp()
+    logits = outputs.image_embeds @ outputs.text_embeds.T * scale
     found = trainer.policy(trainer.model, trainer.encoder, batch).preference
-    torch.testing.assert_close(found, logits.log_softmax(-1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, logits.log_softmax(-1), rtol=0, atol=LOGPS)
 
 
 def test_embeddings_kept_between_runs_are_not_taken_for_those_of_another_precision(make_trainer, tmp_path):
     for precision in ({}, BF16):
         trainer = make_trainer(**precision, max_steps=1, precompute_ref_log_probs=True, embeddings_cache=str(tmp_path))
         trainer.train()
-        assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-5)
+        assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.0, abs=LOGPS)
 
 
 # ---- Activation checkpointing
@@ -144,7 +139,7 @@ def test_embeddings_kept_between_runs_are_not_taken_for_those_of_another_precisi
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_blocks_run_once_more_where_their_activations_are_checkpointed(make_trainer, plain, reentrant):
     kwargs = {"use_reentrant": reentrant}
-    trainer = make_trainer(**KINDS["lora"], activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
+    trainer = make_trainer(**KINDS["lora"](), activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
     calls = []
     trainer.encoder.vision_model.encoder.layers[1].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
     found = trained(trainer)
@@ -155,7 +150,7 @@ def test_blocks_run_once_more_where_their_activations_are_checkpointed(make_trai
 
 def test_no_gradient_flows_below_adapters_on_the_last_block(make_trainer):
     last = r".*vision_model.*layers\.1\..*(q_proj|v_proj)"
-    trainer = make_trainer(adapters=last, activation_checkpointing=True, max_steps=2)
+    trainer = make_trainer(peft_config=adapters(last), learning_rate=0.5, activation_checkpointing=True, max_steps=2)
     needed = []
     blocks = trainer.encoder.vision_model.encoder.layers
     for block in blocks:
@@ -169,10 +164,10 @@ def test_no_gradient_flows_below_adapters_on_the_last_block(make_trainer):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_one_graph_serves_all_steps_and_its_checkpoints_are_plain_and_resume(make_trainer, plain, tmp_path, kind):
-    arguments = {**KINDS[kind], **COMPILED, **CHECKPOINTED, "save_strategy": "steps", "save_steps": 2}
+    arguments = {**KINDS[kind](), **COMPILED, **CHECKPOINTED, "save_strategy": "steps", "save_steps": 2}
     # The fourth batch of 13 rows is a ragged one, and evaluations have other batches.
-    whole = make_trainer(tmp_path / "whole", eval_strategy="steps", eval_steps=2, **arguments)
-    assert max(distances(trained(whole), plain[kind]).values()) < ROUNDINGS * FLOAT32
+    whole = make_trainer(folder="whole", eval_strategy="steps", eval_steps=2, **arguments)
+    assert max(distances(trained(whole), plain[kind]).values()) < FLOAT32
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
@@ -182,32 +177,32 @@ def test_one_graph_serves_all_steps_and_its_checkpoints_are_plain_and_resume(mak
     if kind == "full":
         assert names == set(CLIPModel(whole.model.config).state_dict())
 
-    resumed = make_trainer(tmp_path / "resumed", **arguments)
+    resumed = make_trainer(folder="resumed", **arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     end = whole.model.state_dict()
     assert all(torch.equal(value, end[name]) for name, value in resumed.model.state_dict().items())
 
 
 def test_other_numbers_of_texts_are_compiled_for_once_more_and_then_never(make_trainer, plain):
-    found = trained(make_trainer(**KINDS["text"], **COMPILED))
-    assert max(distances(found, plain["text"]).values()) < ROUNDINGS * FLOAT32
+    found = trained(make_trainer(**KINDS["text"](), **COMPILED))
+    assert max(distances(found, plain["text"]).values()) < FLOAT32
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
 
 
 def test_all_together_and_an_evaluation_before_training_changes_nothing(make_trainer, plain):
     trainer = make_trainer(**COMPILED, **CHECKPOINTED, **BF16)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert FLOAT32 < max(distances(trained(trainer), plain["full"]).values()) < ROUNDINGS * BFLOAT16
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=LOGPS)
+    assert FLOAT32 < max(distances(trained(trainer), plain["full"]).values()) < BFLOAT16
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("kind", "arguments", "error"),
-    [("full", {}, FLOAT32), ("lora", CHECKPOINTED, FLOAT32), ("text", BF16, BFLOAT16), ("concept", BF16, BFLOAT16)],
+    ("kind", "arguments"),
+    [("full", {}), ("lora", CHECKPOINTED), ("text", BF16), ("concept", BF16)],
     ids=["full-float32", "lora-checkpointed", "text-bf16", "concept-bf16"],
 )
-def test_what_inductor_makes_of_it_stays_the_plain_run(make_trainer, plain, kind, arguments, error):
-    found = trained(make_trainer(**KINDS[kind], **arguments, torch_compile=True))
-    assert max(distances(found, plain[kind]).values()) < ROUNDINGS * error
+def test_what_inductor_makes_of_it_stays_the_plain_run(make_trainer, plain, kind, arguments):
+    found = trained(make_trainer(**KINDS[kind](), **arguments, torch_compile=True))
+    assert max(distances(found, plain[kind]).values()) < error_of(arguments)
     assert not counters["graph_break"]

@@ -2,10 +2,6 @@
 
 import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,58 +9,20 @@ import datasets
 import pytest
 import streaming_worker
 import torch
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences, run_config
-from transformers import TrainerCallback
+from samples import CLASSES, StopAt, make_labelled, make_preferences, same
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.data.stream_reader import STREAM_FILE, StreamMark
 from clip_po.data.streamed_pairs import TypographicStream
-from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.stream_position import StreamPositionCallback
 
 ATTACK = TypographicAttack(CLASSES, min_side=32)
-TESTS = Path(__file__).parents[1]
+RUN = {"per_device_train_batch_size": 3, "learning_rate": 1e-3, "max_steps": 9, "logging_steps": 1}
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
-
-
-@pytest.fixture
-def make_trainer(clip_folder, tmp_path):
-    def make(train_dataset, callbacks=None, reg_dataset=None, concept=None, **arguments):
-        config = {
-            "per_device_train_batch_size": 3,
-            "learning_rate": 1e-3,
-            "max_steps": 9,
-            "logging_steps": 1,
-            **arguments,
-        }
-        return ContrastivePOTrainer(
-            str(clip_folder),
-            args=run_config(tmp_path / "run", **config),
-            train_dataset=train_dataset,
-            candidate_texts=PROMPTS,
-            callbacks=callbacks,
-            reg_dataset=reg_dataset,
-            concept=concept,
-        )
-
-    return make
-
-
-def same(first, second):
-    first, second = first.model.state_dict(), second.model.state_dict()
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def logged(trainer, *without):
+def logs(trainer, *without):
     kept = [{name: value for name, value in log.items() if name not in without} for log in trainer.state.log_history]
     return kept[:-1]  # the last says how fast it was
 
@@ -86,9 +44,9 @@ def test_a_stream_trains_as_the_same_rows_by_number(kind, make_trainer):
     by_turn = make_trainer(stream, **settings)
     for trainer in (by_number, by_turn):
         trainer.train()
-    assert len(logged(by_turn)) == 9
-    assert logged(by_turn, "epoch") == logged(by_number, "epoch")
-    assert same(by_turn, by_number)
+    assert len(logs(by_turn)) == 9
+    assert logs(by_turn, "epoch") == logs(by_number, "epoch")
+    assert same(by_turn.model.state_dict(), by_number.model.state_dict())
 
 
 @pytest.mark.parametrize(("workers", "stopped_at"), [(0, 3), (2, 1)])
@@ -101,8 +59,8 @@ def test_a_run_on_a_stream_resumes_bit_for_bit(workers, stopped_at, make_trainer
     make_trainer(streams[workers](), callbacks=[StopAt(stopped_at)], **settings, **saved).train()
     resumed = make_trainer(streams[workers](), **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert same(whole, resumed)
-    assert logged(resumed) == logged(whole)
+    assert same(whole.model.state_dict(), resumed.model.state_dict())
+    assert logs(resumed) == logs(whole)
 
 
 def test_a_stream_that_gives_other_rows_is_not_resumed_unless_told_so(make_trainer, tmp_path):
@@ -118,7 +76,7 @@ def test_a_stream_that_gives_other_rows_is_not_resumed_unless_told_so(make_train
     read_again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     whole = make_trainer(shuffled(), max_steps=4)
     whole.train()
-    assert same(whole, read_again)
+    assert same(whole.model.state_dict(), read_again.model.state_dict())
 
 
 def test_what_a_stream_cannot_do_is_refused(make_trainer):
@@ -144,23 +102,14 @@ def test_processes_that_read_other_rows_are_stopped(digests):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, clip_folder):
-    """The logs of one process and of two."""
+def runs(tmp_path_factory, clip_folder, two_processes):
+    """The logs of one process and of two, and what the two wrote."""
     folder = tmp_path_factory.mktemp("streams")
-    command = [sys.executable, *map(str, (TESTS / "streaming_worker.py", clip_folder, folder))]
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    ranks = [
-        {**shared, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": TESTS, "OMP_NUM_THREADS": 1} for rank in (0, 1)
-    ]
-    environments = [{**os.environ, **{name: str(value) for name, value in rank.items()}} for rank in ranks]
-    started = [subprocess.Popen(command, env=e, stderr=subprocess.PIPE, text=True) for e in environments]
-    said = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-4000:] for text in said)
-    return streaming_worker.run(str(clip_folder), folder), json.loads((folder / "two.json").read_text()), "".join(said)
+    said = two_processes.run(Path(streaming_worker.__file__), clip_folder, folder)
+    return streaming_worker.run(clip_folder, folder), json.loads((folder / "two.json").read_text()), said
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stream", "rows", "apart"])
 def test_two_processes_train_as_one_on_streams_and_around_broken_images(name, runs):
@@ -176,6 +125,7 @@ def test_two_processes_train_as_one_on_streams_and_around_broken_images(name, ru
     assert (sum(counts[:3]), sum(counts[3:])) == broken
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 def test_what_two_processes_skip_is_said_by_the_one_that_read_it(runs):
     assert "Skipped, by on_bad_image='skip': train_dataset row 1: an image in column 'image' can't be read" in runs[2]

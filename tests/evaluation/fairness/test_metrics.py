@@ -1,8 +1,5 @@
 import json
 import math
-import os
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -369,16 +366,14 @@ PartialState().destroy_process_group()
 """
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(clip_folder, people, tmp_path):
+def test_two_processes_find_what_one_does(clip_folder, people, two_processes, monkeypatch, tmp_path):
     people.select(range(15)).save_to_disk(tmp_path / "people")
-    (tmp_path / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for start in ([sys.executable], torchrun):
-        command = [*start, tmp_path / "worker.py", clip_folder, tmp_path / "people", tmp_path]
-        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [str(clip_folder), str(tmp_path / "people"), str(tmp_path)]
+    two_processes.run(WORKER, *arguments)
+    monkeypatch.setattr("sys.argv", ["worker.py", *arguments])
+    exec(WORKER, {})
     one, *two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     for found in two:
         assert found == {metric: pytest.approx(numbers) for metric, numbers in one.items()}
