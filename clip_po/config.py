@@ -276,7 +276,7 @@ class ContrastivePOConfig(TrainingArguments):
         for name in ("output_dir", "embeddings_cache"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (str, os.PathLike)) or not str(value)):
-                raise TypeError(f"{name} must be the path of a folder, got {value!r}.")
+                raise TypeError(f"{name} must be the path of a folder, got {value!r}. Choose where files are written.")
 
     def _numbers(self) -> dict[str, Allowed]:
         """Return the arguments in `NUMBERS` that are used, with their allowed values."""

@@ -109,7 +109,7 @@ class ContrastivePOTrainer(Trainer):
     ) -> None:
         args = args if args is not None else ContrastivePOConfig(default_output_dir(model))
         check_args(args, compute_metrics, candidate_texts)
-        self.candidate_texts, self.reg_dataset = CandidateTexts(candidate_texts), reg_dataset
+        self.candidates, self.reg_dataset = CandidateTexts(candidate_texts), reg_dataset
         encoder = self.load_encoder(model, ref_model, args, peft_config)
         processor = processing_class or load_processor(encoder, args)
         for checked in (encoder, ref_model) if ref_model is not None else (encoder,):
@@ -117,7 +117,7 @@ class ContrastivePOTrainer(Trainer):
         super().__init__(
             model=self.module_to_train(encoder),
             args=args,
-            data_collator=data_collator or DataCollatorForContrastivePreference(processor, self.candidate_texts.texts),
+            data_collator=data_collator or DataCollatorForContrastivePreference(processor, self.candidates.texts),
             train_dataset=None if train_dataset is None else self.training_rows(train_dataset, args),
             eval_dataset=self.evaluation_rows(eval_dataset, args),
             processing_class=processor,
@@ -160,7 +160,7 @@ class ContrastivePOTrainer(Trainer):
     def training_rows(self, dataset: Any, args: ContrastivePOConfig) -> PreferencePairs | StreamedPairs:
         """Check the training data set, and pair its rows with their regularization images."""
         check = checked_stream if is_stream(dataset) else checked_pairs
-        return check(dataset, self.reg_dataset, self.candidate_texts.texts, args, "train_dataset")
+        return check(dataset, self.reg_dataset, self.candidates.texts, args, "train_dataset")
 
     def evaluation_rows(self, dataset: Any, args: ContrastivePOConfig, name: str = "eval_dataset") -> Any:
         """Check an evaluation data set, or several by name."""
@@ -168,7 +168,7 @@ class ContrastivePOTrainer(Trainer):
             return {key: self.evaluation_rows(rows, args, f"{name}[{key!r}]") for key, rows in dataset.items()}
         if dataset is None or isinstance(dataset, PreferencePairs):
             return dataset
-        return checked_pairs(dataset, self.reg_dataset, self.candidate_texts.texts, args, name, EvaluationPairs)
+        return checked_pairs(dataset, self.reg_dataset, self.candidates.texts, args, name, EvaluationPairs)
 
     def build_reference(
         self, encoder: nn.Module, ref_model: nn.Module | None, peft_config: PeftConfig | None
@@ -183,7 +183,7 @@ class ContrastivePOTrainer(Trainer):
         texts = CachedTextEmbeddings(model, self.processing_class, encode)
         compares = self._has_rewards and not self.args.reference_free
         images = ROW_IMAGES if compares else ROW_IMAGES[1:]
-        return ReferencePolicy(model, self.processing_class, self.candidate_texts, texts, images)
+        return ReferencePolicy(model, self.processing_class, self.candidates, texts, images)
 
     def build_policy(self, encoder: nn.Module, ref_model: nn.Module | None) -> Any:
         """Build the policy. A frozen text tower is shared with the reference, whose copy is never sharded."""
@@ -193,7 +193,7 @@ class ContrastivePOTrainer(Trainer):
         elif ref_model is not None:
             own = frozen_copy(encoder) if self.is_fsdp_enabled else encoder
             texts = CachedTextEmbeddings(own, self.processing_class)
-        return Policy(self.processing_class, self.candidate_texts, texts)
+        return Policy(self.processing_class, self.candidates, texts)
 
     # ---- The method ------------------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ CASES = {
     ),
     "no-output": (
         lambda f, c, d: ["train", "--dataset_name", d, "--model_name_or_path", c],
-        ("output_dir must be the path of a folder, got ''", "say where"),
+        ("output_dir must be the path of a folder, got ''", "Choose where"),
     ),
     "output-is-a-file": (
         lambda f, c, d: ["train", "--dataset_name", d, "--model_name_or_path", c, "--output_dir", a_file(f)],

@@ -259,4 +259,4 @@ def test_training_on_unusual_images_works(bench):
     trainer = bench.trainer(rows, max_steps=2)
     trainer.train()
     assert torch.isfinite(torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])).all()
-    assert trainer.candidate_texts == PROMPTS
+    assert list(trainer.candidates.texts) == PROMPTS

@@ -98,7 +98,7 @@ def test_weights_that_are_spoiled_already_are_named(bench):
         model.visual_projection.weight.data.fill_(NAN)
 
     trainer = bench.trainer(callbacks=[Spoils(spoil, 2)])
-    with pytest.raises(FloatingPointError, match=r"step 2: .*weights hold nan.*'visual_projection.weight'"):
+    with pytest.raises(FloatingPointError, match=r"step 2: .*weights already hold nan.*'visual_projection.weight'"):
         trainer.train()
 
 
