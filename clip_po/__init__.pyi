@@ -14,8 +14,15 @@ from .evaluation.robustness import evaluate_robustness as evaluate_robustness
 from .evaluation.robustness import robustness_report as robustness_report
 from .evaluation.robustness import robustness_table as robustness_table
 from .evaluation.zero_shot import zero_shot_accuracy as zero_shot_accuracy
+from .losses import distillation_loss as distillation_loss
+from .losses import ipo_loss as ipo_loss
+from .losses import kl_regularization as kl_regularization
+from .losses import kto_pair_loss as kto_pair_loss
+from .losses import sft_loss as sft_loss
+from .losses import sigmoid_loss as sigmoid_loss
 from .trainer import ContrastivePOTrainer as ContrastivePOTrainer
 from .training.averaging import BetaMovingAverageCallback as BetaMovingAverageCallback
 from .training.callbacks import RobustnessCallback as RobustnessCallback
+from .training.checkpoints import last_whole_checkpoint as last_whole_checkpoint
 
 __version__: str

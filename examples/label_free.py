@@ -1,11 +1,11 @@
-"""Teach a CLIP to believe the picture and not the words written on it, with images that nobody labelled.
+"""Align a CLIP so that it ignores words written on images, with unlabelled images.
 
     python examples/label_free.py --dataset path/to/images --class_names cat dog ship --output_dir aligned
 
---dataset is a Hub id or a folder of images (train/*.jpg). What the model answers on an image as it is, it is to answer
-with a word on it too: its answers on clean images are the targets, hard (sft, weighted by its confidence) and soft
-(distillation). A tenth of the images is kept out, and measured after every epoch.
-Every argument of ContrastivePOConfig is a flag.
+--dataset takes a Hub id or a folder of images (train/*.jpg). The model's own predictions on clean images are the
+targets: hard (sft, weighted by confidence) and soft (distillation). Training then teaches it to give the same answer
+when a word is added. A tenth of the images is held out and evaluated after every epoch. Every argument of
+ContrastivePOConfig is a flag.
 """
 
 from dataclasses import dataclass, field
@@ -13,27 +13,19 @@ from dataclasses import dataclass, field
 from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
-from clip_po import (
-    ContrastivePOConfig,
-    ContrastivePOTrainer,
-    RobustnessCallback,
-    RobustnessImages,
-    TypographicAttack,
-    TypographicPreferences,
-    pseudo_labels,
-)
-from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
-from clip_po.data.loading import load_split
+from clip_po import ContrastivePOConfig, ContrastivePOTrainer, EvaluatorCallback
+from clip_po.data import TypographicAttack, TypographicPreferences, load_split, training_fonts, unseen_fonts
+from clip_po.evaluation import RobustnessEvaluator, RobustnessImages, pseudo_labels
 
 TEMPLATE = "a photo of a {}"
 
 
 @dataclass
 class ScriptArguments:
-    """Which model, on which images, and what may be in them."""
+    """Arguments of the script, in addition to those of the training."""
 
     dataset: str = field(metadata={"help": "Hub id or folder of images."})
-    class_names: list[str] = field(metadata={"help": "What may be in the images."})
+    class_names: list[str] = field(metadata={"help": "Classes that may be in the images."})
     model: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder of a CLIPModel."})
 
 
@@ -45,7 +37,7 @@ if __name__ == "__main__":
     model = CLIPModel.from_pretrained(script_args.model).to(training_args.device)
     processor = CLIPProcessor.from_pretrained(script_args.model)
 
-    # Labels that the data set may have are not read.
+    # Labels in the dataset, if there are any, are not read.
     answered = pseudo_labels(model, processor, load_split(script_args.dataset, "train"), names, [TEMPLATE])
     parts = answered.train_test_split(test_size=0.1, seed=training_args.seed)
 
@@ -62,9 +54,10 @@ if __name__ == "__main__":
         processing_class=processor,
         candidate_texts=train.candidate_texts,
     )
-    # "Right" is here what the model answered before alignment, so that its own clean accuracy is 1.
+    # The labels are the predictions before alignment, so the clean accuracy of the base model is 1.
     unseen = TypographicAttack(words=names, fonts=unseen_fonts(), seed=1)
-    trainer.add_callback(RobustnessCallback(trainer, RobustnessImages(parts["test"], unseen, processor), [TEMPLATE]))
+    evaluator = RobustnessEvaluator(RobustnessImages(parts["test"], unseen, processor), [TEMPLATE])
+    trainer.add_callback(EvaluatorCallback(trainer, evaluator))
     trainer.train()
     trainer.save_model()
 

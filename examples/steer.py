@@ -1,11 +1,12 @@
-"""Turn what is written on an image up, off or around by one number t; the model stays as it is.
+"""Turn the effect of words written on images up, off or around with one number t, without changing the model.
 
     python examples/steer.py --dataset path/to/photos --output_dir aligned
 
---dataset is a Hub id or a folder with train/<class>/*.jpg and test/<class>/*.jpg. A transformation of the embeddings
-is trained, each image is seen by the model once, and a plain CLIPModel is saved, with the transformation at --t in its
-projections: 0 is the original, 1 the trained one, in between lies neutral, below 0 words count for more.
-Every argument of ContrastivePOConfig is a flag. `clip-po steer` does the same, and chooses t on validation images.
+--dataset takes a Hub id or a folder with train/<class>/*.jpg and test/<class>/*.jpg. The script trains a
+transformation of the embeddings, for which the model processes each image once. It saves a plain CLIPModel with the
+transformation at --t folded into its projections. t = 0 is the original model and t = 1 the trained transformation.
+Neutral is between them. Below 0, words count more. Every argument of ConceptConfig is a flag. `clip-po steer` does the
+same and chooses t on validation images.
 """
 
 from dataclasses import dataclass, field
@@ -13,32 +14,31 @@ from dataclasses import dataclass, field
 from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
-from clip_po import (
+from clip_po.concept import (
+    ConceptConfig,
+    ConceptTrainer,
     ConceptTransform,
-    ContrastivePOConfig,
-    ContrastivePOTrainer,
-    RobustnessImages,
-    TypographicAttack,
-    TypographicPreferences,
+    embed_variants,
+    scale_table,
+    sweep_scales,
 )
-from clip_po.concept.sweep import embed_variants, scale_table, sweep_scales
-from clip_po.data.attacks.fonts import training_fonts
-from clip_po.data.loading import load_split
+from clip_po.data import TypographicAttack, TypographicPreferences, load_split, training_fonts
+from clip_po.evaluation import RobustnessImages
 
 SETTINGS = {"beta": 1.0, "reg_weight": 10.0, "penalty_weight": 0.2, "learning_rate": 1e-3, "num_train_epochs": 10.0}
 
 
 @dataclass
 class ScriptArguments:
-    """Which model, on which images, and which scale is saved."""
+    """Arguments of the script, in addition to those of the training."""
 
-    dataset: str = field(metadata={"help": "Hub id or folder of labelled images with the splits train and test."})
+    dataset: str = field(metadata={"help": "Hub id or folder of labelled images, with the splits train and test."})
     model: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder of a CLIPModel."})
-    t: float = field(default=1.0, metadata={"help": "The scale that is saved."})
+    t: float = field(default=1.0, metadata={"help": "Scale to save."})
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, ContrastivePOConfig))
+    parser = TrlParser((ScriptArguments, ConceptConfig))
     parser.set_defaults_with_config(save_strategy="no", lr_scheduler_type="cosine", **SETTINGS)
     script_args, training_args = parser.parse_args_and_config()
     train, test = (load_split(script_args.dataset, split) for split in ("train", "test"))
@@ -46,17 +46,17 @@ if __name__ == "__main__":
     model = CLIPModel.from_pretrained(script_args.model)
     processor = CLIPProcessor.from_pretrained(script_args.model)
 
-    # Drawn once, so that each image is embedded once.
+    # Each attack is drawn once, so that each image is embedded once.
     attack = TypographicAttack(words=names, fonts=training_fonts(), redraw="never")
     preferences = TypographicPreferences(train, attack)
     concept = ConceptTransform(model.config.projection_dim)
-    trainer = ContrastivePOTrainer(
+    trainer = ConceptTrainer(
         model=model,
+        concept=concept,
         args=training_args,
         train_dataset=preferences,
         processing_class=processor,
         candidate_texts=preferences.candidate_texts,
-        concept=concept,
     )
     trainer.train()
 

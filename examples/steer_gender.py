@@ -1,11 +1,12 @@
-"""Turn gender down in a CLIP, or any attribute that images are labelled with; the model stays as it is.
+"""Reduce the effect of gender, or of another labelled attribute, in a CLIP without changing the model.
 
     python examples/steer_gender.py --output_dir aligned
 
-By default with FairFace: faces prefer the text of the other gender, and ordinary photographs hold all else. What this
-trains is the reversed model (t = 1); a scale between it and the original (t = 0) makes gender count for less. Printed
-for each --t: the share of faces whose gender the model names, and the skew of searches that name none. The model at
---save_t is saved as a plain CLIPModel. Every argument of ContrastivePOConfig is a flag.
+The default dataset is FairFace. Each face prefers the text of the other gender, and ordinary photographs keep
+everything else in place. This trains a reversed transformation (t = 1). A scale between it and the original model (t =
+0) makes gender count less. For each --t, the script prints the share of faces whose gender the model names, and the
+skew of searches that name no gender. It saves the model at --save_t as a plain CLIPModel. Every argument of
+ConceptConfig is a flag.
 """
 
 from dataclasses import dataclass, field
@@ -14,12 +15,9 @@ from datasets import ClassLabel
 from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
-from clip_po import ConceptTransform, ContrastivePOConfig, ContrastivePOTrainer, zero_shot_accuracy
-from clip_po.concept.preferences import reverse_attribute
-from clip_po.data.loading import load_split
-from clip_po.evaluation.fairness.queries import load_queries
-from clip_po.evaluation.fairness.report import evaluate_fairness
-from clip_po.evaluation.tables import format_table
+from clip_po.concept import ConceptConfig, ConceptTrainer, ConceptTransform, reverse_attribute
+from clip_po.data import load_split
+from clip_po.evaluation import evaluate_fairness, format_table, load_queries, zero_shot_accuracy
 
 TEMPLATE = "a photo of a {}"
 SETTINGS = {"beta": 1.0, "reg_weight": 10.0, "penalty_weight": 0.2, "learning_rate": 1e-3, "num_train_epochs": 3.0}
@@ -27,48 +25,52 @@ SETTINGS = {"beta": 1.0, "reg_weight": 10.0, "penalty_weight": 0.2, "learning_ra
 
 @dataclass
 class ScriptArguments:
-    """Which model, on which images, and which attribute."""
+    """Arguments of the script, in addition to those of the training."""
 
-    dataset: str = field(default="HuggingFaceM4/FairFace", metadata={"help": "Hub id or folder with the attribute."})
+    dataset: str = field(
+        default="HuggingFaceM4/FairFace", metadata={"help": "Hub id or folder of images labelled with the attribute."}
+    )
     dataset_config: str | None = field(
-        default=None, metadata={"help": "Its configuration; default: 0.25 for FairFace, none for others."}
+        default=None, metadata={"help": "Configuration of the dataset. Default: 0.25 for FairFace, none for others."}
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    test_split: str = field(default="validation", metadata={"help": "Split to measure on."})
+    test_split: str = field(default="validation", metadata={"help": "Split to evaluate on."})
     attribute: str = field(default="gender", metadata={"help": "Column of the attribute."})
     attribute_names: list[str] = field(
-        default_factory=lambda: ["man", "woman"], metadata={"help": "What texts call it, in the order of the labels."}
+        default_factory=lambda: ["man", "woman"],
+        metadata={"help": "Names of its values in texts, in the order of the labels."},
     )
     reg_dataset: str = field(default="uoft-cs/cifar10", metadata={"help": "Ordinary images, without the attribute."})
-    reg_image_column: str = field(default="img", metadata={"help": "Their column."})
+    reg_image_column: str = field(default="img", metadata={"help": "Column of the ordinary images."})
     other_texts: list[str] = field(
         default_factory=lambda: [TEMPLATE.format(name) for name in ("dog", "bird", "car", "house", "tree", "meal")],
-        metadata={"help": "Texts without the attribute, whose probabilities are to stay."},
+        metadata={"help": "Texts without the attribute, whose probabilities should not change."},
     )
     model: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder of a CLIPModel."})
     t: list[float] = field(
-        default_factory=lambda: [-1, 0, 0.25, 0.5, 0.75, 1], metadata={"help": "Scales to measure."}
+        default_factory=lambda: [-1, 0, 0.25, 0.5, 0.75, 1], metadata={"help": "Scales to evaluate."}
     )
-    save_t: float = field(default=0.5, metadata={"help": "The scale that is saved."})
-    top_k: float = field(default=1000, metadata={"help": "The images of a search that are looked at."})
-    queries: str = field(default="occupations", metadata={"help": "Searches that name no gender."})
+    save_t: float = field(default=0.5, metadata={"help": "Scale to save."})
+    top_k: float = field(default=1000, metadata={"help": "Number of top images of a search to evaluate."})
+    queries: str = field(default="occupations", metadata={"help": "Searches that do not name the gender."})
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, ContrastivePOConfig))
+    parser = TrlParser((ScriptArguments, ConceptConfig))
     parser.set_defaults_with_config(save_strategy="no", lr_scheduler_type="cosine", **SETTINGS)
     args, training_args = parser.parse_args_and_config()
     config = args.dataset_config or ("0.25" if args.dataset == ScriptArguments.dataset else None)
     train, test = (load_split(args.dataset, split, config) for split in (args.train_split, args.test_split))
-    if not isinstance(train.features[args.attribute], ClassLabel):  # texts become labels, in alphabetical order
+    if not isinstance(train.features[args.attribute], ClassLabel):  # turn texts into labels, in alphabetical order
         train, test = (rows.class_encode_column(args.attribute) for rows in (train, test))
     ordinary = load_split(args.reg_dataset, "train").select_columns([args.reg_image_column])
     model = CLIPModel.from_pretrained(args.model)
     processor = CLIPProcessor.from_pretrained(args.model)
 
     concept = ConceptTransform(model.config.projection_dim)
-    trainer = ContrastivePOTrainer(
+    trainer = ConceptTrainer(
         model=model,
+        concept=concept,
         args=training_args,
         train_dataset=reverse_attribute(
             train,
@@ -79,7 +81,6 @@ if __name__ == "__main__":
         ),
         reg_dataset=ordinary.rename_columns({args.reg_image_column: "image"}),
         processing_class=processor,
-        concept=concept,
     )
     trainer.train()
 

@@ -1,8 +1,8 @@
-"""Teach a CLIP to believe the picture and not the words written on it; measure it before and after.
+"""Align a CLIP so that it ignores words written on images, and evaluate it before and after.
 
     python examples/typographic.py --dataset path/to/photos --output_dir aligned --num_train_epochs 3
 
---dataset is a Hub id or a folder with train/<class>/*.jpg and test/<class>/*.jpg. Every argument of
+--dataset takes a Hub id or a folder with train/<class>/*.jpg and test/<class>/*.jpg. Every argument of
 ContrastivePOConfig is a flag: --loss_type ipo, --beta 0.01, --reg_weight 0.01, --learning_rate 1e-5, ...
 """
 
@@ -11,25 +11,16 @@ from dataclasses import dataclass, field
 from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
-from clip_po import (
-    ContrastivePOConfig,
-    ContrastivePOTrainer,
-    RobustnessImages,
-    TypographicAttack,
-    TypographicPreferences,
-    evaluate_robustness,
-    robustness_report,
-    robustness_table,
-)
-from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
-from clip_po.data.loading import load_split
+from clip_po import ContrastivePOConfig, ContrastivePOTrainer
+from clip_po.data import TypographicAttack, TypographicPreferences, load_split, training_fonts, unseen_fonts
+from clip_po.evaluation import RobustnessImages, evaluate_robustness, robustness_report, robustness_table
 
 
 @dataclass
 class ScriptArguments:
-    """Which model, on which images."""
+    """Arguments of the script, in addition to those of the training."""
 
-    dataset: str = field(metadata={"help": "Hub id or folder of labelled images with the splits train and test."})
+    dataset: str = field(metadata={"help": "Hub id or folder of labelled images, with the splits train and test."})
     model: str = field(default="openai/clip-vit-base-patch32", metadata={"help": "Hub id or folder of a CLIPModel."})
 
 

@@ -1,3 +1,5 @@
+from .attacks.fonts import training_fonts as training_fonts
+from .attacks.fonts import unseen_fonts as unseen_fonts
 from .attacks.typographic import TypographicAttack as TypographicAttack
 from .attacks.words import EVERYDAY_WORDS as EVERYDAY_WORDS
 from .collator import DataCollatorForContrastivePreference as DataCollatorForContrastivePreference

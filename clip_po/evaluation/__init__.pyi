@@ -1,5 +1,8 @@
 from .bootstrap import Estimate as Estimate
 from .bootstrap import bootstrap_interval as bootstrap_interval
+from .fairness.queries import load_queries as load_queries
+from .fairness.report import evaluate_fairness as evaluate_fairness
+from .fairness.report import fairness_report as fairness_report
 from .interpolation import choose_alpha as choose_alpha
 from .interpolation import interpolate as interpolate
 from .interpolation import interpolation_table as interpolation_table
@@ -11,5 +14,8 @@ from .robustness import RobustnessImages as RobustnessImages
 from .robustness import evaluate_robustness as evaluate_robustness
 from .robustness import robustness_report as robustness_report
 from .robustness import robustness_table as robustness_table
+from .suites.photographs import ask_photographs as ask_photographs
+from .suites.suite import load_suite as load_suite
+from .tables import format_table as format_table
 from .zero_shot import class_embeddings as class_embeddings
 from .zero_shot import zero_shot_accuracy as zero_shot_accuracy
