@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments
 
-from clip_po.cli.compare import CompareArguments
+from clip_po.cli.compare_arguments import CompareArguments
 from clip_po.cli.demo import DemoArguments
 from clip_po.cli.evaluate import EvaluateArguments
 from clip_po.cli.main import COMMANDS

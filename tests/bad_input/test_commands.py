@@ -86,7 +86,7 @@ CASES = {
     "recipe-is-missing": (lambda f, c, d: ["steer", "--config", f / "no.yaml"], ("No such file", "no.yaml")),
     "methods-are-a-list": (
         lambda f, c, d: ["compare", "--config", recipe(f, "methods: [DPO]")],
-        ("methods must name settings by name", "['DPO']"),
+        ("methods must map names to settings", "['DPO']"),
     ),
     "task-is-broken": (
         lambda f, c, d: ["evaluate", "--dataset_name", d, "--model_name_or_path", broken_task(f)],

@@ -53,15 +53,15 @@ def recipe(clip_folder, photos, tmp_path):
 def test_every_kind_of_method_runs_and_a_stopped_comparison_goes_on(recipe, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     calls = []
-    make = compare.make
+    run_method = compare.run_method
 
-    def counted(contest, name, seed, **settings):
+    def counted(setup, name, seed, **settings):
         calls.append((name, seed))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return make(contest, name, seed, **settings)
+        return run_method(setup, name, seed, **settings)
 
-    monkeypatch.setattr(compare, "make", counted)
+    monkeypatch.setattr(compare, "run_method", counted)
     assert main(recipe()) == 130  # as a shell says of what Ctrl-C ended
     assert main(recipe()) == 0
     # Everything once, and what was stopped again.
@@ -114,7 +114,7 @@ def test_other_settings_are_not_taken_for_the_same_run(recipe, capsys):
     [
         ({"methods": {}}, "names no methods"),
         ({"methods": {"a": {"method": "magic"}}}, "'magic'"),
-        ({"methods": {"a": {"method": "interpolation", "of": "b"}, "b": {}}}, "no method above it"),
+        ({"methods": {"a": {"method": "interpolation", "of": "b"}, "b": {}}}, "not a method above it"),
         ({"dataset_validation_split": None}, "--dataset_validation_split is missing"),
         ({"colour": "red"}, "['colour']"),
         ({"attacks": {"x": {"size": [2, 3]}}}, "size"),
