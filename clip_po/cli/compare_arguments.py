@@ -30,7 +30,7 @@ class CompareArguments(TaskArguments):
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds to run each method with."})
     dataset_validation_split: str | None = field(
-        default=None, metadata={"help": "Split to select settings on. No method trains on it."}
+        default=None, metadata={"help": "Split to select settings on; no method trains on it."}
     )
     max_test_samples: int | None = field(
         default=None, metadata={"help": "Number of test images to measure on, drawn at random; default: all."}

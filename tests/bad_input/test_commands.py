@@ -119,7 +119,7 @@ def test_ctrl_c_ends_a_command_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("clip_po.cli.train.main", interrupted)
     assert main(["train"]) == INTERRUPTED
     assert capsys.readouterr().err == (
-        "clip-po train: interrupted. The last whole checkpoint stays: go on from it with "
+        "clip-po train: interrupted. The last whole checkpoint is kept. Resume from it with "
         "--resume_from_checkpoint true.\n"
     )
 
