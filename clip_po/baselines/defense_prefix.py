@@ -235,7 +235,14 @@ class _Prompts:
         self.tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
     def encode(self, vector: Tensor) -> Tensor:
-        """Return unit-norm embeddings Tensor[C, D], float32 or wider, differentiable in the token Tensor[H]."""
+        """Encode the prompts with the token.
+
+        Args:
+            vector: Tensor[H], the embedding of the token.
+
+        Returns:
+            Tensor[C, D], unit-norm, float32 or wider, differentiable in `vector`.
+        """
 
         def insert(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             output = output.clone()

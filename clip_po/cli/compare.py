@@ -90,18 +90,37 @@ class Comparison:
         return next(iter(self.images))
 
     def runs(self) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-        """Yield name, seed and settings of every run, one seed after another."""
+        """Yield every run, one seed after another.
+
+        Yields:
+            Name, seed and settings of a method.
+        """
         for seed in self.args.seeds:
             for name, settings in self.recipe.methods.items():
                 if settings.get("method") not in DETERMINISTIC_METHODS or seed == self.args.seeds[0]:
                     yield name, seed, settings
 
     def seeds(self, method: str) -> list[int]:
-        """Return the seeds that a method runs with."""
+        """Return the seeds that a method runs with.
+
+        Args:
+            method: Name of the method in the recipe.
+
+        Returns:
+            The seeds, in the order of the flag.
+        """
         return [seed for name, seed, _ in self.runs() if name == method]
 
     def answers(self, method: str, attack: str) -> list[dict[str, np.ndarray]]:
-        """Return the stored answers of a method under an attack, one mapping by variant per seed."""
+        """Return the stored answers of a method under an attack.
+
+        Args:
+            method: Name of the method in the recipe, or `BASE`.
+            attack: Name of the attack.
+
+        Returns:
+            For each seed, array [N] of predicted classes by variant.
+        """
         seeds = [0] if method == BASE else self.seeds(method)
         return [self.results.answers(method, seed, attack) for seed in seeds]
 
@@ -124,7 +143,11 @@ class Summary:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the methods without a stored result, print the table, and write report, page, table and plots."""
+    """Run the methods without a stored result, print the table, and write report, page, table and plots.
+
+    Args:
+        argv: Command line after `clip-po compare`.
+    """
     args, recipe = parse(argv)
     check_writable(str(args.output_dir), "--output_dir")
     logging.disable_progress_bar()  # Progress bars would break up the printed lines.
@@ -139,14 +162,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def load(args: CompareArguments, recipe: Recipe) -> Comparison:
-    """Load the processor and the data, and open the folder of results."""
-    setup = load_setup(args, recipe)
-    images = load_test_images(args, recipe, setup)
+    """Load the processor and the data, and open the folder of results.
+
+    Args:
+        args: The flags.
+        recipe: The methods and attacks.
+
+    Returns:
+        The comparison.
+    """
+    setup = _load_setup(args, recipe)
+    images = _load_test_images(args, recipe, setup)
     settings = {"training": recipe.training, "attacks": recipe.attacks, **args.measurement_settings()}
     return Comparison(args, recipe, setup, images, ComparisonResults(setup.folder, settings))
 
 
-def load_setup(args: CompareArguments, recipe: Recipe) -> ComparisonSetup:
+def _load_setup(args: CompareArguments, recipe: Recipe) -> ComparisonSetup:
     """Load the processor, the training split and the validation split."""
     processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     dataset = args.load(args.dataset_train_split, 0)
@@ -171,7 +202,7 @@ def load_setup(args: CompareArguments, recipe: Recipe) -> ComparisonSetup:
     )
 
 
-def load_test_images(args: CompareArguments, recipe: Recipe, setup: ComparisonSetup) -> dict[str, RobustnessImages]:
+def _load_test_images(args: CompareArguments, recipe: Recipe, setup: ComparisonSetup) -> dict[str, RobustnessImages]:
     """Load the test images for each attack, in fonts unseen in training; the main attack adds the blank box."""
     dataset = replace(args, max_samples=args.max_test_samples).load(args.dataset_test_split, 0)
     attack = args.attack(setup.class_names, unseen_fonts(), setup.processor, args.test_seed)
@@ -192,18 +223,22 @@ def load_test_images(args: CompareArguments, recipe: Recipe, setup: ComparisonSe
 
 
 def measure(comparison: Comparison) -> None:
-    """Run and evaluate the base and every method without a stored result."""
+    """Run and evaluate the base and every method without a stored result.
+
+    Args:
+        comparison: The comparison. Its results are complete afterwards.
+    """
     setup, results = comparison.setup, comparison.results
     if results.find(BASE, 0, {}) is None:
-        results.add(BASE, 0, {}, predict(comparison, MethodResult(setup.load_base(), setup.processor)), 0.0, {})
+        results.add(BASE, 0, {}, _predict(comparison, MethodResult(setup.load_base(), setup.processor)), 0.0, {})
     runs = list(comparison.runs())
     for number, (name, seed, settings) in enumerate(runs, 1):
         if results.find(name, seed, settings) is None:
             print(f"[{number}/{len(runs)}] {name}, seed {seed} ... ", end="", flush=True)
-            print(format_seconds(run_and_store(comparison, name, seed, settings)), flush=True)
+            print(format_seconds(_run_and_store(comparison, name, seed, settings)), flush=True)
 
 
-def run_and_store(comparison: Comparison, name: str, seed: int, settings: Mapping[str, Any]) -> float:
+def _run_and_store(comparison: Comparison, name: str, seed: int, settings: Mapping[str, Any]) -> float:
     """Run one method with one seed, store its answers, and return the seconds that the method took."""
     start = time.time()
     torch.manual_seed(seed)
@@ -212,11 +247,11 @@ def run_and_store(comparison: Comparison, name: str, seed: int, settings: Mappin
     with log.open("a") as stream, contextlib.redirect_stdout(stream):
         result = run_method(comparison.setup, name, seed, **settings)
     seconds = time.time() - start
-    comparison.results.add(name, seed, settings, predict(comparison, result), seconds, result.details)
+    comparison.results.add(name, seed, settings, _predict(comparison, result), seconds, result.details)
     return seconds
 
 
-def predict(comparison: Comparison, result: MethodResult) -> dict[str, dict[str, np.ndarray]]:
+def _predict(comparison: Comparison, result: MethodResult) -> dict[str, dict[str, np.ndarray]]:
     """Return the predicted classes of a model on the test images, by attack and variant."""
     setup, answers = comparison.setup, {}
     embeds = None if result.class_embeds is None else {"model": result.class_embeds}
@@ -231,18 +266,25 @@ def predict(comparison: Comparison, result: MethodResult) -> dict[str, dict[str,
             batch_size=setup.batch_size,
             disable_tqdm=True,
         )
-        answers[attack] = dict(found.of("model"))
+        answers[attack] = dict(found.predicted["model"])
     return answers
 
 
 def summarize(comparison: Comparison) -> Summary:
-    """Compute the metrics of all methods from the stored answers, and choose the best method."""
+    """Compute the metrics of all methods from the stored answers, and choose the best method.
+
+    Args:
+        comparison: The comparison, with complete results.
+
+    Returns:
+        Metrics, seconds, best method and table.
+    """
     methods, results = comparison.recipe.methods, comparison.results
     metrics: dict[str, dict[str, Estimate]] = {name: {} for name in (BASE, *methods)}
     for attack in comparison.images:
         prefix = "" if attack == comparison.main_attack else f"{attack}: "
         for name, found in metrics.items():
-            measured = metrics_under(comparison, attack, name)
+            measured = _metrics_under(comparison, attack, name)
             found.update({f"{prefix}{metric}": estimate for metric, estimate in measured.items()})
     seconds = {
         name: float(np.mean([(results.find(name, s, methods[name]) or {})["seconds"] for s in comparison.seeds(name)]))
@@ -253,7 +295,7 @@ def summarize(comparison: Comparison) -> Summary:
     return Summary(metrics, seconds, best, comparison_table(metrics, seconds, list(comparison.images)))
 
 
-def metrics_under(comparison: Comparison, attack: str, name: str) -> dict[str, Estimate]:
+def _metrics_under(comparison: Comparison, attack: str, name: str) -> dict[str, Estimate]:
     """Return the metrics of one method under one attack, over all seeds and against the base."""
     images, base, answers = (
         comparison.images[attack],
@@ -269,7 +311,12 @@ def metrics_under(comparison: Comparison, attack: str, name: str) -> dict[str, E
 
 
 def print_summary(comparison: Comparison, summary: Summary) -> None:
-    """Print the table and the best method."""
+    """Print the table and the best method.
+
+    Args:
+        comparison: The comparison.
+        summary: Its outcome.
+    """
     args, images = comparison.args, comparison.images[comparison.main_attack]
     print(f"\n{summary.table}\n\n{len(images)} test images, {len(args.seeds)} seeds; in brackets 95% intervals.")
     print(f"Highest recovery at no more than {args.max_clean_cost:g} points of clean accuracy: {summary.best}")
@@ -303,7 +350,7 @@ def write(comparison: Comparison, summary: Summary, seconds: float) -> tuple[Pat
         },
         seconds=seconds,
     )
-    figures = draw_plots(summary, args.max_clean_cost)
+    figures = _draw_plots(summary, args.max_clean_cost)
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png")
     answers = pool_seeds(images, {BASE: comparison.answers(BASE, attack), best: comparison.answers(best, attack)[:1]})
@@ -317,7 +364,7 @@ def write(comparison: Comparison, summary: Summary, seconds: float) -> tuple[Pat
     return report, write_page(folder / "report.html", page)
 
 
-def draw_plots(summary: Summary, max_clean_cost: float) -> dict[str, Figure]:
+def _draw_plots(summary: Summary, max_clean_cost: float) -> dict[str, Figure]:
     """Draw the plots, by the name of their file; without the plot of seconds if no method has a defined recovery."""
     metrics, seconds = summary.metrics, summary.seconds
     accuracies = {name: (found["clean_accuracy"], found["typographic_accuracy"]) for name, found in metrics.items()}

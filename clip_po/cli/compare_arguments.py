@@ -55,7 +55,11 @@ class CompareArguments(TaskArguments):
                 raise ValueError(f"--{name} is missing. Pass it as a flag or set it in the recipe.")
 
     def measurement_settings(self) -> dict[str, Any]:
-        """Return the flags that every stored result depends on."""
+        """Return the flags that every stored result depends on.
+
+        Returns:
+            Values by name.
+        """
         free = ("output_dir", "seeds", "max_clean_cost", "batch_size")
         return {name: value for name, value in asdict(self).items() if name not in free}
 

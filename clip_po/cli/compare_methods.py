@@ -75,15 +75,34 @@ class ComparisonSetup:
     batch_size: int
 
     def load_base(self) -> CLIPModel | PeftModel:
-        """Load the model before alignment."""
+        """Load the model before alignment.
+
+        Returns:
+            The model, a new copy for each call.
+        """
         return load_any(self.model)
 
     def checkpoint(self, method: str, seed: int) -> Path:
-        """Return the checkpoint folder of a trained method."""
+        """Return the checkpoint folder of a trained method.
+
+        Args:
+            method: Name of the method in the recipe.
+            seed: Its seed.
+
+        Returns:
+            The folder.
+        """
         return self.folder / method / f"seed-{seed}" / "checkpoint"
 
     def validation_images(self, seed: int) -> RobustnessImages:
-        """Return the validation images with the training attack, drawn for the given seed."""
+        """Return the validation images with the training attack.
+
+        Args:
+            seed: Seed of the method. The attack is drawn with the next seed, which differs from training.
+
+        Returns:
+            The images.
+        """
         return RobustnessImages(
             self.validation,
             self.attack(seed + 1),
@@ -95,7 +114,7 @@ class ComparisonSetup:
         )
 
 
-def to_flags(settings: Mapping[str, Any]) -> list[str]:
+def _to_flags(settings: Mapping[str, Any]) -> list[str]:
     """Return settings as command-line flags, without those that are None."""
     words: list[str] = []
     for name, value in settings.items():
@@ -106,19 +125,19 @@ def to_flags(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def run_training(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
+def _run_training(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
     """Run `clip-po train` with the given flags.
 
     Source: Afzali et al. 2025, arXiv 2411.08923.
     """
     folder = str(setup.checkpoint(name, seed))
     given = {**setup.training, **settings, "seed": seed, "output_dir": folder}
-    trainer, task = train.align(*train.parse(to_flags(given)))
+    trainer, task = train.align(*train.parse(_to_flags(given)))
     train.save(trainer, task)
     return MethodResult(trainer.model, setup.processor, details={"learning_rate": trainer.args.learning_rate})
 
 
-def run_interpolation(
+def _run_interpolation(
     setup: ComparisonSetup, name: str, seed: int, of: str, max_clean_cost: float = 0.5
 ) -> MethodResult:
     """Interpolate between the base and the checkpoint of method `of`, with alpha selected on validation images.
@@ -135,7 +154,7 @@ def run_interpolation(
     return MethodResult(model, setup.processor, details={"alpha": choice.point.alpha, "choice": choice.describe()})
 
 
-def run_head_ablation(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
+def _run_head_ablation(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
     """Silence the attention heads that read words, selected on validation images.
 
     Source: Hufe et al. 2025 (Dyslexify), arXiv 2508.20570.
@@ -150,12 +169,12 @@ def run_head_ablation(setup: ComparisonSetup, name: str, seed: int, **settings: 
     return MethodResult(found.model, setup.processor, details={"heads": found.heads})
 
 
-def run_text_removal(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
+def _run_text_removal(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
     """Detect text in each image and fill it in before the model sees the image."""
     return MethodResult(setup.load_base(), processor_without_text(setup.processor, TextRemoval(**settings)))
 
 
-def run_defense_prefix(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
+def _run_defense_prefix(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
     """Learn a token that goes before the class name in every prompt.
 
     Source: Azuma and Matsui 2023 (Defense-Prefix), arXiv 2304.04512.
@@ -175,11 +194,11 @@ def run_defense_prefix(setup: ComparisonSetup, name: str, seed: int, **settings:
 
 
 METHODS: Mapping[str, Callable[..., MethodResult]] = {
-    "train": run_training,
-    "interpolation": run_interpolation,
-    "head_ablation": run_head_ablation,
-    "text_removal": run_text_removal,
-    "defense_prefix": run_defense_prefix,
+    "train": _run_training,
+    "interpolation": _run_interpolation,
+    "head_ablation": _run_head_ablation,
+    "text_removal": _run_text_removal,
+    "defense_prefix": _run_defense_prefix,
 }
 """Values of `method:` in a recipe. The default is `train`."""
 

@@ -28,7 +28,11 @@ INTERRUPTED = 130
 
 
 def usage() -> str:
-    """Return the text of `clip-po --help`."""
+    """Return the text of `clip-po --help`.
+
+    Returns:
+        The text, without a newline at the end.
+    """
     lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
@@ -89,7 +93,15 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 
 def fail(message: str, status: int = USAGE_ERROR) -> int:
-    """Print an error without secrets, and return the exit status."""
+    """Print an error without secrets, and return the exit status.
+
+    Args:
+        message: The error, with a remedy.
+        status: The exit status.
+
+    Returns:
+        The exit status.
+    """
     print(redacted(message), file=sys.stderr)
     return status
 

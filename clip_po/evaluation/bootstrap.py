@@ -29,7 +29,11 @@ class Estimate:
     high: float = math.nan
 
     def as_dict(self) -> dict[str, float]:
-        """Return value, low and high by name."""
+        """Return the estimate as a dictionary.
+
+        Returns:
+            value, low and high by name.
+        """
         return asdict(self)
 
 

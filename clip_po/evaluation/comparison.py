@@ -30,7 +30,15 @@ class ComparisonResults:
         self.folder, self.settings = folder, json.loads(json.dumps(settings, default=str))
 
     def path(self, name: str, seed: int) -> Path:
-        """Return the folder of a method and seed."""
+        """Return the folder of a method and seed.
+
+        Args:
+            name: Name of the method.
+            seed: Its seed.
+
+        Returns:
+            The folder, which may not exist yet.
+        """
         return self.folder / name / f"seed-{seed}"
 
     def find(self, name: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -132,7 +132,11 @@ class Choice:
     images_needed: int | None = None
 
     def describe(self) -> str:
-        """Return the choice in one or two lines of text."""
+        """Describe the choice.
+
+        Returns:
+            One line, or two if there is an unproven better point.
+        """
         lines = [
             f"alpha {self.point.alpha:g}: typographic accuracy {format_estimate(self.point.typographic_accuracy)}, "
             f"{_cost(self.point)} with 95 % confidence (bound {self.max_clean_cost:g}, {self.point.images:,} images)."

@@ -123,7 +123,14 @@ class ExampleCard:
     pixelated: bool = False
 
     def verdict(self, answer: str) -> str:
-        """Return "right" for the true class, "word" for the written word, "other" for any other answer."""
+        """Classify an answer.
+
+        Args:
+            answer: Name of the predicted class.
+
+        Returns:
+            "right" for the true class, "word" for the written word, "other" for any other answer.
+        """
         if answer == self.example.truth:
             return "right"
         return "word" if answer.casefold() == self.example.word.casefold() else "other"
