@@ -253,7 +253,8 @@ def _run_and_store(comparison: Comparison, name: str, seed: int, settings: Mappi
 
 def _predict(comparison: Comparison, result: MethodResult) -> dict[str, dict[str, np.ndarray]]:
     """Return the predicted classes of a model on the test images, by attack and variant."""
-    setup, answers = comparison.setup, {}
+    setup = comparison.setup
+    answers: dict[str, dict[str, np.ndarray]] = {}
     embeds = None if result.class_embeds is None else {"model": result.class_embeds}
     for attack, images in comparison.images.items():
         if result.processor is not images.processor:
@@ -297,11 +298,8 @@ def summarize(comparison: Comparison) -> Summary:
 
 def _metrics_under(comparison: Comparison, attack: str, name: str) -> dict[str, Estimate]:
     """Return the metrics of one method under one attack, over all seeds and against the base."""
-    images, base, answers = (
-        comparison.images[attack],
-        comparison.answers(BASE, attack),
-        comparison.answers(name, attack),
-    )
+    images = comparison.images[attack]
+    base, answers = comparison.answers(BASE, attack), comparison.answers(name, attack)
     metrics = robustness_report(pool_seeds(images, {BASE: base, name: answers}), name, BASE)
     if len(answers) > 1 and attack == comparison.main_attack:
         pooled = [pool_seeds(images, {BASE: base, name: [each]}) for each in answers]
