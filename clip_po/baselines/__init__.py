@@ -1,4 +1,4 @@
-"""What a user might choose instead of preference optimization, one file each."""
+"""Other methods against typographic attacks, to compare preference optimization with. One file per method."""
 
 import lazy_loader
 

@@ -1,4 +1,7 @@
-"""Defense-Prefix: one learned token before the class name, both towers frozen."""
+"""Defense-Prefix: one learned token before the class name, with both towers frozen.
+
+Source: Azuma and Matsui 2023, arXiv 2304.04512: the defense loss and the identity loss on the token embedding.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPModel
 
-from clip_po.data.class_labels import check_class_names
 from clip_po.data.collator import to_pixels
 from clip_po.data.pairs import TypographicPreferences
 from clip_po.evaluation.zero_shot import class_embeddings
 from clip_po.losses import kl_regularization
 from clip_po.policy import candidate_logps, dual_encoder, encode_images, evaluating
+from clip_po.validation import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, check_class_names, check_number, check_template
 
-_IMAGES_A_FORWARD = 64
+_ENCODING_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -31,30 +34,42 @@ class Prefix:
     """A learned token.
 
     Attributes:
-        vector: Tensor[H], float32, on the CPU: its embedding, H being the hidden size of the text tower.
+        vector: Tensor[H], float32, on the CPU: the embedding of the token. H is the hidden size of the text tower.
     """
 
     vector: Tensor
 
     def save(self, path: str | Path) -> None:
-        """Write the token to a safetensors file."""
+        """Save the token to a safetensors file.
+
+        Args:
+            path: The file.
+        """
         save_file({"prefix": self.vector}, str(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Prefix:
-        """Read a token that `save` wrote.
+        """Load a token that `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The token.
 
         Raises:
-            ValueError: The file holds no such token.
+            ValueError: If the file is not a safetensors file with such a token.
         """
         try:
             tensors = load_file(str(path))
         except SafetensorError as error:
             raise ValueError(
-                f"{str(path)!r} is no safetensors file ({error}), as Prefix.save writes one; no other kind is read."
+                f"{str(path)!r} is not a safetensors file ({error}). Pass a file written by Prefix.save."
             ) from error
         if "prefix" not in tensors:
-            raise ValueError(f"{str(path)!r} holds {sorted(tensors)}, expected 'prefix', as Prefix.save writes it.")
+            raise ValueError(
+                f"{str(path)!r} holds {sorted(tensors)}, expected 'prefix'. Pass a file written by Prefix.save."
+            )
         return cls(tensors["prefix"])
 
 
@@ -73,41 +88,43 @@ def learn_prefix(
     seed: int = 0,
     disable_tqdm: bool = False,
 ) -> Prefix:
-    """Learn the token that makes prompts tell classes apart in spite of words on images.
+    """Learn a token that makes prompts robust to words on images.
 
-    The loss of a batch is `defense_weight` times the cross-entropy of typographic images over the prompts with the
-    token, plus `identity_weight` times KL(prompts without || prompts with the token) of the clean images over the
-    classes. Each step takes one template at random. Images are encoded once, and training runs on their embeddings
-    and the text tower alone.
+    The loss of a batch is `defense_weight` times the cross-entropy of the typographic images over the prompts with
+    the token, plus `identity_weight` times KL(prompts without the token || prompts with the token) of the clean
+    images over the classes. Each step uses one random template. Images are encoded once, so training runs the text
+    tower only.
 
     Args:
-        model: The model; it stays as it is.
+        model: The model. It is not changed.
         processor: Its CLIPProcessor.
-        preferences: Labelled images with the attack that writes on them.
-        templates: Prompts with one `{}`; None for that of `preferences`.
-        steps: Batches to train on, >= 0; 0 gives the token as it starts.
-        drawings: How many of the attack's epochs are encoded, >= 1; they take turns, one each time through.
-        batch_size: Images a step.
-        learning_rate: Of the first step; it falls along a cosine to a fortieth of it.
-        defense_weight: As above, >= 0.
-        identity_weight: As above, >= 0.
-        seed: Seed of the token as it starts, of the order of images and of the templates.
-        disable_tqdm: Shows no progress bar.
+        preferences: Labelled images with a typographic attack.
+        templates: Prompts with one `{}`; None for the template of `preferences`.
+        steps: Number of batches to train on, >= 0. 0 gives the initial token.
+        drawings: Number of epochs of the attack to encode, >= 1. Training cycles through them, one per pass.
+        batch_size: Number of images per step, >= 1.
+        learning_rate: Initial learning rate. It decays along a cosine to one fortieth.
+        defense_weight: Weight of the defense loss, >= 0.
+        identity_weight: Weight of the identity loss, >= 0.
+        seed: Seed of the initial token, the order of the images and the choice of templates.
+        disable_tqdm: Whether to hide progress bars.
 
     Returns:
         The token.
 
     Raises:
-        ValueError: An argument is out of range, or as for `prefix_class_embeddings`.
+        TypeError: If a number has the wrong type; also as in `clip_po.policy.dual_encoder`.
+        ValueError: If an argument is out of range; also as in `prefix_class_embeddings`.
 
     Source: Azuma and Matsui 2023, arXiv 2304.04512, the defense loss and the identity loss, with the settings of
-    their code: a start at N(0, .02), SGD, and about as many steps as ten epochs of ImageNet-100 in batches of 512.
+    their code: initialization from N(0, .02), SGD, and about as many steps as ten epochs of ImageNet-100 in batches
+    of 512.
     """
-    for name, value, least in (("steps", steps, 0), ("drawings", drawings, 1), ("batch_size", batch_size, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value!r}.")
-    if min(defense_weight, identity_weight) < 0:
-        raise ValueError(f"Weights must be >= 0, got defense_weight={defense_weight!r}, {identity_weight=}.")
+    check_number("steps", steps, COUNT_OR_NONE)
+    check_number("drawings", drawings, COUNT)
+    check_number("batch_size", batch_size, COUNT)
+    check_number("defense_weight", defense_weight, NOT_NEGATIVE)
+    check_number("identity_weight", identity_weight, NOT_NEGATIVE)
     encoder = dual_encoder(model)
     templates = [preferences.template] if templates is None else list(templates)
     names = preferences.class_names
@@ -136,7 +153,7 @@ def learn_prefix(
                 defense = F.nll_loss(attacked, labels[rows])
                 identity = kl_regularization(candidate_logps(clean[rows], plain[choice], scale), ordinary).mean()
                 loss = defense_weight * defense + identity_weight * identity
-            # Of the token alone: the model's own gradients, where it has any, are someone else's.
+            # Differentiate the token only: backward() would also change gradients that belong to the caller.
             (vector.grad,) = torch.autograd.grad(loss, vector)
             optimizer.step()
             schedule.step()
@@ -144,7 +161,7 @@ def learn_prefix(
 
 
 def _batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """Epoch and rows of batch after batch, without end, in a new order each time through."""
+    """Yield epoch and rows of one batch after another, without end, in a new order in each epoch."""
     for epoch in itertools.count():
         for batch in torch.randperm(rows, generator=generator).split(batch_size):
             yield epoch, batch
@@ -153,20 +170,22 @@ def _batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator
 def prefix_class_embeddings(
     model: CLIPModel, processor: Any, prefix: Prefix, class_names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """One unit-norm embedding per class whose prompts have the learned token before the name.
+    """Encode one embedding per class, from prompts with the learned token before the class name.
 
     Args:
         model: The model that the token was learned for.
         processor: Its CLIPProcessor.
         prefix: The token.
-        class_names: C different names; others than those of training too.
-        templates: Prompts with one `{}`, as for `clip_po.evaluation.zero_shot.class_embeddings`.
+        class_names: C different names. They may differ from the names in training.
+        templates: Prompts with one `{}`, as in `clip_po.evaluation.zero_shot.class_embeddings`.
 
     Returns:
-        Tensor[C, D], float32, unit-norm, on the model's device, without gradients.
+        Tensor[C, D], float32, unit-norm, on the device of the model, without gradients.
 
     Raises:
-        ValueError: Names are missing or repeated; a template has no or several `{}`; a token of another size.
+        TypeError: As in `clip_po.policy.dual_encoder`.
+        ValueError: If names are missing or repeated, a template does not have exactly one `{}`, the token has
+            another size, or a name does not begin with a token of its own.
 
     Source: Azuma and Matsui 2023, arXiv 2304.04512.
     """
@@ -175,8 +194,8 @@ def prefix_class_embeddings(
     size = encoder.config.text_config.hidden_size
     if prefix.vector.shape != (size,):
         raise ValueError(
-            f"The prefix has the shape {tuple(prefix.vector.shape)}, but the model's tokens have {size} numbers: it "
-            "was learned for another model. Learn one for this."
+            f"The prefix has shape {tuple(prefix.vector.shape)}, but token embeddings of the model have shape "
+            f"({size},). It was learned for another model. Learn a prefix for this model."
         )
     vector = prefix.vector.to(encoder.device)
     with evaluating(encoder):
@@ -185,46 +204,49 @@ def prefix_class_embeddings(
 
 
 class _Prompts:
-    """The prompts of all classes by one template, with a place for the token before each name.
+    """The prompts of all classes in one template, with a position for the token before each name.
 
     Args:
         encoder: The model.
         processor: Its CLIPProcessor.
         class_names: C names.
-        template: A prompt with one `{}`.
+        template: Prompt with one `{}`.
     """
 
     def __init__(self, encoder: CLIPModel, processor: Any, class_names: Sequence[str], template: str) -> None:
-        if template.count("{}") != 1:
-            raise ValueError(
-                f"Template {template!r} has {template.count('{}')} places for the class name; write exactly "
-                'one {}, as in "a photo of a {}".'
-            )
+        check_template(template)
         tokenizer = processor.tokenizer
-        before = tokenizer(template.split("{}")[0].strip())["input_ids"][:-1]  # without the end of the text
+        before = tokenizer(template.split("{}")[0].strip())["input_ids"][:-1]  # Without the end-of-text token.
         longest = encoder.text_model.config.max_position_embeddings
         prompts = [template.replace("{}", name) for name in class_names]
         rows = tokenizer(prompts, truncation=True, max_length=longest - 1)["input_ids"]
-        self.place = len(before)
+        self.position = len(before)
         for row, prompt in zip(rows, prompts, strict=True):
-            if row[: self.place] != before or len(row) < self.place + 2:
+            if row[: self.position] != before or len(row) < self.position + 2:
                 raise ValueError(
                     f"The name in {prompt!r} does not begin with a token of its own within the {longest} tokens that "
-                    "the model reads, so that no token can be put before it. Put a space before {} in the template, "
-                    "or shorten it."
+                    "the model reads, so the prefix cannot go before it. Put a space before {} in the template, or "
+                    "shorten it."
                 )
-        # Any token but the end of the text, by whose place the tower finds what it returns: its embedding is replaced.
-        rows = [[*before, before[-1], *row[self.place :]] for row in rows]
+        # A placeholder, whose embedding is replaced. It must not be the end-of-text token, at which the tower pools.
+        rows = [[*before, before[-1], *row[self.position :]] for row in rows]
         tokens = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(encoder.device)
         self.encoder = encoder
         self.tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
     def encode(self, vector: Tensor) -> Tensor:
-        """Unit-norm embeddings Tensor[C, D], at least float32, differentiable by the token `vector` Tensor[H]."""
+        """Encode the prompts with the token.
+
+        Args:
+            vector: Tensor[H], the embedding of the token.
+
+        Returns:
+            Tensor[C, D], unit-norm, float32 or wider, differentiable in `vector`.
+        """
 
         def insert(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             output = output.clone()
-            output[:, self.place] = vector.to(output.dtype)
+            output[:, self.position] = vector.to(output.dtype)
             return output
 
         hook = self.encoder.text_model.embeddings.token_embedding.register_forward_hook(insert)
@@ -238,12 +260,12 @@ class _Prompts:
 def _encode_images(
     encoder: CLIPModel, processor: Any, preferences: TypographicPreferences, epoch: int | None, disable_tqdm: bool
 ) -> Tensor:
-    """Embeddings Tensor[N, D] of all images as drawn in an epoch; of the clean images where it is None."""
+    """Return embeddings Tensor[N, D] of all images as drawn in an epoch, or of the clean images for None."""
     embeds = []
     title = "Clean images" if epoch is None else f"Typographic images, drawing {epoch + 1}"
-    starts = range(0, len(preferences), _IMAGES_A_FORWARD)
+    starts = range(0, len(preferences), _ENCODING_BATCH)
     for start in tqdm(starts, desc=title, disable=disable_tqdm):
-        indices = range(start, min(start + _IMAGES_A_FORWARD, len(preferences)))
+        indices = range(start, min(start + _ENCODING_BATCH, len(preferences)))
         images = [preferences.clean(i) if epoch is None else preferences.row(i, epoch)["image"] for i in indices]
         embeds.append(encode_images(encoder, to_pixels(processor, images).to(encoder.device, encoder.dtype)))
     return torch.cat(embeds)

@@ -1,4 +1,8 @@
-"""Text found in an image and filled in before the model sees it; needs the extra `ocr`."""
+"""Text removal: detect text in an image and fill it in before the model sees the image. Needs the extra `ocr`.
+
+Source: the detector is Liao et al. 2020, arXiv 1911.08947 (differentiable binarization). The filling is Telea 2004, An
+image inpainting technique based on the fast marching method.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,12 @@ from PIL import Image, ImageDraw
 from transformers import CLIPProcessor
 
 Polygon = tuple[tuple[float, float], ...]
-"""Corners (x, y) in pixels of the image."""
+"""Corners (x, y), in pixels of the image."""
 
 
 @functools.cache
 def _detector(min_score: float, growth: float) -> Any:
-    """The detector, one per process, on one thread: a data loader's workers share the cores among themselves."""
+    """Return the detector, one per process. It runs on one thread, because data loader workers share the cores."""
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
@@ -30,7 +34,7 @@ def _detector(min_score: float, growth: float) -> Any:
             "Global.log_level": "error",
             "Det.box_thresh": min_score,
             "Det.unclip_ratio": growth,
-            # The image comes in the size at which it is to be looked at.
+            # The image is already resized for the detector.
             "Det.limit_side_len": 32,
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
@@ -40,27 +44,27 @@ def _detector(min_score: float, growth: float) -> Any:
 
 @dataclass(frozen=True)
 class TextRemoval:
-    """Fills in what a text detector takes for text, from around it; the rest of the image stays bit for bit.
+    """Fills in detected text from its surroundings. The rest of the image does not change.
 
-    Nothing is read: text in any language goes, harmless text too. The detector is that of PP-OCR, whose weights
-    come with the package rapidocr: nothing is downloaded. The same image gives the same result.
+    Text is detected but not read, so text in any language is removed, including harmless text. The detector is the
+    detector of PP-OCR. Its weights are part of the package rapidocr, and nothing is downloaded. The same image gives
+    the same result.
 
     Args:
-        min_side: The detector looks at a copy whose short side is at least that many pixels, as letters of a few
-            pixels escape it.
-        max_side: And whose long side is at most that many, which bounds the time.
-        min_score: Score in (0, 1] above which an area is text.
-        max_share: Largest share of the image that one text may cover, in (0, 1]: in small images an object that
-            fills the picture is taken for a letter.
-        growth: How far the core of a text that the detector finds is grown, > 0. PP-OCR's own 1.6 takes whole
-            letters with room around them, to be read; what is to be filled in should be no larger than the ink.
+        min_side: Smallest short side of the copy that the detector sees, in pixels, >= 32. The detector misses
+            letters of a few pixels.
+        max_side: Largest long side of this copy, in pixels, >= `min_side`. It limits the time.
+        min_score: Score above which an area is text, in (0, 1].
+        max_share: Largest share of the image that one text may cover, in (0, 1]. In small images the detector can
+            mistake an object that fills the image for a letter.
+        growth: Factor by which a detected core of text is enlarged, > 0. PP-OCR uses 1.6, which leaves a margin
+            around the letters for reading. The area to fill in should not be larger than the ink.
 
     Raises:
-        ValueError: An argument is out of range.
-        ImportError: When the first image comes, where the extra is not installed.
+        ValueError: If an argument is out of range.
+        ImportError: If the extra `ocr` is not installed when the first image is processed.
 
-    Source: no paper's, the usual remedy. The detector is a differentiable binarization, Liao et al. 2020, arXiv
-    1911.08947; the filling that of Telea 2004, An image inpainting technique based on the fast marching method.
+    Source: not from a paper; the standard remedy. Detector: Liao et al. 2020, arXiv 1911.08947. Filling: Telea 2004.
     """
 
     min_side: int = 128
@@ -70,11 +74,11 @@ class TextRemoval:
     growth: float = 1.2
 
     def __post_init__(self) -> None:
-        """Check every argument before the first image comes."""
+        """Check every argument before the first image."""
         if not 32 <= self.min_side <= self.max_side:
             raise ValueError(
-                f"min_side and max_side must be numbers of pixels, 32 <= min_side <= max_side, got {self.min_side!r} "
-                f"and {self.max_side!r}."
+                f"min_side and max_side must be numbers of pixels with 32 <= min_side <= max_side, got "
+                f"{self.min_side!r} and {self.max_side!r}."
             )
         for name in ("min_score", "max_share"):
             if not 0 < getattr(self, name) <= 1:
@@ -83,20 +87,23 @@ class TextRemoval:
             raise ValueError(f"growth must be above 0, got {self.growth!r}; 1.2 is usual.")
 
     def find(self, image: Image.Image) -> list[Polygon]:
-        """Where there is text in an image.
+        """Find the text in an image.
 
         Args:
             image: Any PIL image.
 
         Returns:
-            Four corners of each text, clockwise from its top left.
+            The four corners of each text, clockwise from the top left.
+
+        Raises:
+            ImportError: If the extra `ocr` is not installed.
         """
         scale = max(1.0, self.min_side / min(image.size))
         scale = min(scale, self.max_side / max(image.size))
         size = [max(32, round(side * scale)) for side in image.size]
-        looked_at = image.convert("RGB").resize((size[0], size[1]), Image.Resampling.BICUBIC)
-        # As OpenCV has it: blue, green, red.
-        boxes = _detector(self.min_score, self.growth)(np.asarray(looked_at)[:, :, ::-1].copy()).boxes
+        resized = image.convert("RGB").resize((size[0], size[1]), Image.Resampling.BICUBIC)
+        # OpenCV expects the channels in the order blue, green, red.
+        boxes = _detector(self.min_score, self.growth)(np.asarray(resized)[:, :, ::-1].copy()).boxes
         if boxes is None:
             return []
         corners = boxes / np.array(size) * np.array(image.size)
@@ -105,13 +112,16 @@ class TextRemoval:
         return [polygon for polygon in polygons if _area(polygon) <= largest]
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The image without its text.
+        """Remove the text from an image.
 
         Args:
             image: Any PIL image.
 
         Returns:
-            The image itself where it has no text, else a copy in RGB of the same size.
+            The image itself if it has no text, else an RGB copy of the same size.
+
+        Raises:
+            ImportError: If the extra `ocr` is not installed.
         """
         polygons = self.find(image)
         if not polygons:
@@ -125,16 +135,17 @@ class TextRemoval:
 
 
 def processor_without_text(processor: CLIPProcessor, removal: TextRemoval) -> CLIPProcessor:
-    """A copy of a processor that removes the text from images first; it serves wherever the processor does.
+    """Return a copy of a processor that removes the text from images before processing them.
 
-    It can be pickled, for the workers of a data loader. `save_pretrained` writes the processor as it was.
+    The copy can replace the processor anywhere, and it can be pickled for the workers of a data loader.
+    `save_pretrained` writes the original processor.
 
     Args:
-        processor: The model's processor.
-        removal: Removes the text.
+        processor: The processor of the model.
+        removal: The text removal.
 
     Returns:
-        The copy; texts are tokenized as before.
+        The copy. It tokenizes texts as before.
     """
     changed = copy.copy(processor)
     changed.image_processor = _WithoutText(processor.image_processor, removal)
@@ -142,7 +153,7 @@ def processor_without_text(processor: CLIPProcessor, removal: TextRemoval) -> CL
 
 
 class _WithoutText:
-    """An image processor with removal before it; all else, its sizes for example, is the image processor's."""
+    """An image processor that removes text first. All other attributes, such as sizes, are unchanged."""
 
     def __init__(self, image_processor: Any, removal: TextRemoval) -> None:
         self._image_processor, self._removal = image_processor, removal
@@ -152,13 +163,13 @@ class _WithoutText:
         return self._image_processor([self._removal(picture) for picture in pictures], **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # Unpickling asks for attributes before there are any.
+        # Unpickling looks up attributes before any are set.
         if name == "_image_processor":
             raise AttributeError(name)
         return getattr(self._image_processor, name)
 
 
 def _area(polygon: Polygon) -> float:
-    """Area in square pixels, by the shoelace formula."""
+    """Return the area in square pixels, by the shoelace formula."""
     following = (*polygon[1:], polygon[0])
     return abs(sum(x * next_y - next_x * y for (x, y), (next_x, next_y) in zip(polygon, following, strict=True))) / 2

@@ -1,4 +1,4 @@
-"""clip-po compare: several methods and seeds on one model and data set, in one table, going on where it stopped."""
+"""clip-po compare: run several methods and seeds on one model and data set, and compare them in one table."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from transformers import CLIPProcessor
 from transformers.utils import logging
-from trl import TrlParser
 
-from clip_po.cli.arguments import DEFAULT_TEMPLATE, TaskArguments, flag_value, read_recipe
-from clip_po.cli.compare_methods import METHODS, WITHOUT_SEED, Contest, Contestant, make
+from clip_po.cli.arguments import DEFAULT_TEMPLATE
+from clip_po.cli.compare_arguments import CompareArguments, Recipe, parse
+from clip_po.cli.compare_methods import DETERMINISTIC_METHODS, ComparisonSetup, MethodResult, run_method
 from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
 from clip_po.evaluation.bootstrap import Estimate
-from clip_po.evaluation.comparison import Results, comparison_table, pooled
+from clip_po.evaluation.comparison import ComparisonResults, comparison_table, pool_seeds
 from clip_po.evaluation.report.before_after import changes_line, choose_examples
 from clip_po.evaluation.report.figures import save_figure
 from clip_po.evaluation.report.page import report_page, write_page
@@ -36,115 +37,9 @@ from clip_po.evaluation.robustness import (
 from clip_po.validation import check_writable
 
 BASE = "before"
-PARTS = ("methods", "attacks", "training")
-"""What a recipe says beside flags: settings by method, settings by attack, settings of all that is trained."""
+"""Name of the model before alignment, in tables and folders."""
 
-DEFAULT_ATTACKS: Mapping[str, Mapping[str, Any]] = {"class words": {}}
-
-
-@dataclass
-class CompareArguments(TaskArguments):
-    """Arguments of `clip-po compare`; what is compared stands in the recipe."""
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The model before alignment."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where results, report, table and plots go."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each method runs with each of them."})
-    dataset_validation_split: str | None = field(
-        default=None, metadata={"help": "Split to choose on, none of whose rows are trained on."}
-    )
-    max_test_samples: int | None = field(default=None, metadata={"help": "Measure on that many test images."})
-    max_clean_cost: float = field(
-        default=0.5, metadata={"help": "Points of clean accuracy that the best method may cost."}
-    )
-    renderings: int = field(default=1, metadata={"help": "How often each test image is attacked."})
-    batch_size: int = field(default=256, metadata={"help": "Images a forward."})
-    test_seed: int = field(default=1000, metadata={"help": "Seed of the attacks on test images."})
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is compared: settings by name."""
-
-    methods: Mapping[str, Mapping[str, Any]]
-    attacks: Mapping[str, Mapping[str, Any]]
-    training: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        """Refuse what can't run before the first method does."""
-        for part, settings in (("methods", self.methods), ("attacks", self.attacks)):
-            if not isinstance(settings, Mapping) or not all(isinstance(s, Mapping) for s in settings.values()):
-                raise ValueError(
-                    f"{part} must name settings by name, such as DPO: {{loss_type: sigmoid}}, or {{}} for none; got "
-                    f"{settings!r}."
-                )
-        if not isinstance(self.training, Mapping):
-            raise ValueError(f"training must hold flags of clip-po train and their values, got {self.training!r}.")
-        if not self.methods:
-            raise ValueError("The recipe names no methods; give at least one under methods:, such as DPO: {}.")
-        names = list(self.methods)
-        for name, settings in self.methods.items():
-            method, of = settings.get("method", "train"), settings.get("of")
-            if method not in METHODS:
-                raise ValueError(f"methods: {name!r} has method {method!r}; there are {sorted(METHODS)}.")
-            if method == "interpolation" and of not in names[: names.index(name)]:
-                raise ValueError(
-                    f"methods: {name!r} interpolates towards {of!r}, which is no method above it. Name one by of:."
-                )
-
-
-def parse(argv: Sequence[str]) -> tuple[CompareArguments, Recipe]:
-    """The arguments and the recipe: flags over the YAML file."""
-    file = flag_value("config", argv)
-    if file is None:
-        raise ValueError("--config is missing: a YAML recipe with methods; examples/compare.yaml is one.")
-    found = read_recipe(file)
-    recipe = Recipe(
-        **{"attacks": DEFAULT_ATTACKS, "methods": {}, "training": {}, **{k: found.pop(k) for k in PARTS if k in found}}
-    )
-    parser = TrlParser([CompareArguments], prog="clip-po compare")
-    if unknown := set(found) - {action.dest for action in parser._actions}:
-        raise ValueError(f"{file} has the keys {sorted(unknown)}, which are neither flags nor one of {PARTS}.")
-    parser.set_defaults(**found)
-    position = next(i for i, word in enumerate(argv) if word.startswith("--config"))
-    rest = [*argv[:position], *argv[position + (1 if "=" in argv[position] else 2) :]]
-    (args,) = parser.parse_args_into_dataclasses(rest)
-    return args, recipe
-
-
-def runs(args: CompareArguments, recipe: Recipe) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-    """Every method with every seed, a seed at a time; what draws nothing once."""
-    for seed in args.seeds:
-        for name, settings in recipe.methods.items():
-            if settings.get("method") not in WITHOUT_SEED or seed == args.seeds[0]:
-                yield name, seed, settings
-
-
-def contest_of(args: CompareArguments, recipe: Recipe) -> Contest:
-    """Model and data that all methods start from."""
-    processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-    dataset = args.load(args.dataset_train_split, 0)
-    names = args.names(dataset)
-    template = args.prompt_template or DEFAULT_TEMPLATE
-    shared = {name: getattr(args, name) for name in SHARED}
-    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-    own = {"model_name_or_path": args.model_name_or_path, "class_names": names, "prompt_template": template}
-    return Contest(
-        str(args.model_name_or_path),
-        processor,
-        dataset,
-        args.load(str(args.dataset_validation_split), 0),
-        names,
-        template,
-        args.image_column,
-        args.label_column,
-        lambda seed: args.attack(names, training_fonts(), processor, seed),
-        {**shared, **own, **quiet, **recipe.training},
-        Path(str(args.output_dir)),
-        args.batch_size,
-    )
-
-
-SHARED = (
+SHARED_FLAGS = (
     "dataset_name",
     "dataset_config",
     "dataset_train_split",
@@ -162,20 +57,162 @@ SHARED = (
     "attack_rotation",
     "attack_sticker",
 )
-"""Flags that the methods share with `clip-po train`."""
+"""Flags that are passed on to `clip-po train`."""
+
+CAPTIONS: Mapping[str, str] = {
+    "trade_off": "Clean against typographic accuracy, with 95% intervals",
+    "seconds": "Recovery against what each method takes",
+}
+"""Caption of each plot, by the name of its file."""
 
 
-def test_images(args: CompareArguments, recipe: Recipe, contest: Contest) -> dict[str, RobustnessImages]:
-    """The test images by attack, in fonts that no training saw; the first attack with a blank box too."""
-    test = replace(args, max_samples=args.max_test_samples).load(args.dataset_test_split, 0)
-    attack = args.attack(contest.class_names, unseen_fonts(), contest.processor, args.test_seed)
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a comparison needs.
+
+    Attributes:
+        args: The flags.
+        recipe: The methods and attacks.
+        setup: The model and data that every method starts from.
+        images: The test images, by attack.
+        results: The stored answers.
+    """
+
+    args: CompareArguments
+    recipe: Recipe
+    setup: ComparisonSetup
+    images: Mapping[str, RobustnessImages]
+    results: ComparisonResults
+
+    @property
+    def main_attack(self) -> str:
+        """Return the first attack, which gives recovery and the choice of the best method."""
+        return next(iter(self.images))
+
+    def runs(self) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
+        """Yield every run, one seed after another.
+
+        Yields:
+            Name, seed and settings of a method.
+        """
+        for seed in self.args.seeds:
+            for name, settings in self.recipe.methods.items():
+                if settings.get("method") not in DETERMINISTIC_METHODS or seed == self.args.seeds[0]:
+                    yield name, seed, settings
+
+    def seeds(self, method: str) -> list[int]:
+        """Return the seeds that a method runs with.
+
+        Args:
+            method: Name of the method in the recipe.
+
+        Returns:
+            The seeds, in the order of the flag.
+        """
+        return [seed for name, seed, _ in self.runs() if name == method]
+
+    def answers(self, method: str, attack: str) -> list[dict[str, np.ndarray]]:
+        """Return the stored answers of a method under an attack.
+
+        Args:
+            method: Name of the method in the recipe, or `BASE`.
+            attack: Name of the attack.
+
+        Returns:
+            For each seed, array [N] of predicted classes by variant.
+        """
+        seeds = [0] if method == BASE else self.seeds(method)
+        return [self.results.answers(method, seed, attack) for seed in seeds]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome of a comparison.
+
+    Attributes:
+        metrics: Estimates by method and metric, the base first.
+        seconds: Mean duration of each method over its seeds.
+        best: The method with the highest recovery within the bound on clean cost.
+        table: The comparison as a Markdown table.
+    """
+
+    metrics: Mapping[str, Mapping[str, Estimate]]
+    seconds: Mapping[str, float]
+    best: str
+    table: str
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the methods without a stored result, print the table, and write report, page, table and plots.
+
+    Args:
+        argv: Command line after `clip-po compare`.
+    """
+    args, recipe = parse(argv)
+    check_writable(str(args.output_dir), "--output_dir")
+    logging.disable_progress_bar()  # Progress bars would break up the printed lines.
+    start = time.time()
+    comparison = load(args, recipe)
+    measure(comparison)
+    summary = summarize(comparison)
+    seconds = time.time() - start
+    print_summary(comparison, summary)
+    report, page = write(comparison, summary, seconds)
+    print(f"Report: {report}\nPage:   {page}")
+
+
+def load(args: CompareArguments, recipe: Recipe) -> Comparison:
+    """Load the processor and the data, and open the folder of results.
+
+    Args:
+        args: The flags.
+        recipe: The methods and attacks.
+
+    Returns:
+        The comparison.
+    """
+    setup = _load_setup(args, recipe)
+    images = _load_test_images(args, recipe, setup)
+    settings = {"training": recipe.training, "attacks": recipe.attacks, **args.measurement_settings()}
+    return Comparison(args, recipe, setup, images, ComparisonResults(setup.folder, settings))
+
+
+def _load_setup(args: CompareArguments, recipe: Recipe) -> ComparisonSetup:
+    """Load the processor, the training split and the validation split."""
+    processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    dataset = args.load(args.dataset_train_split, 0)
+    names = args.names(dataset)
+    template = args.prompt_template or DEFAULT_TEMPLATE
+    shared = {name: getattr(args, name) for name in SHARED_FLAGS}
+    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    own = {"model_name_or_path": args.model_name_or_path, "class_names": names, "prompt_template": template}
+    return ComparisonSetup(
+        model=str(args.model_name_or_path),
+        processor=processor,
+        train=dataset,
+        validation=args.load(str(args.dataset_validation_split), 0),
+        class_names=names,
+        template=template,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        attack=lambda seed: args.attack(names, training_fonts(), processor, seed),
+        training={**shared, **own, **quiet, **recipe.training},
+        folder=Path(str(args.output_dir)),
+        batch_size=args.batch_size,
+    )
+
+
+def _load_test_images(args: CompareArguments, recipe: Recipe, setup: ComparisonSetup) -> dict[str, RobustnessImages]:
+    """Load the test images for each attack, in fonts unseen in training; the main attack adds the blank box."""
+    dataset = replace(args, max_samples=args.max_test_samples).load(args.dataset_test_split, 0)
+    attack = args.attack(setup.class_names, unseen_fonts(), setup.processor, args.test_seed)
     images: dict[str, RobustnessImages] = {}
     for name, settings in recipe.attacks.items():
         images[name] = RobustnessImages(
-            test,
+            dataset,
             replace(attack, **settings),
-            contest.processor,
-            contest.class_names,
+            setup.processor,
+            setup.class_names,
             image_column=args.image_column,
             label_column=args.label_column,
             renderings=args.renderings,
@@ -185,146 +222,152 @@ def test_images(args: CompareArguments, recipe: Recipe, contest: Contest) -> dic
     return images
 
 
-def judge(
-    contest: Contest, contestant: Contestant, images: Mapping[str, RobustnessImages]
-) -> dict[str, dict[str, np.ndarray]]:
-    """What a contestant answers, by attack and variant."""
-    answers = {}
-    for attack, seen in images.items():
-        if contestant.processor is not seen.processor:
-            seen = seen.through(contestant.processor)
-        embeds = None if contestant.class_embeds is None else {"it": contestant.class_embeds}
+def measure(comparison: Comparison) -> None:
+    """Run and evaluate the base and every method without a stored result.
+
+    Args:
+        comparison: The comparison. Its results are complete afterwards.
+    """
+    setup, results = comparison.setup, comparison.results
+    if results.find(BASE, 0, {}) is None:
+        results.add(BASE, 0, {}, _predict(comparison, MethodResult(setup.load_base(), setup.processor)), 0.0, {})
+    runs = list(comparison.runs())
+    for number, (name, seed, settings) in enumerate(runs, 1):
+        if results.find(name, seed, settings) is None:
+            print(f"[{number}/{len(runs)}] {name}, seed {seed} ... ", end="", flush=True)
+            print(format_seconds(_run_and_store(comparison, name, seed, settings)), flush=True)
+
+
+def _run_and_store(comparison: Comparison, name: str, seed: int, settings: Mapping[str, Any]) -> float:
+    """Run one method with one seed, store its answers, and return the seconds that the method took."""
+    start = time.time()
+    torch.manual_seed(seed)
+    log = comparison.results.path(name, seed) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as stream, contextlib.redirect_stdout(stream):
+        result = run_method(comparison.setup, name, seed, **settings)
+    seconds = time.time() - start
+    comparison.results.add(name, seed, settings, _predict(comparison, result), seconds, result.details)
+    return seconds
+
+
+def _predict(comparison: Comparison, result: MethodResult) -> dict[str, dict[str, np.ndarray]]:
+    """Return the predicted classes of a model on the test images, by attack and variant."""
+    setup = comparison.setup
+    answers: dict[str, dict[str, np.ndarray]] = {}
+    embeds = None if result.class_embeds is None else {"model": result.class_embeds}
+    for attack, images in comparison.images.items():
+        if result.processor is not images.processor:
+            images = images.through(result.processor)
         found = evaluate_robustness(
-            {"it": contestant.model},
-            seen,
-            [contest.template],
+            {"model": result.model},
+            images,
+            [setup.template],
             class_embeds=embeds,
-            batch_size=contest.batch_size,
+            batch_size=setup.batch_size,
             disable_tqdm=True,
         )
-        answers[attack] = dict(found.of("it"))
+        answers[attack] = dict(found.predicted["model"])
     return answers
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run what has not run yet, print the table, and write report.json, report.html, table.md and plots."""
-    args, recipe = parse(argv)
-    if args.attack_fonts is not None:
-        raise ValueError(
-            "--attack_fonts would be those of training and of the test images alike. Leave it out, or give "
-            "fonts under attacks: in the recipe."
-        )
-    for name in ("model_name_or_path", "output_dir", "dataset_validation_split"):
-        if getattr(args, name) is None:
-            raise ValueError(f"--{name} is missing: give it as a flag or in the recipe.")
-    start, folder = time.time(), Path(str(args.output_dir))
-    check_writable(folder, "--output_dir")
-    logging.disable_progress_bar()  # of loading and saving models, which would stand between the lines
-    contest = contest_of(args, recipe)
-    images = test_images(args, recipe, contest)
-    settings = {"training": recipe.training, "attacks": recipe.attacks, **_of_all(args)}
-    results = Results(folder, settings)
-    if results.find(BASE, 0, {}) is None:
-        results.add(BASE, 0, {}, judge(contest, Contestant(contest.base(), contest.processor), images), 0.0, {})
-    everything = list(runs(args, recipe))
-    for number, (name, seed, method) in enumerate(everything, 1):
-        if results.find(name, seed, method) is not None:
-            continue
-        print(f"[{number}/{len(everything)}] {name}, seed {seed} ... ", end="", flush=True)
-        began = time.time()
-        torch.manual_seed(seed)
-        log = results.path(name, seed) / "log.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as stream, contextlib.redirect_stdout(stream):
-            contestant = make(contest, name, seed, **method)
-        seconds = time.time() - began
-        results.add(name, seed, method, judge(contest, contestant, images), seconds, contestant.details)
-        print(format_seconds(seconds), flush=True)
-    show(args, recipe, results, images, time.time() - start)
+def summarize(comparison: Comparison) -> Summary:
+    """Compute the metrics of all methods from the stored answers, and choose the best method.
 
+    Args:
+        comparison: The comparison, with complete results.
 
-def _of_all(args: CompareArguments) -> dict[str, Any]:
-    """The arguments that every result depends on."""
-    free = ("output_dir", "seeds", "max_clean_cost", "batch_size")
-    return {name: value for name, value in asdict(args).items() if name not in free}
-
-
-def show(
-    args: CompareArguments,
-    recipe: Recipe,
-    results: Results,
-    images: Mapping[str, RobustnessImages],
-    seconds: float,
-) -> None:
-    """Print the table; write it with report, plots and page."""
-    first = next(iter(images))
-    seeds = {name: [s for n, s, _ in runs(args, recipe) if n == name] for name in recipe.methods}
-    took = {
-        name: float(np.mean([(results.find(name, s, recipe.methods[name]) or {})["seconds"] for s in seeds[name]]))
-        for name in recipe.methods
+    Returns:
+        Metrics, seconds, best method and table.
+    """
+    methods, results = comparison.recipe.methods, comparison.results
+    metrics: dict[str, dict[str, Estimate]] = {name: {} for name in (BASE, *methods)}
+    for attack in comparison.images:
+        prefix = "" if attack == comparison.main_attack else f"{attack}: "
+        for name, found in metrics.items():
+            measured = _metrics_under(comparison, attack, name)
+            found.update({f"{prefix}{metric}": estimate for metric, estimate in measured.items()})
+    seconds = {
+        name: float(np.mean([(results.find(name, s, methods[name]) or {})["seconds"] for s in comparison.seeds(name)]))
+        for name in methods
     }
-    found: dict[str, dict[str, Estimate]] = {BASE: {}, **{name: {} for name in recipe.methods}}
-    for attack, seen in images.items():
-        said = {name: [results.answers(name, s, attack) for s in seeds[name]] for name in recipe.methods}
-        base = [results.answers(BASE, 0, attack)]
-        for name in found:
-            answers = pooled(seen, {BASE: base, **({name: said[name]} if name != BASE else {})})
-            metrics = robustness_report(answers, name, BASE)
-            if name != BASE and len(seeds[name]) > 1 and attack == first:
-                each = [
-                    robustness_report(pooled(seen, {BASE: base, name: [one]}), name, BASE, resamples=1)
-                    for one in said[name]
-                ]
-                metrics["recovery_sd"] = Estimate(float(np.std([r["recovery"].value for r in each], ddof=1)))
-            prefix = "" if attack == first else f"{attack}: "
-            found[name] |= {f"{prefix}{metric}": estimate for metric, estimate in metrics.items()}
-    table = comparison_table(found, took, list(images))
-    best = max(
-        recipe.methods,
-        key=lambda n: (found[n]["clean_cost"].value <= args.max_clean_cost, found[n]["recovery"].value),
-    )
-    print(f"\n{table}\n\n{len(images[first])} test images, {len(args.seeds)} seeds; in brackets 95% intervals.")
-    print(f"Highest recovery at no more than {args.max_clean_cost:g} points of clean accuracy: {best}")
+    bound = comparison.args.max_clean_cost
+    best = max(methods, key=lambda n: (metrics[n]["clean_cost"].value <= bound, metrics[n]["recovery"].value))
+    return Summary(metrics, seconds, best, comparison_table(metrics, seconds, list(comparison.images)))
 
-    folder = Path(str(args.output_dir))
-    (folder / "table.md").write_text(table + "\n")
+
+def _metrics_under(comparison: Comparison, attack: str, name: str) -> dict[str, Estimate]:
+    """Return the metrics of one method under one attack, over all seeds and against the base."""
+    images = comparison.images[attack]
+    base, answers = comparison.answers(BASE, attack), comparison.answers(name, attack)
+    metrics = robustness_report(pool_seeds(images, {BASE: base, name: answers}), name, BASE)
+    if len(answers) > 1 and attack == comparison.main_attack:
+        pooled = [pool_seeds(images, {BASE: base, name: [each]}) for each in answers]
+        recoveries = [robustness_report(each, name, BASE, resamples=1)["recovery"].value for each in pooled]
+        metrics["recovery_sd"] = Estimate(float(np.std(recoveries, ddof=1)))
+    return metrics
+
+
+def print_summary(comparison: Comparison, summary: Summary) -> None:
+    """Print the table and the best method.
+
+    Args:
+        comparison: The comparison.
+        summary: Its outcome.
+    """
+    args, images = comparison.args, comparison.images[comparison.main_attack]
+    print(f"\n{summary.table}\n\n{len(images)} test images, {len(args.seeds)} seeds; in brackets 95% intervals.")
+    print(f"Highest recovery at no more than {args.max_clean_cost:g} points of clean accuracy: {summary.best}")
+
+
+def write(comparison: Comparison, summary: Summary, seconds: float) -> tuple[Path, Path]:
+    """Write table.md, report.json, report.html and the plots.
+
+    Args:
+        comparison: The comparison.
+        summary: Its outcome.
+        seconds: Duration of the command.
+
+    Returns:
+        Paths of report.json and report.html.
+    """
+    args, folder, attack, best = comparison.args, comparison.setup.folder, comparison.main_attack, summary.best
+    images = comparison.images[attack]
+    (folder / "table.md").write_text(summary.table + "\n")
     report = write_report(
         folder / "report.json",
         command="compare",
-        models=found,
-        settings={**asdict(args), **asdict(recipe)},
+        models=summary.metrics,
+        settings={**asdict(args), **asdict(comparison.recipe)},
         data={
             "name": args.dataset_name,
             "split": args.dataset_test_split,
-            "rows": len(images[first]),
-            "class_names": images[first].class_names,
-            "seconds": took,
+            "rows": len(images),
+            "class_names": images.class_names,
+            "seconds": summary.seconds,
         },
         seconds=seconds,
     )
-    accuracies = {name: (m["clean_accuracy"], m["typographic_accuracy"]) for name, m in found.items()}
-    figures = {
-        "Clean against typographic accuracy, with 95% intervals": trade_off_plot(
-            accuracies, base=BASE, allowed_cost=args.max_clean_cost
-        ),
-    }
-    recoveries = {
-        name: m["recovery"] for name in recipe.methods if math.isfinite((m := found[name])["recovery"].value)
-    }
-    if recoveries:
-        seconds_of = {name: took[name] for name in recoveries}
-        figures["Recovery against what each method takes"] = cost_plot(seconds_of, recoveries)
-    for file, figure in zip(("trade_off", "seconds"), figures.values(), strict=False):
-        save_figure(figure, folder / f"{file}.png")
-    answers = pooled(
-        images[first],
-        {BASE: [results.answers(BASE, 0, first)], best: [results.answers(best, seeds[best][0], first)]},
-    )
+    figures = _draw_plots(summary, args.max_clean_cost)
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"{name}.png")
+    answers = pool_seeds(images, {BASE: comparison.answers(BASE, attack), best: comparison.answers(best, attack)[:1]})
     page = report_page(
         read_report(report),
         examples=choose_examples(answers, BASE, best),
-        picture=images[first].picture,
+        picture=images.picture,
         changes=changes_line(answers, BASE, best),
-        figures=figures,
+        figures={CAPTIONS[name]: figure for name, figure in figures.items()},
     )
-    print(f"Report: {report}\nPage:   {write_page(folder / 'report.html', page)}")
+    return report, write_page(folder / "report.html", page)
+
+
+def _draw_plots(summary: Summary, max_clean_cost: float) -> dict[str, Figure]:
+    """Draw the plots, by the name of their file; without the plot of seconds if no method has a defined recovery."""
+    metrics, seconds = summary.metrics, summary.seconds
+    accuracies = {name: (found["clean_accuracy"], found["typographic_accuracy"]) for name, found in metrics.items()}
+    figures = {"trade_off": trade_off_plot(accuracies, base=BASE, allowed_cost=max_clean_cost)}
+    recoveries = {name: metrics[name]["recovery"] for name in seconds}
+    if defined := {name: recovery for name, recovery in recoveries.items() if math.isfinite(recovery.value)}:
+        figures["seconds"] = cost_plot({name: seconds[name] for name in defined}, defined)
+    return figures

@@ -1,4 +1,4 @@
-"""The methods that clip-po compare knows: each makes of the same model and data a model that answers differently."""
+"""The methods that `clip-po compare` can run, by the name that a recipe gives them in `method:`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from clip_po.models import load_any
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A model as it is to be judged.
+class MethodResult:
+    """A model made by one method with one seed, ready to be evaluated.
 
     Attributes:
         model: The model.
-        processor: What it sees images by.
-        class_embeds: Tensor[C, D], what stands for the classes; None for those of the prompt template.
-        details: What was chosen or learnt on the way, for the report.
+        processor: Its processor.
+        class_embeds: Tensor[C, D], unit-norm class embeddings; None to encode the class names with the prompt
+            template.
+        details: What the method selected or learned, for the report.
     """
 
     model: CLIPModel | PeftModel
@@ -42,22 +43,22 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Contest:
-    """What all methods start from.
+class ComparisonSetup:
+    """The model and data that every method starts from.
 
     Attributes:
         model: Folder or Hub id of the model.
         processor: Its processor.
-        train: Labelled images to learn from.
-        validation: Labelled images to choose on.
-        class_names: The classes by label.
+        train: Labelled images to train on.
+        validation: Labelled images to select settings on.
+        class_names: Class names in the order of the labels.
         template: Prompt of a class, with one `{}`.
         image_column: Column of images.
-        label_column: Column of classes.
-        attack: Makes the attack of training for a seed.
-        training: Flags of `clip-po train` that all trained methods share: data, columns and schedule.
-        folder: Where each method has a folder with one for each seed.
-        batch_size: Images a forward where nothing is trained.
+        label_column: Column of labels.
+        attack: Function that returns the training attack for a seed.
+        training: Flags of `clip-po train` shared by all trained methods: data, columns and schedule.
+        folder: Folder with one subfolder per method, and in each one subfolder per seed.
+        batch_size: Number of images in a forward pass without training.
     """
 
     model: str
@@ -73,16 +74,35 @@ class Contest:
     folder: Path
     batch_size: int
 
-    def base(self) -> CLIPModel | PeftModel:
-        """The model before anything is done to it."""
+    def load_base(self) -> CLIPModel | PeftModel:
+        """Load the model before alignment.
+
+        Returns:
+            The model, a new copy for each call.
+        """
         return load_any(self.model)
 
     def checkpoint(self, method: str, seed: int) -> Path:
-        """Where a trained method's checkpoint lies."""
+        """Return the checkpoint folder of a trained method.
+
+        Args:
+            method: Name of the method in the recipe.
+            seed: Its seed.
+
+        Returns:
+            The folder.
+        """
         return self.folder / method / f"seed-{seed}" / "checkpoint"
 
     def validation_images(self, seed: int) -> RobustnessImages:
-        """The validation images with attacks of training, drawn anew for the seed."""
+        """Return the validation images with the training attack.
+
+        Args:
+            seed: Seed of the method. The attack is drawn with the next seed, which differs from training.
+
+        Returns:
+            The images.
+        """
         return RobustnessImages(
             self.validation,
             self.attack(seed + 1),
@@ -94,8 +114,8 @@ class Contest:
         )
 
 
-def flags(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as flags of a command line; None is left out."""
+def _to_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as command-line flags, without those that are None."""
     words: list[str] = []
     for name, value in settings.items():
         if value is None:
@@ -105,84 +125,98 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def trained(contest: Contest, name: str, seed: int, **settings: Any) -> Contestant:
-    """`clip-po train` with the settings."""
-    folder = str(contest.checkpoint(name, seed))
-    given = {**contest.training, **settings, "seed": seed, "output_dir": folder}
-    trainer, task = train.align(*train.parse(flags(given)))
-    train.save(trainer, task)
-    return Contestant(trainer.model, contest.processor, details={"learning_rate": trainer.args.learning_rate})
+def _run_training(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
+    """Run `clip-po train` with the given flags.
 
-
-def interpolated(contest: Contest, name: str, seed: int, of: str, max_clean_cost: float = 0.5) -> Contestant:
-    """PAINT and WiSE-FT: between the base and the weights of another method, chosen on validation images.
-
-    Source: Ilharco et al. 2022, arXiv 2208.05592; Wortsman et al. 2022, arXiv 2109.01903.
+    Source: Afzali et al. 2025, arXiv 2411.08923.
     """
-    base, aligned = contest.base(), load_any(str(contest.checkpoint(of, seed)))
-    images = contest.validation_images(seed)
+    folder = str(setup.checkpoint(name, seed))
+    given = {**setup.training, **settings, "seed": seed, "output_dir": folder}
+    trainer, task = train.align(*train.parse(_to_flags(given)))
+    train.save(trainer, task)
+    return MethodResult(trainer.model, setup.processor, details={"learning_rate": trainer.args.learning_rate})
+
+
+def _run_interpolation(
+    setup: ComparisonSetup, name: str, seed: int, of: str, max_clean_cost: float = 0.5
+) -> MethodResult:
+    """Interpolate between the base and the checkpoint of method `of`, with alpha selected on validation images.
+
+    Source: Wortsman et al. 2022 (WiSE-FT), arXiv 2109.01903; Ilharco et al. 2022 (PAINT), arXiv 2208.05592.
+    """
+    base, aligned = setup.load_base(), load_any(str(setup.checkpoint(of, seed)))
+    images = setup.validation_images(seed)
     points = sweep_interpolation(
-        base, aligned, images, [contest.template], ALPHAS, batch_size=contest.batch_size, disable_tqdm=True
+        base, aligned, images, [setup.template], ALPHAS, batch_size=setup.batch_size, disable_tqdm=True
     )
     choice = choose_alpha(points, max_clean_cost)
     model = interpolate(base, aligned, choice.point.alpha)
-    return Contestant(model, contest.processor, details={"alpha": choice.point.alpha, "choice": choice.describe()})
+    return MethodResult(model, setup.processor, details={"alpha": choice.point.alpha, "choice": choice.describe()})
 
 
-def ablated(contest: Contest, name: str, seed: int, **settings: Any) -> Contestant:
-    """Dyslexify: attention heads that read are silenced, as many as serve on validation images."""
+def _run_head_ablation(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
+    """Silence the attention heads that read words, selected on validation images.
+
+    Source: Hufe et al. 2025 (Dyslexify), arXiv 2508.20570.
+    """
     found = ablate_reading_heads(
-        contest.base(),
-        contest.validation_images(seed),
-        [contest.template],
-        batch_size=contest.batch_size,
+        setup.load_base(),
+        setup.validation_images(seed),
+        [setup.template],
+        batch_size=setup.batch_size,
         **settings,
     )
-    return Contestant(found.model, contest.processor, details={"heads": found.heads})
+    return MethodResult(found.model, setup.processor, details={"heads": found.heads})
 
 
-def text_removed(contest: Contest, name: str, seed: int, **settings: Any) -> Contestant:
-    """Text is found and filled in before the model sees the image."""
-    return Contestant(contest.base(), processor_without_text(contest.processor, TextRemoval(**settings)))
+def _run_text_removal(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
+    """Detect text in each image and fill it in before the model sees the image."""
+    return MethodResult(setup.load_base(), processor_without_text(setup.processor, TextRemoval(**settings)))
 
 
-def prefixed(contest: Contest, name: str, seed: int, **settings: Any) -> Contestant:
-    """Defense-Prefix: a learned token before the class name."""
-    model = contest.base()
+def _run_defense_prefix(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
+    """Learn a token that goes before the class name in every prompt.
+
+    Source: Azuma and Matsui 2023 (Defense-Prefix), arXiv 2304.04512.
+    """
+    model = setup.load_base()
     preferences = TypographicPreferences(
-        contest.train,
-        contest.attack(seed),
-        contest.class_names,
-        contest.template,
-        contest.image_column,
-        contest.label_column,
+        setup.train,
+        setup.attack(seed),
+        setup.class_names,
+        setup.template,
+        setup.image_column,
+        setup.label_column,
     )
-    prefix = learn_prefix(model, contest.processor, preferences, seed=seed, disable_tqdm=True, **settings)
-    embeds = prefix_class_embeddings(model, contest.processor, prefix, contest.class_names, [contest.template])
-    return Contestant(model, contest.processor, embeds)
+    prefix = learn_prefix(model, setup.processor, preferences, seed=seed, disable_tqdm=True, **settings)
+    embeds = prefix_class_embeddings(model, setup.processor, prefix, setup.class_names, [setup.template])
+    return MethodResult(model, setup.processor, embeds)
 
 
-METHODS: Mapping[str, Callable[..., Contestant]] = {
-    "train": trained,
-    "interpolation": interpolated,
-    "head_ablation": ablated,
-    "text_removal": text_removed,
-    "defense_prefix": prefixed,
+METHODS: Mapping[str, Callable[..., MethodResult]] = {
+    "train": _run_training,
+    "interpolation": _run_interpolation,
+    "head_ablation": _run_head_ablation,
+    "text_removal": _run_text_removal,
+    "defense_prefix": _run_defense_prefix,
 }
-"""What `method:` names in a recipe; `train` where nothing is named."""
+"""Values of `method:` in a recipe. The default is `train`."""
 
-WITHOUT_SEED = frozenset({"text_removal"})
-"""Methods without any draw, which give the same for every seed."""
+DETERMINISTIC_METHODS = frozenset({"text_removal"})
+"""Methods that draw nothing at random and therefore run with one seed only."""
 
 
-def make(contest: Contest, name: str, seed: int, method: str = "train", **settings: Any) -> Contestant:
-    """The contestant that a recipe's settings describe.
+def run_method(setup: ComparisonSetup, name: str, seed: int, method: str = "train", **settings: Any) -> MethodResult:
+    """Run one method of a recipe with one seed.
 
     Args:
-        contest: Model and data.
-        name: The recipe's name for it.
-        seed: Of whatever is drawn.
+        setup: The model and data to start from.
+        name: Name of the method in the recipe.
+        seed: Seed of everything that the method draws at random.
         method: One of `METHODS`.
-        **settings: What the method takes.
+        **settings: Arguments of the method.
+
+    Returns:
+        The model that the method makes.
     """
-    return METHODS[method](contest, name, seed, **settings)
+    return METHODS[method](setup, name, seed, **settings)

@@ -1,6 +1,6 @@
-"""The help pages: written to assets/help once, so that `--help` imports none of what the commands need.
+"""Generator of the help pages in assets/help, so that `--help` does not import the packages of the commands.
 
-python -m clip_po.cli.help
+Run `python -m clip_po.cli.help` after changing a flag.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import textwrap
+from collections.abc import Mapping
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
@@ -16,13 +17,14 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments
 
-from clip_po.cli.compare import CompareArguments
+from clip_po.cli.compare_arguments import CompareArguments
 from clip_po.cli.demo import DemoArguments
 from clip_po.cli.evaluate import EvaluateArguments
 from clip_po.cli.main import COMMANDS
 from clip_po.cli.steer import DEFAULTS as STEER_DEFAULTS
 from clip_po.cli.steer import SteerArguments
-from clip_po.cli.train_arguments import DEFAULTS, TrainArguments
+from clip_po.cli.train_arguments import DEFAULTS as TRAIN_DEFAULTS
+from clip_po.cli.train_arguments import TrainArguments
 from clip_po.config import ContrastivePOConfig
 
 WIDTH = 100
@@ -36,7 +38,7 @@ UNUSED = {
     "load_in_8bit",
     "load_in_4bit",
 }
-"""Arguments that mean nothing to the commands."""
+"""Inherited arguments that the commands do not use."""
 
 EXAMPLES = {
     "train": """\
@@ -60,9 +62,40 @@ clip-po demo --output_dir demo_output""",
 }
 
 
-def own_fields(cls: type, *without: type) -> list[dataclasses.Field[Any]]:
-    """The fields of a dataclass that those it is derived from don't have."""
-    inherited = {field.name for base in without for field in dataclasses.fields(base)}
+REMARKS = {
+    "train": """\
+Learning rate and epochs default to values that fit the size of the model and the data. Flags override
+the YAML file, which overrides --preset.""",
+    "compare": """\
+The recipe names the methods with their settings (flags of clip-po train, or method: and its arguments),
+the attacks to measure under, and the training flags that all trained methods share. A comparison that
+was stopped continues where it stopped: each method and seed runs once.""",
+}
+"""Text between the examples and the flags."""
+
+ARGUMENTS: Mapping[str, type] = {
+    "train": TrainArguments,
+    "evaluate": EvaluateArguments,
+    "compare": CompareArguments,
+    "steer": SteerArguments,
+}
+"""Dataclass of the flags for data and attack."""
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"train": TRAIN_DEFAULTS, "steer": STEER_DEFAULTS}
+"""Defaults of the commands that train, where they differ from the defaults of the dataclasses."""
+
+
+def own_fields(cls: type, *bases: type) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a dataclass that its given bases do not have, without unused ones.
+
+    Args:
+        cls: The dataclass.
+        *bases: Dataclasses that it inherits from.
+
+    Returns:
+        The fields.
+    """
+    inherited = {field.name for base in bases for field in dataclasses.fields(base)}
     return [
         field
         for field in dataclasses.fields(cls)
@@ -71,7 +104,15 @@ def own_fields(cls: type, *without: type) -> list[dataclasses.Field[Any]]:
 
 
 def describe(field: dataclasses.Field[Any], default: Any) -> str:
-    """A flag, its meaning and its default."""
+    """Format a flag with its meaning and its default.
+
+    Args:
+        field: The field of the flag.
+        default: Its default.
+
+    Returns:
+        One or more lines, without a newline at the end.
+    """
     text = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%")
     first = re.split(r"(?<=[.;:])\s(?=[A-Z])", text)[0].rstrip(".")
     choices = field.metadata.get("choices")
@@ -86,8 +127,16 @@ def describe(field: dataclasses.Field[Any], default: Any) -> str:
     return "\n".join([head.rstrip(), *(f"{'':<30}{line}" for line in lines[1:])])
 
 
-def default_of(field: dataclasses.Field[Any], overrides: dict[str, Any]) -> Any:
-    """What a flag is when it is not given."""
+def default_of(field: dataclasses.Field[Any], overrides: Mapping[str, Any]) -> Any:
+    """Return the default of a flag.
+
+    Args:
+        field: The field of the flag.
+        overrides: Defaults of the command that differ from the defaults of the dataclass, by name.
+
+    Returns:
+        The default; None if the flag has none.
+    """
     if field.name in overrides:
         return overrides[field.name]
     if field.default_factory is not dataclasses.MISSING:
@@ -95,52 +144,53 @@ def default_of(field: dataclasses.Field[Any], overrides: dict[str, Any]) -> Any:
     return None if field.default is dataclasses.MISSING else field.default
 
 
-def page(command: str) -> str:
-    """The help page of a command."""
-    sections: dict[str, list[dataclasses.Field[Any]]]
+def sections(command: str) -> dict[str, list[dataclasses.Field[Any]]]:
+    """Return the fields of the flags of a command, by heading.
+
+    Args:
+        command: One of `COMMANDS`.
+
+    Returns:
+        The fields.
+    """
     if command == "demo":
-        sections = {"The demo": own_fields(DemoArguments)}
-    else:
-        task = {
-            "train": TrainArguments,
-            "evaluate": EvaluateArguments,
-            "compare": CompareArguments,
-            "steer": SteerArguments,
-        }[command]
-        sections = {"Data and attack": [*own_fields(ScriptArguments), *own_fields(task, ScriptArguments)]}
-    overrides: dict[str, Any] = {}
-    if command in ("train", "steer"):
-        overrides = dict(DEFAULTS if command == "train" else STEER_DEFAULTS)
-        sections["The method"] = own_fields(ContrastivePOConfig, TrainingArguments)
+        return {"The demo": own_fields(DemoArguments)}
+    own = own_fields(ARGUMENTS[command], ScriptArguments)
+    found = {"Data and attack": [*own_fields(ScriptArguments), *own]}
+    if command in DEFAULTS:
+        found["The method"] = own_fields(ContrastivePOConfig, TrainingArguments)
         if command == "train":
-            sections["Model and LoRA"] = own_fields(ModelConfig)
-        # As ContrastivePOConfig has them: with its defaults.
-        own = {field.name for field in sections["The method"]}
-        inherited = [field for field in own_fields(ContrastivePOConfig) if field.name not in own]
-        sections["Training (as transformers.TrainingArguments)"] = inherited
+            found["Model and LoRA"] = own_fields(ModelConfig)
+        # Taken from ContrastivePOConfig, which changes some of the defaults.
+        method = {field.name for field in found["The method"]}
+        inherited = [field for field in own_fields(ContrastivePOConfig) if field.name not in method]
+        found["Training (as transformers.TrainingArguments)"] = inherited
+    return found
+
+
+def page(command: str) -> str:
+    """Build the help page of a command.
+
+    Args:
+        command: One of `COMMANDS`.
+
+    Returns:
+        The page.
+    """
+    overrides = DEFAULTS.get(command, {})
     parts = [
         f"usage: clip-po {command} [--flag value ...] [--config file.yaml]",
         COMMANDS[command],
         textwrap.indent(EXAMPLES[command], "  "),
+        *([REMARKS[command]] if command in REMARKS else []),
     ]
-    if command == "train":
-        parts.append(
-            "Learning rate and epochs fit the size of the model and of the data where they are not given; flags win\n"
-            "over the YAML file, which wins over --preset."
-        )
-    if command == "compare":
-        parts.append(
-            "The recipe names the methods, their settings (as flags of clip-po train, or method: and what it takes),\n"
-            "the attacks they are measured under, and the training that all share. A comparison that was stopped\n"
-            "goes on where it was: each method and seed runs once."
-        )
-    for title, fields in sections.items():
+    for title, fields in sections(command).items():
         parts.append(f"{title}:\n" + "\n".join(describe(f, default_of(f, overrides)) for f in fields))
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
-    """Write every page."""
+    """Write all help pages."""
     folder = Path(str(files("clip_po").joinpath("assets", "help")))
     folder.mkdir(parents=True, exist_ok=True)
     for command in COMMANDS:

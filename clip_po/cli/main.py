@@ -1,4 +1,4 @@
-"""clip-po COMMAND. Imports nothing heavy until it knows what to do, so that --help is quick."""
+"""The entry point of clip-po. Heavy packages are imported only when a command runs, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ from importlib.resources import files
 from clip_po.hub.redaction import redacted
 
 COMMANDS = {
-    "train": "Align a CLIP on labelled images, on which words are written.",
-    "evaluate": "Measure what words on images do to a checkpoint, before and after alignment.",
-    "compare": "Run several methods and seeds on one model and data set, in one table.",
-    "steer": "Turn what the written word says up, off or around by one number, without training the model.",
-    "demo": "Align the embedded model by several methods and show what each gains and costs.",
+    "train": "Align a CLIP model on labelled images with words written on them.",
+    "evaluate": "Measure how words on images affect a checkpoint, before and after alignment.",
+    "compare": "Run several methods and seeds on one model and dataset, and compare them in one table.",
+    "steer": "Turn the concept of written words up, off or around by one number, without training the model.",
+    "demo": "Align the embedded model by several methods and show the gains and costs of each.",
 }
+"""Description of each command, by name."""
 
+HELP = ("-h", "--help")
+
+USAGE_ERROR = 2
+"""Exit status of a command that cannot run or had to stop."""
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 
 
 def usage() -> str:
-    """What `clip-po --help` prints."""
+    """Return the text of `clip-po --help`.
+
+    Returns:
+        The text, without a newline at the end.
+    """
     lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
@@ -33,46 +42,68 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "clip-po COMMAND --help lists a command's flags; clip-po --version prints the version.",
+            "clip-po COMMAND --help lists the flags of a command. clip-po --version prints the version.",
         ]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run clip-po.
 
     Args:
-        argv: Arguments without the program's name; those of the process by default.
+        argv: Command line without the name of the program; None for the command line of the process.
 
     Returns:
-        The exit status: 0, 2 for arguments that can't be used or a run that had to stop, or 130 after Ctrl-C.
+        The exit status: 0, `USAGE_ERROR` or `INTERRUPTED`.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in HELP:
         print(usage())
-        return 0
-    if arguments[0] == "--version":
+    elif command == "--version":
         print(f"clip-po {metadata.version('clip_po')}")
-        return 0
-    command, *rest = arguments
-    if command not in COMMANDS:
-        print(f"clip-po: no command {command!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
-        return 2
-    if "-h" in rest or "--help" in rest:
+    elif command not in COMMANDS:
+        return fail(f"clip-po: unknown command {command!r}. Choose one of {', '.join(COMMANDS)}.")
+    elif any(flag in rest for flag in HELP):
         print(files("clip_po").joinpath("assets", "help", f"{command}.txt").read_text(), end="")
-        return 0
+    else:
+        return run(command, rest)
+    return 0
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Run a command, with errors as one line of text instead of a traceback.
+
+    Args:
+        command: One of `COMMANDS`.
+        argv: Command line after the command.
+
+    Returns:
+        The exit status: 0, `USAGE_ERROR` or `INTERRUPTED`.
+    """
     module = import_module(f"clip_po.cli.{command}")
     try:
-        module.main(rest)
+        module.main(argv)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        # What the package refuses says what to do: a traceback would hide it.
-        print(redacted(f"clip-po {command}: {error}"), file=sys.stderr)
-        return 2
+        # The message says what to do, and a traceback would hide it.
+        return fail(f"clip-po {command}: {error}")
     except KeyboardInterrupt:
-        go_on = {"train": " The last whole checkpoint stays: go on from it with --resume_from_checkpoint true."}
-        print(f"clip-po {command}: interrupted.{go_on.get(command, '')}", file=sys.stderr)
-        return INTERRUPTED
+        remedies = {"train": " The last whole checkpoint is kept. Resume from it with --resume_from_checkpoint true."}
+        return fail(f"clip-po {command}: interrupted.{remedies.get(command, '')}", INTERRUPTED)
     return 0
+
+
+def fail(message: str, status: int = USAGE_ERROR) -> int:
+    """Print an error without secrets, and return the exit status.
+
+    Args:
+        message: The error, with a remedy.
+        status: The exit status.
+
+    Returns:
+        The exit status.
+    """
+    print(redacted(message), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

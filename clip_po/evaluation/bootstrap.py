@@ -1,4 +1,4 @@
-"""Confidence intervals by resampling the rows, or clusters of rows, that a number was measured on."""
+"""Confidence intervals by bootstrap over rows or clusters of rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 Statistic = Callable[[Mapping[str, np.ndarray]], np.ndarray]
-"""A number from the means of columns, by their names: it maps arrays [R] of means to an array [R]."""
+"""Function from column means by name, arrays [R], to a statistic, array [R]."""
 
-_CELLS_AT_ONCE = 4_000_000  # draws held in memory together: 32 MB of indices
+_CELLS_AT_ONCE = 4_000_000  # Number of draws held in memory at a time: 32 MB of indices.
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Estimate:
     """A measured number with its confidence interval.
 
     Attributes:
-        value: The number on all rows; nan where it is undefined.
-        low: Lower end of the interval; nan where there is none.
-        high: Upper end of the interval; nan where there is none.
+        value: The number measured on all rows; NaN if undefined.
+        low: Lower end of the interval; NaN if there is no interval.
+        high: Upper end of the interval; NaN if there is no interval.
     """
 
     value: float
@@ -29,7 +29,11 @@ class Estimate:
     high: float = math.nan
 
     def as_dict(self) -> dict[str, float]:
-        """The three numbers by name: value, low, high."""
+        """Return the estimate as a dictionary.
+
+        Returns:
+            value, low and high by name.
+        """
         return asdict(self)
 
 
@@ -41,42 +45,42 @@ def bootstrap_interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """A statistic of column means with its percentile bootstrap interval.
+    """Compute a statistic of column means with its percentile bootstrap interval.
 
-    Whole clusters are drawn with replacement, as many as there are, and every row of a cluster drawn twice
-    counts twice: rows that share an image, a scene or a subject vary together, and drawn one by one they
-    would feign more evidence than there is. All columns come from the same rows and are drawn together, so
-    that a difference of two models on the same images is a paired one. Because the statistic sees nothing but
-    means, a resample is a weight per cluster, and all resamples are one matrix product.
+    Each resample draws whole clusters with replacement, as many as there are. Rows that share an image, a scene
+    or a subject are correlated, and drawing them one by one would overstate the evidence. All columns come from
+    the same rows and are drawn together, so the difference of two models on the same images is a paired
+    difference. The statistic depends on means only, so a resample is one weight per cluster, and all resamples
+    are one matrix product.
 
-    The interval runs between the (1 - confidence) / 2 quantiles of the resampled statistic. It is not
-    corrected for bias or skewness, and with few clusters (below about thirty) it is too narrow.
+    The interval runs from the (1 - confidence) / 2 quantile to the (1 + confidence) / 2 quantile of the resampled
+    statistic. It is not corrected for bias or skewness, and it is too narrow with fewer than about thirty clusters.
 
     Args:
-        statistic: Function of the columns' means by name, called with arrays ([1] for the value, [R] for
-            resamples): plain arithmetic on the means is enough. Division by zero is allowed.
-        columns: Arrays [N] of numbers or truth values, by name, all of one length.
-        clusters: Array [N], the cluster of each row (numbers or strings); None for every row on its own.
-        confidence: Probability that the interval is to cover the true value, in (0, 1).
+        statistic: Function of the column means by name. It is called with arrays, [1] for the value and [R] for
+            the resamples, so plain arithmetic on the means is enough. Division by zero is allowed.
+        columns: By name, arrays [N] of numbers or booleans, all of the same length.
+        clusters: Array [N], the cluster of each row, as numbers or strings; None if every row is its own cluster.
+        confidence: Probability that the interval covers the true value, in (0, 1).
         resamples: Number R of resamples, >= 1.
-        seed: Seed of the draws; the same seed gives the same interval.
+        seed: Seed of the draws. The same seed gives the same interval.
 
     Returns:
-        The value and its interval. The value is nan, and the interval with it, where the statistic is not
-        finite on all rows (a denominator of 0, no rows). The interval alone is nan where there is a single
-        cluster, or where the statistic is undefined on more than 1 - confidence of the resamples; fewer
-        undefined ones are left out.
+        The value and its interval. Value and interval are NaN if the statistic is not finite on all rows, for
+        example because a denominator is 0 or there are no rows. The interval alone is NaN if there is a single
+        cluster, or if the statistic is undefined on more than 1 - confidence of the resamples; a smaller number
+        of undefined resamples is left out.
 
     Raises:
-        ValueError: No columns, columns or clusters of unequal lengths, `confidence` or `resamples` out of
-            range.
+        ValueError: If there are no columns, if columns or clusters differ in length, or if `confidence` or
+            `resamples` is out of range.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, Sec. 13.3 (percentile interval);
     Field and Welsh 2007, Bootstrapping clustered data, JRSS B 69(3) (the cluster bootstrap).
     """
     table, members = _cluster_sums(columns, clusters)
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}; 0.95 is usual.")
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence!r}; 0.95 is usual.")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples!r}; 1000 is usual.")
 
@@ -103,12 +107,12 @@ def bootstrap_interval(
 
 
 def _cluster_sums(columns: Mapping[str, np.ndarray], clusters: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sums [G, K] of the columns over each cluster, and the clusters' numbers of rows [G]."""
+    """Return the sums [G, K] of the columns over each cluster, and the number of rows [G] of each cluster."""
     if not columns:
-        raise ValueError("columns is empty; give at least one array of per-row numbers.")
+        raise ValueError("columns is empty. Pass at least one array of per-row numbers.")
     lengths = {name: np.shape(column) for name, column in columns.items()}
     if len(set(lengths.values())) != 1 or any(len(shape) != 1 for shape in lengths.values()):
-        raise ValueError(f"columns must be arrays [N] of one length, got the shapes {lengths}.")
+        raise ValueError(f"columns must be arrays [N] of one length, got shapes {lengths}.")
     stacked = np.stack([np.asarray(column, dtype=np.float64) for column in columns.values()], axis=1)
     rows = len(stacked)
     if clusters is None:
@@ -121,7 +125,7 @@ def _cluster_sums(columns: Mapping[str, np.ndarray], clusters: np.ndarray | None
 
 
 def _draw_weights(rng: np.random.Generator, resamples: int, groups: int) -> np.ndarray:
-    """How often each cluster was drawn, [resamples, groups]: multinomial, by counting uniform draws."""
+    """Return how often each cluster is drawn, [resamples, groups]: multinomial counts of uniform draws."""
     drawn = rng.integers(0, groups, size=(resamples, groups))
     drawn += np.arange(resamples)[:, None] * groups
     counts = np.bincount(drawn.ravel(), minlength=resamples * groups)
@@ -131,7 +135,7 @@ def _draw_weights(rng: np.random.Generator, resamples: int, groups: int) -> np.n
 def _evaluate(
     statistic: Statistic, columns: Mapping[str, np.ndarray], sums: np.ndarray, members: np.ndarray
 ) -> np.ndarray:
-    """The statistic [R] for weighted sums [R, K] over weighted numbers of rows [R]."""
+    """Return the statistic [R] for weighted sums [R, K] and weighted numbers of rows [R]."""
     with np.errstate(divide="ignore", invalid="ignore"):
         means = sums / members[:, None]
         result = statistic({name: means[:, position] for position, name in enumerate(columns)})

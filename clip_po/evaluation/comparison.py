@@ -1,4 +1,4 @@
-"""Answers of several methods and seeds: kept in files as they come, pooled, and set side by side."""
+"""Stored answers of several methods and seeds, and the table that compares them."""
 
 from __future__ import annotations
 
@@ -18,32 +18,53 @@ from clip_po.hub.redaction import redacted
 RESULT, ANSWERS = "result.json", "answers.npz"
 
 
-class Results:
-    """What each method and seed answered, kept in files, so that a stopped comparison goes on."""
+class ComparisonResults:
+    """The answers of each method and seed, stored in files so that a stopped comparison can continue.
+
+    Args:
+        folder: Folder with one subfolder per method, and in each one subfolder per seed.
+        settings: Settings that every result depends on. Stored with each result and compared when it is found again.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder, self.settings = folder, json.loads(json.dumps(settings, default=str))
 
     def path(self, name: str, seed: int) -> Path:
-        """Folder of a method and seed."""
+        """Return the folder of a method and seed.
+
+        Args:
+            name: Name of the method.
+            seed: Its seed.
+
+        Returns:
+            The folder, which may not exist yet.
+        """
         return self.folder / name / f"seed-{seed}"
 
     def find(self, name: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What is known of a method and seed; None where it did not run to its end.
+        """Return the stored result of a method and seed, or None if the method has not finished.
+
+        Args:
+            name: Name of the method.
+            seed: Its seed.
+            settings: Its settings.
+
+        Returns:
+            Settings, seconds and details.
 
         Raises:
-            ValueError: It ran with other settings.
+            ValueError: If the stored result was measured with other settings.
         """
         file = self.path(name, seed) / RESULT
         if not file.is_file():
             return None
         result: dict[str, Any] = json.loads(file.read_text())
-        # Without secrets, as they were written.
+        # Stored settings are redacted, so the comparison must redact the current ones too.
         now = redacted({**self.settings, "method": json.loads(json.dumps(settings, default=str))})
         if differ := sorted(k for k in now if result["settings"].get(k) != now[k]):
             raise ValueError(
                 f"{file.parent} holds {name!r}, seed {seed}, with other settings ({', '.join(differ)}). Remove the "
-                "folder to run it again, or give another --output_dir."
+                "folder to run the method again, or choose another --output_dir."
             )
         return result
 
@@ -56,46 +77,77 @@ class Results:
         seconds: float,
         details: Mapping[str, Any],
     ) -> None:
-        """Keep the answers by attack and variant; the mark that they are whole is written last."""
+        """Store the result of a method and seed.
+
+        Args:
+            name: Name of the method.
+            seed: Its seed.
+            settings: Its settings.
+            answers: By attack and variant, array [N] of predicted classes.
+            seconds: Duration of the method.
+            details: What the method selected or learned.
+        """
         folder = self.path(name, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {f"{attack}/{v}": said for attack, by_variant in answers.items() for v, said in by_variant.items()}
+        arrays = {f"{attack}/{v}": array for attack, by_variant in answers.items() for v, array in by_variant.items()}
         with (folder / ANSWERS).open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
         kept = {**self.settings, "method": settings}
+        # Written last: a folder with this file is complete.
         write_json(folder / RESULT, {"settings": kept, "seconds": seconds, "details": details})
 
     def answers(self, name: str, seed: int, attack: str) -> dict[str, np.ndarray]:
-        """Answers by variant."""
+        """Return the stored answers of a method and seed under one attack.
+
+        Args:
+            name: Name of the method.
+            seed: Its seed.
+            attack: Name of the attack.
+
+        Returns:
+            By variant, array [N] of predicted classes.
+        """
         with np.load(self.path(name, seed) / ANSWERS, allow_pickle=False) as arrays:
             return {key.rpartition("/")[2]: arrays[key] for key in arrays if key.rpartition("/")[0] == attack}
 
 
-def pooled(images: RobustnessImages, said: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> Answers:
-    """Answers of several seeds as of one data set: the same images again for each seed, clustered by image.
+def pool_seeds(images: RobustnessImages, predicted: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> Answers:
+    """Pool the answers of several seeds: the images repeat once per seed, clustered by image.
 
     Args:
-        images: What was asked about.
-        said: By model, one mapping a seed; a model with a single one is the same for all.
-    """
-    seeds = max(len(each) for each in said.values())
+        images: The images that the models answered, N items.
+        predicted: By model, one mapping per seed from variant to array [N] of predicted classes. The answers of a
+            model with a single seed are repeated for every seed.
 
-    def together(each: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        every = list(each) * (seeds if len(each) == 1 else 1)
-        return {variant: np.concatenate([one[variant] for one in every]) for variant in images.variants}
+    Returns:
+        Answers about S * N items, where S is the number of seeds.
+    """
+    seeds = max(len(runs) for runs in predicted.values())
+
+    def concatenated(runs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        repeated = list(runs) * (seeds if len(runs) == 1 else 1)
+        return {variant: np.concatenate([run[variant] for run in repeated]) for variant in images.variants}
 
     label, word, written, cluster = (
-        np.tile(a, seeds) for a in (images.label, images.word, images.written, images.cluster)
+        np.tile(array, seeds) for array in (images.label, images.word, images.written, images.cluster)
     )
-    return Answers(
-        images.class_names, label, word, written, cluster, {name: together(each) for name, each in said.items()}
-    )
+    by_model = {name: concatenated(runs) for name, runs in predicted.items()}
+    return Answers(images.class_names, label, word, written, cluster, by_model)
 
 
 def comparison_table(
-    found: Mapping[str, Mapping[str, Estimate]], seconds: Mapping[str, float], attacks: Sequence[str]
+    metrics: Mapping[str, Mapping[str, Estimate]], seconds: Mapping[str, float], attacks: Sequence[str]
 ) -> str:
-    """One row a method, with what each attack does to it."""
+    """Format the metrics of all methods as a Markdown table, one row per method.
+
+    Args:
+        metrics: By method, estimates by metric. Metrics of all attacks but the first have the prefix "ATTACK: ".
+        seconds: Mean duration of each method; methods without one get an empty cell.
+        attacks: Names of the attacks. The first one gives clean cost, recovery, fooled and blank sticker.
+
+    Returns:
+        The table.
+    """
     first, *others = attacks
     columns = {
         "clean cost": "clean_cost",
@@ -113,9 +165,9 @@ def comparison_table(
     rows = [
         [
             name,
-            *(metrics.get(metric) for metric in columns.values()),
+            *(found.get(metric) for metric in columns.values()),
             f"{seconds[name]:.0f}" if name in seconds else "",
         ]
-        for name, metrics in found.items()
+        for name, found in metrics.items()
     ]
     return format_table(["method", *columns, "seconds"], rows)

@@ -1,4 +1,4 @@
-"""How far to go from a base towards an aligned model, if clean accuracy may fall by no more than a bound."""
+"""Interpolation between a base and an aligned model, with alpha chosen under a bound on the clean cost."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ from clip_po.evaluation.tables import format_estimate, format_number, format_tab
 from clip_po.policy import dual_encoder
 
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
-"""From the base to the aligned model in ten steps."""
+"""Eleven values from 0, the base, to 1, the aligned model."""
 
-_ROUNDING = 1e-9  # points; costs are multiples of 100 / N, so that they often meet a bound exactly
+_ROUNDING = 1e-9  # Percentage points. Costs are multiples of 100 / N, so they often equal a bound exactly.
 
 
 @torch.no_grad()
 def interpolate(base: nn.Module, aligned: nn.Module, alpha: float) -> CLIPModel:
-    """A new model with the weights (1 - alpha) * base + alpha * aligned.
+    """Return a new model with the weights (1 - alpha) * base + alpha * aligned.
 
-    Between a model and what was trained from it, alpha trades what the base knew for what the training taught.
-    Beyond [0, 1] it extrapolates: above 1 it goes farther the way that training went, below 0 the opposite way;
-    neither end says what to expect there. Weights that are the same in both, such as a frozen tower's, stay so
-    bit for bit.
+    Between 0 and 1, alpha trades the knowledge of the base for the effect of the training. Outside [0, 1] the
+    result is an extrapolation: above 1 it continues in the direction of the training, below 0 it goes the opposite
+    way. The accuracies at 0 and 1 do not predict the accuracy there. Weights that are equal in both models, such as
+    the weights of a frozen tower, stay equal bit for bit.
 
     Args:
-        base: CLIPModel (or PeftModel around one) before alignment. It stays as it is.
-        aligned: The same after alignment, trained from `base`, on any device. It stays as it is.
-        alpha: Any finite number; 0 gives the weights of `base` and 1 those of `aligned`, bit for bit.
+        base: CLIPModel, or PeftModel around one, before alignment. It is not changed.
+        aligned: The model trained from `base`, on any device. It is not changed.
+        alpha: Any finite number. 0 gives the weights of `base` and 1 the weights of `aligned`, bit for bit.
 
     Returns:
-        A plain CLIPModel on the device of `base`, in evaluation mode, with adapters merged. It is computed in
-        float32 at least and has the wider of both models' dtypes.
+        A plain CLIPModel on the device of `base`, in evaluation mode, with adapters merged. Weights are computed in
+        float32 or wider, and have the wider of the dtypes of both models.
 
     Raises:
-        ValueError: `alpha` is not finite, or the models differ in more than their weights.
-        TypeError: As for `clip_po.policy.dual_encoder`.
+        ValueError: If `alpha` is not finite, or the architectures differ.
+        TypeError: As in `clip_po.policy.dual_encoder`.
 
     Source: Wortsman et al. 2022 (WiSE-FT), arXiv 2109.01903, Sec. 3; Ilharco et al. 2022 (PAINT), arXiv
     2208.05592, Sec. 2.
     """
     if not math.isfinite(alpha):
-        raise ValueError(f"alpha must be a finite number, got {alpha!r}; 0 is the base, 1 the aligned model.")
+        raise ValueError(f"alpha must be a finite number, got {alpha!r}. 0 is the base, 1 the aligned model.")
     mixed, target = _plain_copy(base, "base"), _plain(aligned, "aligned")
     _check_same_architecture(mixed, target)
     mixed = mixed.to(torch.promote_types(mixed.dtype, target.dtype)).requires_grad_(True).eval()
     theirs = target.state_dict()
     for name, weight in mixed.state_dict().items():
         wide = torch.promote_types(weight.dtype, torch.float32)
-        # lerp, and not the formula as it stands: that would round weights which are the same in both.
+        # lerp keeps weights that are equal in both models; the formula above would round them.
         weight.copy_(torch.lerp(weight.to(wide), theirs[name].to(weight.device, wide), alpha))
     return mixed
 
@@ -77,7 +77,7 @@ def _check_same_architecture(base: CLIPModel, aligned: CLIPModel) -> None:
     shapes = [{name: tuple(weight.shape) for name, weight in m.state_dict().items()} for m in (base, aligned)]
     names = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
     found = [f"{name} ({shapes[0].get(name)} and {shapes[1].get(name)})" for name in names]
-    # What the weights don't show, and what makes them mean something else.
+    # These settings change what the weights compute, but not their shapes.
     for tower in ("text_config", "vision_config"):
         for setting in ("hidden_act", "num_attention_heads"):
             values = [getattr(getattr(model.config, tower), setting) for model in (base, aligned)]
@@ -86,22 +86,22 @@ def _check_same_architecture(base: CLIPModel, aligned: CLIPModel) -> None:
     if found:
         rest = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise ValueError(
-            f"base and aligned are of different architectures: {', '.join(found[:5])}{rest}. Interpolate a model "
-            "with the one that it was trained from."
+            f"base and aligned have different architectures: {', '.join(found[:5])}{rest}. Interpolate a model with "
+            "the model it was trained from."
         )
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """What one interpolation was measured at.
+    """The metrics of one interpolation. Intervals are 95 % intervals.
 
     Attributes:
-        alpha: Share of the aligned model, as for `interpolate`.
-        clean_accuracy: 0..1, with its 95 % interval, as the others.
-        typographic_accuracy: 0..1.
+        alpha: Share of the aligned model, as in `interpolate`.
+        clean_accuracy: Accuracy on clean images, 0..1.
+        typographic_accuracy: Accuracy on typographic images, 0..1.
         clean_cost: Clean accuracy lost against the base on the same images, in percentage points.
         clean_cost_upper: Upper end of the one-sided 95 % interval of the clean cost, in percentage points.
-        images: Rows of the data set that were measured on.
+        images: Number of dataset rows measured.
     """
 
     alpha: float
@@ -114,15 +114,16 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Choice:
-    """The point to take under a bound of the clean cost, and a better one that is not sure to hold it.
+    """The point chosen under a bound on the clean cost, and a better point whose clean cost is uncertain.
 
     Attributes:
-        point: The point with the highest typographic accuracy among those sure to hold the bound.
+        point: The point with the highest typographic accuracy whose clean cost is within the bound with 95 %
+            confidence.
         max_clean_cost: The bound, in percentage points.
-        unproven: The point with the highest typographic accuracy among those whose clean cost is below the
-            bound by its value, but not by its upper end; None where it is no better than `point`.
-        images_needed: Images that would make the upper end of `unproven` meet the bound, if its clean cost
-            stayed the same; None where there is no such point.
+        unproven: The point with the highest typographic accuracy whose estimated clean cost is below the bound, but
+            the upper end of its interval is not; None if no such point is better than `point`.
+        images_needed: Approximate number of images at which the upper end for `unproven` meets the bound, if its
+            estimated clean cost stays the same; None without `unproven`.
     """
 
     point: SweepPoint
@@ -131,7 +132,11 @@ class Choice:
     images_needed: int | None = None
 
     def describe(self) -> str:
-        """The choice in one or two lines."""
+        """Describe the choice.
+
+        Returns:
+            One line, or two if there is an unproven better point.
+        """
         lines = [
             f"alpha {self.point.alpha:g}: typographic accuracy {format_estimate(self.point.typographic_accuracy)}, "
             f"{_cost(self.point)} with 95 % confidence (bound {self.max_clean_cost:g}, {self.point.images:,} images)."
@@ -139,8 +144,8 @@ class Choice:
         if self.unproven is not None:
             better = format_number(self.unproven.typographic_accuracy.value)
             lines.append(
-                f"alpha {self.unproven.alpha:g} would be better ({better}) at a {_cost(self.unproven)}: to promise "
-                f"the bound takes about {self.images_needed:,} images."
+                f"alpha {self.unproven.alpha:g} would be better ({better}) at a {_cost(self.unproven)}. Proving that "
+                f"it is within the bound takes about {self.images_needed:,} images."
             )
         return "\n".join(lines)
 
@@ -154,19 +159,30 @@ def _cost(point: SweepPoint) -> str:
 
 
 def within(clean_cost: float, max_clean_cost: float) -> bool:
-    """Whether a clean cost holds a bound; rounding does not break it. Both in percentage points."""
+    """Return whether a clean cost is within a bound, up to rounding.
+
+    Args:
+        clean_cost: Clean cost, in percentage points.
+        max_clean_cost: The bound, in percentage points.
+
+    Returns:
+        True if it is.
+    """
     return clean_cost <= max_clean_cost + _ROUNDING
 
 
 def check_bound(max_clean_cost: float) -> None:
-    """Refuse a bound that even the base would break.
+    """Raise if a bound on the clean cost is invalid.
+
+    Args:
+        max_clean_cost: The bound, in percentage points.
 
     Raises:
-        ValueError: The bound is negative or not finite.
+        ValueError: If the bound is negative or not finite.
     """
     if not 0 <= max_clean_cost < math.inf:
         raise ValueError(
-            f"max_clean_cost must be a finite number of percentage points >= 0, got {max_clean_cost!r}: the base "
+            f"max_clean_cost must be a finite number of percentage points >= 0, got {max_clean_cost!r}. The base "
             "itself costs 0. One point is 1.0."
         )
 
@@ -185,37 +201,37 @@ def sweep_interpolation(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[SweepPoint]:
-    """Measure the interpolations of two models, one after another, each against the base on the same images.
+    """Measure the interpolations of two models against the base, on the same images.
 
     Args:
-        base: CLIPModel (or PeftModel around one) before alignment.
-        aligned: The same after alignment.
-        images: Validation images. Report the model that was chosen on others: the best of several is best
-            partly by luck.
-        templates: As for `evaluate_robustness`.
-        alphas: Shares of the aligned model, as for `interpolate`.
-        batch_size: As for `evaluate_robustness`.
-        num_workers: As for `evaluate_robustness`; each model has the images drawn anew.
-        accelerator: As for `evaluate_robustness`.
-        disable_tqdm: Shows no progress bars.
-        resamples: As for `bootstrap_interval`.
-        seed: As for `bootstrap_interval`.
+        base: CLIPModel, or PeftModel around one, before alignment.
+        aligned: The model trained from `base`.
+        images: Validation images. Measure the chosen model again on other images, because the best of several
+            points is partly best by chance.
+        templates: As in `evaluate_robustness`.
+        alphas: Shares of the aligned model, as in `interpolate`.
+        batch_size: As in `evaluate_robustness`.
+        num_workers: As in `evaluate_robustness`. Workers draw the images again for each model.
+        accelerator: As in `evaluate_robustness`.
+        disable_tqdm: Whether to hide progress bars.
+        resamples: As in `bootstrap_interval`.
+        seed: As in `bootstrap_interval`.
 
     Returns:
-        One point per alpha, in their order.
+        One point per alpha, in the same order.
 
     Raises:
-        ValueError: No alphas, or one that is not finite; `images` have a single cluster, so that nothing can
-            be said about other images; as for `interpolate` and `evaluate_robustness`.
-        TypeError: As for `interpolate`.
+        ValueError: If there are no alphas, an alpha is not finite, or `images` have a single cluster, which allows
+            no interval; also as in `interpolate` and `evaluate_robustness`.
+        TypeError: As in `interpolate`.
 
     Source: Wortsman et al. 2022 (WiSE-FT), arXiv 2109.01903, Sec. 4; Ilharco et al. 2022 (PAINT), arXiv
     2208.05592, Sec. 2.
     """
     if not alphas or not all(math.isfinite(alpha) for alpha in alphas):
-        raise ValueError(f"alphas must be finite numbers, at least one, got {alphas!r}; [0, 0.5, 1] will do.")
+        raise ValueError(f"alphas must be finite numbers, at least one, got {alphas!r}. Pass for example [0, 0.5, 1].")
     if len(np.unique(images.cluster)) < 2:
-        raise ValueError("images have a single cluster: a clean cost needs at least two for its interval.")
+        raise ValueError("images have a single cluster, but the interval of the clean cost needs at least two.")
 
     def answers(model: nn.Module) -> Answers:
         return evaluate_robustness(
@@ -234,7 +250,7 @@ def sweep_interpolation(
         found = of_base if alpha == 0 else answers(interpolate(base, aligned, alpha))
         both = replace(found, predicted={**found.predicted, "base": of_base.of("interpolated")})
         report = robustness_report(both, "interpolated", "base", resamples=resamples, seed=seed)
-        # Both ends of the 90 % interval leave out 5 %: its upper one is the end of the one-sided 95 % interval.
+        # A two-sided 90 % interval leaves out 5 % above its upper end, as a one-sided 95 % interval does.
         one_sided = robustness_report(both, "interpolated", "base", confidence=0.9, resamples=resamples, seed=seed)
         points.append(
             SweepPoint(
@@ -250,42 +266,43 @@ def sweep_interpolation(
 
 
 def choose_alpha(points: Sequence[SweepPoint], max_clean_cost: float) -> Choice:
-    """The point with the highest typographic accuracy among those whose clean cost is sure to hold a bound.
+    """Choose the point with the highest typographic accuracy whose clean cost is within a bound.
 
-    Sure is a point whose one-sided 95 % interval ends at or below the bound, each point by itself; the base
-    (alpha 0) always is. The interval is a percentile bootstrap, which knows nothing of answers that happened not
-    to change on these images: below about 200 images it ends too low. Where a point would be better whose clean
-    cost is below the bound by its value alone, the choice names it, and how many images could settle it: the
-    interval's width goes with 1 / sqrt(images), if more images come with as many more clusters.
+    A point is within the bound if its one-sided 95 % interval ends at or below the bound, each point by itself.
+    The base (alpha 0) always is. The interval is a percentile bootstrap, which cannot account for answers that did
+    not change on these images, so it ends too low below about 200 images. If a better point is below the bound by
+    its estimate alone, the choice names it together with the number of images that could settle the question. This
+    number assumes that the width of the interval falls with 1 / sqrt(images), which holds if clusters grow with
+    images.
 
     Args:
-        points: From `sweep_interpolation`, with alpha 0 among them.
-        max_clean_cost: Clean accuracy that may be lost, in percentage points, >= 0.
+        points: From `sweep_interpolation`, including alpha 0.
+        max_clean_cost: Largest allowed loss of clean accuracy, in percentage points, >= 0.
 
     Returns:
-        The choice. Of points with the same typographic accuracy, the one whose clean cost ends lowest.
+        The choice. Ties in typographic accuracy go to the point with the lowest upper end of the clean cost.
 
     Raises:
-        ValueError: A negative bound, or no point holds it and alpha 0 was not measured.
+        ValueError: If the bound is negative or not finite, or no point is within it and alpha 0 was not measured.
     """
     check_bound(max_clean_cost)
-    sure = [point for point in points if point.alpha == 0 or within(point.clean_cost_upper, max_clean_cost)]
-    if not sure:
+    proven = [point for point in points if point.alpha == 0 or within(point.clean_cost_upper, max_clean_cost)]
+    if not proven:
         raise ValueError(
-            f"None of the {len(points)} points is sure to cost at most {max_clean_cost!r} points of clean accuracy. "
-            "Measure alpha 0 too, the base, which costs nothing."
+            f"None of the {len(points)} interpolations costs at most {max_clean_cost!r} points of clean accuracy with "
+            "95 % confidence. Measure alpha 0 too: it is the base, which costs nothing."
         )
-    best = max(sure, key=_rank)
-    unsure = [
+    best = max(proven, key=_rank)
+    unproven = [
         point
         for point in points
-        if point not in sure
+        if point not in proven
         and max_clean_cost - point.clean_cost.value > _ROUNDING
         and point.typographic_accuracy.value > best.typographic_accuracy.value
     ]
-    if not unsure:
+    if not unproven:
         return Choice(best, max_clean_cost)
-    better = max(unsure, key=_rank)
+    better = max(unproven, key=_rank)
     width = better.clean_cost_upper - better.clean_cost.value
     needed = better.images * (width / (max_clean_cost - better.clean_cost.value)) ** 2
     return Choice(best, max_clean_cost, better, math.ceil(needed))
@@ -296,13 +313,13 @@ def _rank(point: SweepPoint) -> tuple[float, float]:
 
 
 def interpolation_table(points: Sequence[SweepPoint]) -> str:
-    """The points of a sweep as a Markdown table, with intervals in brackets.
+    """Format a sweep as a Markdown table, with intervals in brackets.
 
     Args:
         points: From `sweep_interpolation`.
 
     Returns:
-        One row a point.
+        The table, one row per point.
     """
     rows: list[list[Estimate | str | float | None]] = [
         [f"{p.alpha:g}", p.clean_accuracy, p.typographic_accuracy, p.clean_cost, p.clean_cost_upper] for p in points

@@ -1,4 +1,4 @@
-"""Numbers, estimates and Markdown tables as text."""
+"""Formatting of numbers, estimates and Markdown tables."""
 
 from __future__ import annotations
 
@@ -13,27 +13,33 @@ UNDEFINED = "n/a"
 
 
 def format_number(value: float, digits: int = 3) -> str:
-    """A number as papers print it: .934, -.020, 12.500; "n/a" for nan and infinities.
+    """Format a number as papers print it, such as .934, -.020 or 12.500.
 
     Args:
         value: Any number.
-        digits: Decimals, >= 0.
+        digits: Number of decimals, >= 0.
+
+    Returns:
+        The text; "n/a" for NaN and infinite values.
     """
     if not math.isfinite(value):
         return UNDEFINED
     text = f"{value:.{digits}f}"
     sign, size = ("-", text[1:]) if text.startswith("-") else ("", text)
-    if not size.strip("0."):  # rounded to zero: "-0.000" would read like a loss
+    if not size.strip("0."):  # The value rounds to zero, and "-.000" would read like a loss.
         sign = ""
     return sign + (size[1:] if size.startswith("0.") else size)
 
 
 def format_estimate(estimate: Estimate, digits: int = 3) -> str:
-    """A number with its interval, `.934 [.921, .945]`; the interval is left out where there is none.
+    """Format an estimate with its interval, such as `.934 [.921, .945]`.
 
     Args:
-        estimate: The number.
-        digits: Decimals, >= 0.
+        estimate: The estimate.
+        digits: Number of decimals, >= 0.
+
+    Returns:
+        The text, without an interval if the estimate has none.
     """
     value, low, high = (format_number(part, digits) for part in (estimate.value, estimate.low, estimate.high))
     return value if UNDEFINED in (low, high) else f"{value} [{low}, {high}]"
@@ -42,19 +48,19 @@ def format_estimate(estimate: Estimate, digits: int = 3) -> str:
 def format_table(
     columns: Sequence[str], rows: Sequence[Sequence[Estimate | str | float | None]], digits: int = 3
 ) -> str:
-    """An aligned Markdown table that reads as well in a terminal.
+    """Format an aligned Markdown table that is also readable in a terminal.
 
     Args:
-        columns: Headers.
-        rows: Cells of each row, one per header: estimates and floats are rounded, integers and texts stand as
-            they are, None is "n/a". A column without texts is aligned to the right.
-        digits: Decimals, >= 0.
+        columns: Column headers.
+        rows: Cells of each row, one per header. Estimates and floats are rounded, integers and strings are kept
+            unchanged, and None becomes "n/a". Columns without strings are right-aligned.
+        digits: Number of decimals, >= 0.
 
     Returns:
-        The table, lines joined by newlines, without one at the end.
+        The table, without a newline at the end.
 
     Raises:
-        ValueError: A row has more or fewer cells than there are headers.
+        ValueError: If the number of cells in a row differs from the number of headers.
     """
     for position, row in enumerate(rows):
         if len(row) != len(columns):

@@ -1,4 +1,4 @@
-"""Keeping secrets out of whatever is written."""
+"""Redaction of secrets in settings and messages before they are written."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 REDACTED = "<redacted>"
 
 _SECRET_NAMES = ("token", "secret", "password", "api_key", "credential")
-_HUB_TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9_-]{16,}(?:\.[A-Za-z0-9_-]+)*")  # those of OAuth have dots
+_HUB_TOKEN = re.compile(r"(?:hf|api_org)_[A-Za-z0-9_-]{16,}(?:\.[A-Za-z0-9_-]+)*")  # OAuth tokens contain dots.
 
 
 def redacted(settings: Any) -> Any:
-    """Settings without secrets, at any depth.
+    """Return settings without secrets, at any depth.
 
     Args:
-        settings: Mappings, lists, dataclasses and plain values.
+        settings: Mappings, lists, tuples, dataclasses and plain values. They are not changed.
 
     Returns:
-        The same in mappings and lists; a text under a name that speaks of a token, secret, password, key of an API or
-        credential is replaced, and so is a Hub token in any text.
+        The settings as dicts, lists and plain values. A value is replaced by `REDACTED` if its name contains "token",
+        "secret", "password", "api_key" or "credential", unless it is a number, a boolean or None. A Hub token is
+        replaced in any string.
     """
     if is_dataclass(settings) and not isinstance(settings, type):
         settings = asdict(settings)

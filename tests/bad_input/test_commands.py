@@ -86,7 +86,7 @@ CASES = {
     "recipe-is-missing": (lambda f, c, d: ["steer", "--config", f / "no.yaml"], ("No such file", "no.yaml")),
     "methods-are-a-list": (
         lambda f, c, d: ["compare", "--config", recipe(f, "methods: [DPO]")],
-        ("methods must name settings by name", "['DPO']"),
+        ("methods must map names to settings", "['DPO']"),
     ),
     "task-is-broken": (
         lambda f, c, d: ["evaluate", "--dataset_name", d, "--model_name_or_path", broken_task(f)],
@@ -119,7 +119,7 @@ def test_ctrl_c_ends_a_command_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("clip_po.cli.train.main", interrupted)
     assert main(["train"]) == INTERRUPTED
     assert capsys.readouterr().err == (
-        "clip-po train: interrupted. The last whole checkpoint stays: go on from it with "
+        "clip-po train: interrupted. The last whole checkpoint is kept. Resume from it with "
         "--resume_from_checkpoint true.\n"
     )
 

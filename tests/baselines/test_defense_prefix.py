@@ -28,7 +28,7 @@ def learn(model, processor, preferences, **arguments):
 
 
 def losses(model, processor, preferences, prefix, templates=TEMPLATES[:1]):
-    """Cross-entropy of the typographic images, and KL of the clean ones from the prompts without the token."""
+    """Return the cross-entropy of typographic images, and the KL of clean images from plain prompts."""
     rows = [preferences[index] for index in range(len(preferences))]
     with evaluating(model):
         embeds = prefix_class_embeddings(model, processor, prefix, CLASSES, templates)
@@ -41,7 +41,7 @@ def losses(model, processor, preferences, prefix, templates=TEMPLATES[:1]):
 
 
 def with_highest_end(processor):
-    """The processor with the two special tokens behind all others, as in CLIP's own vocabulary."""
+    """Return the processor with the two special tokens after all others, as in CLIP's own vocabulary."""
     tokens = sorted(
         processor.tokenizer.get_vocab(), key=lambda token: (token.startswith("<|"), token != "<|startoftext|>")
     )
@@ -50,8 +50,8 @@ def with_highest_end(processor):
 
 
 @pytest.mark.parametrize("pooling", ["the end's token", "the highest token"])
-def test_the_token_stands_before_the_name(clip_folder, processor, pooling):
-    """A token that equals a letter's does what that letter does when it is written there."""
+def test_the_token_goes_before_the_name(clip_folder, processor, pooling):
+    """A token with the embedding of a letter has the effect of that letter in the prompt."""
     config = CLIPConfig.from_pretrained(clip_folder)
     if pooling == "the highest token":
         config.text_config.eos_token_id = 2  # as in OpenAI's configurations, with the end's token at the top
@@ -105,7 +105,7 @@ def test_the_same_seed_gives_the_same_token(model, processor, preferences):
     assert not torch.equal(vector(seed=1), first)
 
 
-def test_each_drawing_has_its_turn(model, processor):
+def test_training_cycles_through_the_drawings(model, processor):
     attack = TypographicAttack(words=CLASSES, min_side=32)
     preferences = TypographicPreferences(make_labelled(8), attack)
     one, two = (learn(model, processor, preferences, steps=1, drawings=drawings) for drawings in (1, 2))
@@ -120,30 +120,30 @@ def test_a_token_is_saved_and_loaded(model, processor, preferences, tmp_path):
     assert torch.equal(Prefix.load(tmp_path / "prefix.safetensors").vector, prefix.vector)
 
 
-def test_a_file_of_other_tensors(clip_folder):
+def test_a_file_with_other_tensors_is_refused(clip_folder):
     with pytest.raises(ValueError, match="expected 'prefix'"):
         Prefix.load(clip_folder / "model.safetensors")
 
 
-def test_a_token_of_another_model(model, processor):
-    with pytest.raises(ValueError, match=r"shape \(8,\), but the model's tokens have 32 numbers"):
+def test_a_token_of_another_model_is_refused(model, processor):
+    with pytest.raises(ValueError, match=r"shape \(8,\), but token embeddings of the model have shape \(32,\)"):
         prefix_class_embeddings(model, processor, Prefix(torch.zeros(8)), CLASSES, TEMPLATES)
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("a photo", "0 places"),
+        ("a photo", "exactly one '{}'.*got 'a photo' with 0"),
         ("a photo of un{}", "does not begin with a token of its own"),
         ("a very long prompt that leaves no room for {}", "does not begin with a token of its own"),
     ],
 )
-def test_templates_without_a_place_for_the_token(model, processor, template, message):
+def test_templates_without_a_position_for_the_token_are_refused(model, processor, template, message):
     with pytest.raises(ValueError, match=message):
         prefix_class_embeddings(model, processor, Prefix(torch.zeros(32)), CLASSES, [template])
 
 
 @pytest.mark.parametrize("arguments", [{"steps": -1}, {"drawings": 0}, {"batch_size": 0}, {"identity_weight": -1.0}])
-def test_arguments_out_of_range(model, processor, preferences, arguments):
+def test_arguments_out_of_range_are_refused(model, processor, preferences, arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         learn(model, processor, preferences, **arguments)

@@ -12,7 +12,7 @@ from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.policy import encode_images
 
 TEMPLATES = ["a photo of a {}"]
-WIDTH = 16  # of a head: 32 numbers in two heads
+WIDTH = 16  # Of a head: the hidden size of 32 has two heads.
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def embed(model, pixels):
 
 
 def hooked(model, layer, head, tokens):
-    """The model with what a head brings to some tokens taken out of the attention's output."""
+    """Return the model with the contribution of a head to some tokens subtracted from the output of the attention."""
     model = copy.deepcopy(model)
     projection = model.vision_model.encoder.layers[layer].self_attn.out_proj
     columns = slice(head * WIDTH, (head + 1) * WIDTH)
@@ -48,7 +48,7 @@ def hooked(model, layer, head, tokens):
 
 @pytest.mark.parametrize(("layer", "head"), [(0, 0), (0, 1), (1, 0)])
 @pytest.mark.parametrize(("silence", "tokens"), [(silence_heads, slice(None)), (silence_class_token, slice(0, 1))])
-def test_a_silenced_head_is_missing_and_nothing_else(model, pixels, layer, head, silence, tokens):
+def test_only_the_silenced_head_is_missing(model, pixels, layer, head, silence, tokens):
     before = copy.deepcopy(model.state_dict())
     got = embed(silence(model, [(layer, head)]), pixels)
     torch.testing.assert_close(got, embed(hooked(model, layer, head, tokens), pixels))
@@ -62,21 +62,21 @@ def test_the_two_ways_agree_in_the_last_layer_only(model, pixels):
         assert torch.allclose(first, second, atol=1e-6) == same
 
 
-def test_silenced_weights_load_with_transformers_alone(model, pixels, tmp_path):
+def test_silenced_weights_load_with_transformers(model, pixels, tmp_path):
     silenced = silence_heads(model, [(0, 1), (1, 0)])
     silenced.save_pretrained(tmp_path)
     assert torch.equal(embed(CLIPModel.from_pretrained(tmp_path), pixels), embed(silenced, pixels))
 
 
-def test_a_head_that_is_not_there(model):
-    with pytest.raises(ValueError, match=r"\(2, 0\) is no head of a vision tower of 2 layers of 2 heads"):
+def test_an_unknown_head_is_refused(model):
+    with pytest.raises(ValueError, match=r"\(2, 0\) is not a head of a vision tower with 2 layers of 2 heads"):
         silence_heads(model, [(2, 0)])
-    with pytest.raises(ValueError, match=r"\(0, -1\) is no head"):
+    with pytest.raises(ValueError, match=r"\(0, -1\) is not a head"):
         silence_class_token(model, [(0, -1)])
 
 
 def look_at_bright_patches(model, head):
-    """Make a head of the first layer attend to the brightest patches, and every other head to all alike."""
+    """Make a head of the first layer attend to the brightest patches, and every other head to all patches equally."""
     embeddings, attention = model.vision_model.embeddings, model.vision_model.encoder.layers[0].self_attn
     rows = slice(head * WIDTH, (head + 1) * WIDTH)
     with torch.no_grad():
@@ -102,27 +102,27 @@ def test_a_head_that_looks_at_the_words_scores_high(model, processor, head):
     images = RobustnessImages(black, attack, processor)
     scores = reading_scores(look_at_bright_patches(model, head), images)
     assert scores.shape == (2, 2)
-    # The word stands in the upper half, so that the most a head can reach is about 2.
+    # The word is in the upper half, so the highest possible score is about 2.
     assert scores[0, head] > 1.7
-    # The other head attends to all patches alike: 1, by definition.
+    # The other head attends to all patches equally, which scores 1 by definition.
     assert scores[0, 1 - head] == pytest.approx(1, abs=1e-4)
 
 
-def test_scores_leave_the_model_as_it_was(model, images, pixels):
+def test_scores_do_not_change_the_model(model, images, pixels):
     model.train()
     reading_scores(model, images, max_items=2)
     assert model.training
     assert model.config.vision_config._attn_implementation == "sdpa"
 
 
-def test_scores_need_a_word_to_be_seen(model, images):
+def test_scores_need_a_visible_word(model, images):
     blind = copy.copy(images)
     blind.attack = TypographicAttack(words=CLASSES, opacity=(1e-6, 1e-6), sticker=0.0, min_side=32)
-    with pytest.raises(ValueError, match="No word can be seen on any image"):
+    with pytest.raises(ValueError, match="No word is visible on any image"):
         reading_scores(model, blind, max_items=3)
 
 
-def test_heads_stay_silent_where_that_helps_and_costs_little(model, images):
+def test_heads_stay_silenced_if_they_help_within_the_bound(model, images):
     found = ablate_reading_heads(model, images, TEMPLATES, max_clean_loss=10.0, first_layer=0)
     base, *trials = found.trials
     assert (base.head, base.kept) == (None, False)
@@ -136,7 +136,7 @@ def test_heads_stay_silent_where_that_helps_and_costs_little(model, images):
         best = trial.typographic_accuracy if trial.kept else best
 
 
-def test_the_ablated_model_is_that_of_the_last_head_kept(model, images, pixels):
+def test_the_ablated_model_has_the_kept_heads_silenced(model, images, pixels):
     found = ablate_reading_heads(model, images, TEMPLATES, 100.0, silence=silence_heads, first_layer=0)
     assert torch.equal(embed(found.model, pixels), embed(silence_heads(model, found.heads), pixels))
 
@@ -156,13 +156,13 @@ def test_the_search_ends(model, images):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_clean_loss": -1.0}, "max_clean_loss is a loss"),
-        ({"patience": 0}, "patience is a number of heads"),
+        ({"max_clean_loss": -1.0}, "max_clean_loss must be a loss"),
+        ({"patience": 0}, "patience must be a whole number >= 1"),
         ({"first_layer": 2}, "first_layer must be a layer"),
-        ({"max_items": 0}, "No items to look at"),
+        ({"max_items": 0}, "There are no items to score"),
     ],
 )
-def test_arguments_out_of_range(model, images, arguments, message):
+def test_arguments_out_of_range_are_refused(model, images, arguments, message):
     with pytest.raises(ValueError, match=message):
         ablate_reading_heads(model, images, TEMPLATES, **arguments)
 

@@ -25,7 +25,7 @@ def detector():
 
 @pytest.fixture(scope="module")
 def landscape():
-    """224 pixels of sky above land: nothing in it looks like a letter."""
+    """Return an image of 224 pixels with sky above land, in which nothing looks like a letter."""
     rows = np.linspace([90, 150, 220], [70, 110, 50], 224)
     return Image.fromarray(np.repeat(rows[:, None], 224, axis=1).astype(np.uint8))
 
@@ -52,14 +52,14 @@ def test_a_drawn_word_is_removed(landscape, word):
     left = np.abs(np.asarray(removed, dtype=int) - np.asarray(landscape, dtype=int))
     assert left.mean() < 0.2 * np.abs(np.asarray(attacked, dtype=int) - np.asarray(landscape, dtype=int)).mean()
     assert removal.find(removed) == []
-    # Away from the word nothing changes.
+    # Nothing changes away from the word.
     assert not changed(removed, attacked)[: rows.min() - 30].any()
     assert removal(attacked).tobytes() == removed.tobytes()
 
 
 @pytest.mark.usefixtures("detector")
 @pytest.mark.parametrize("side", [32, 224])
-def test_an_image_without_text_stays_bit_for_bit(landscape, side):
+def test_an_image_without_text_does_not_change(landscape, side):
     image = landscape.resize((side, side))
     assert TextRemoval()(image) is image
 
@@ -75,13 +75,13 @@ def test_a_small_image_is_enlarged_and_a_large_one_reduced(landscape):
 
 
 @pytest.mark.usefixtures("detector")
-def test_what_fills_the_image_is_no_text(landscape):
+def test_an_area_above_the_largest_share_is_not_text(landscape):
     attacked = ATTACK.draw(landscape, "bird", 0)
     assert TextRemoval(max_share=0.05)(attacked) is attacked
 
 
 @pytest.mark.usefixtures("detector")
-def test_a_processor_removes_text_first(processor, landscape):
+def test_a_processor_removes_text_before_processing(processor, landscape):
     attacked, removal = ATTACK.draw(landscape, "bird", 0), TextRemoval()
     changed_processor = processor_without_text(processor, removal)
     expected = to_pixels(processor, [removal(attacked), landscape])
@@ -100,11 +100,11 @@ def test_a_processor_that_removes_text_works_in_workers(processor):
     assert torch.equal(batch["typographic"], torch.stack([images[index]["typographic"] for index in range(4)]))
 
 
-def test_a_processor_is_made_without_the_detector(processor):
+def test_creating_a_processor_does_not_need_the_detector(processor):
     assert image_size(processor_without_text(processor, TextRemoval())) == 32
 
 
-def test_without_the_extra_the_message_says_what_to_install():
+def test_without_the_extra_the_error_names_what_to_install():
     code = (
         "import sys; sys.modules['rapidocr'] = None\n"
         "from PIL import Image\n"
@@ -125,6 +125,6 @@ def test_without_the_extra_the_message_says_what_to_install():
         ({"growth": 0.0}, "growth must be"),
     ],
 )
-def test_arguments_out_of_range(arguments, message):
+def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         TextRemoval(**arguments)

@@ -1,4 +1,4 @@
-"""clip-po compare, end to end: every kind of method, each method and seed once, one table."""
+"""clip-po compare, end to end: every method runs once per seed, and one table compares them."""
 
 import json
 
@@ -50,21 +50,21 @@ def recipe(clip_folder, photos, tmp_path):
     return write
 
 
-def test_every_kind_of_method_runs_and_a_stopped_comparison_goes_on(recipe, tmp_path, capsys, monkeypatch):
+def test_every_method_runs_and_a_stopped_comparison_continues(recipe, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     calls = []
-    make = compare.make
+    run_method = compare.run_method
 
-    def counted(contest, name, seed, **settings):
+    def counted(setup, name, seed, **settings):
         calls.append((name, seed))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return make(contest, name, seed, **settings)
+        return run_method(setup, name, seed, **settings)
 
-    monkeypatch.setattr(compare, "make", counted)
-    assert main(recipe()) == 130  # as a shell says of what Ctrl-C ended
+    monkeypatch.setattr(compare, "run_method", counted)
+    assert main(recipe()) == 130  # The exit status of a shell after Ctrl-C.
     assert main(recipe()) == 0
-    # Everything once, and what was stopped again.
+    # Every run once, and the stopped run a second time.
     assert sorted(calls) == sorted([(n, s) for s in (0, 1) for n in METHODS] + [calls[2]])
 
     printed = capsys.readouterr().out
@@ -83,8 +83,8 @@ def test_every_kind_of_method_runs_and_a_stopped_comparison_goes_on(recipe, tmp_
     assert repr(again) == repr(found)
 
 
-def test_answers_are_those_of_the_method_on_its_own(recipe, tmp_path, clip_folder, photos, capsys):
-    """The comparison's figures are those of clip-po train with the same settings and clip-po evaluate."""
+def test_metrics_equal_those_of_clip_po_train_and_evaluate(recipe, tmp_path, clip_folder, photos, capsys):
+    """A comparison measures what clip-po train with the same settings and clip-po evaluate measure."""
     methods = {"CE": METHODS["CE"]}
     attacks = {"class words": {}}
     command = recipe(methods=methods, attacks=attacks, seeds=[3])
@@ -102,7 +102,7 @@ def test_answers_are_those_of_the_method_on_its_own(recipe, tmp_path, clip_folde
         assert together[metric].value == pytest.approx(single[metric].value)
 
 
-def test_other_settings_are_not_taken_for_the_same_run(recipe, capsys):
+def test_a_stored_result_with_other_settings_is_refused(recipe, capsys):
     methods = {"heads": METHODS["heads"]}
     assert main(recipe(methods=methods, seeds=[0])) == 0
     assert main(recipe(methods={"heads": {**METHODS["heads"], "max_heads": 2}}, seeds=[0])) == 2
@@ -114,7 +114,7 @@ def test_other_settings_are_not_taken_for_the_same_run(recipe, capsys):
     [
         ({"methods": {}}, "names no methods"),
         ({"methods": {"a": {"method": "magic"}}}, "'magic'"),
-        ({"methods": {"a": {"method": "interpolation", "of": "b"}, "b": {}}}, "no method above it"),
+        ({"methods": {"a": {"method": "interpolation", "of": "b"}, "b": {}}}, "not a method above it"),
         ({"dataset_validation_split": None}, "--dataset_validation_split is missing"),
         ({"colour": "red"}, "['colour']"),
         ({"attacks": {"x": {"size": [2, 3]}}}, "size"),

@@ -1,4 +1,4 @@
-"""The command line's door: quick help, clear refusals."""
+"""The entry point of the command line: fast help and one-line errors."""
 
 import subprocess
 import sys
@@ -26,12 +26,12 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_help_pages_are_those_of_the_arguments(command):
+def test_help_pages_match_the_arguments(command):
     file = help_pages.files("clip_po").joinpath("assets", "help", f"{command}.txt")
     assert file.read_text() == help_pages.page(command), "stale: run `make help`"
 
 
-def test_help_names_what_the_parser_takes():
+def test_help_lists_the_flags_of_the_parser():
     page = help_pages.page("train")
     for flag in (
         "--loss_type",
@@ -51,7 +51,7 @@ def test_an_unknown_command_is_refused():
     assert "train, evaluate, compare, steer, demo" in done.stderr
 
 
-def test_a_refusal_is_one_line_and_no_traceback():
+def test_an_error_is_one_line_without_a_traceback():
     start = time.time()
     done = run("train", "--model_name_or_path", "nowhere", "--output_dir", "out")
     assert done.returncode == 2

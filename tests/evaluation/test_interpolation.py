@@ -1,4 +1,4 @@
-"""A sweep is measured against the base on the same images; a choice holds its bound by the interval's upper end."""
+"""Sweeps over interpolations, and the choice of alpha under a bound on the clean cost."""
 
 import weakref
 
@@ -60,7 +60,7 @@ def test_a_sweep_holds_one_interpolation_at_a_time(model, other_model, images, m
     assert max(most) == 0
 
 
-def test_the_best_point_sure_to_hold_the_bound_is_chosen():
+def test_the_best_point_within_the_bound_is_chosen():
     points = [point(0, 0.3, 0.0, 0.0), point(0.5, 0.6, -0.5, 0.5), point(1, 0.8, 3.0, 4.0)]
     choice = choose_alpha(points, 1.0)
     assert choice.point is points[1]
@@ -73,36 +73,36 @@ def test_the_best_point_sure_to_hold_the_bound_is_chosen():
     assert choose_alpha(points, 0.0).point is points[0]
 
 
-def test_a_better_point_that_is_not_sure_says_how_many_images_it_takes():
+def test_a_better_point_that_is_unproven_comes_with_the_images_it_needs():
     points = [point(0, 0.3, 0.0, 0.0), point(0.5, 0.6, 0.0, 1.0), point(0.8, 0.7, 0.5, 2.0), point(1, 0.8, 3.0, 4.0)]
     choice = choose_alpha(points, 1.0)
     assert choice.point is points[1]
     assert choice.unproven is points[2]
-    assert choice.images_needed == 900  # half the bound is left, and the interval is 1.5 wide: 3 ** 2 times as many
+    assert choice.images_needed == 900  # The interval is 1.5 wide and .5 points are left: 3 ** 2 times as many.
     assert choice.describe().splitlines()[1] == (
-        "alpha 0.8 would be better (.700) at a clean cost of .50 points, at most 2.00: to promise the bound takes "
-        "about 900 images."
+        "alpha 0.8 would be better (.700) at a clean cost of .50 points, at most 2.00. Proving that it is within the "
+        "bound takes about 900 images."
     )
 
 
-def test_rounding_does_not_break_a_bound_that_is_met_exactly():
+def test_rounding_does_not_exclude_a_point_that_equals_the_bound():
     exactly = 100 * (0.93 - 0.92)
     assert exactly > 1
     met = point(0.5, 0.6, 0.0, exactly)
     assert choose_alpha([point(0, 0.3, 0.0, 0.0), met], 1.0).point is met
 
 
-def test_a_cost_that_meets_the_bound_by_its_value_needs_endless_images():
+def test_a_point_whose_estimate_equals_the_bound_is_not_reported_as_unproven():
     points = [point(0, 0.3, 0.0, 0.0), point(1, 0.8, 100 * (0.93 - 0.92), 4.0)]
     assert choose_alpha(points, 1.0).unproven is None
 
 
-def test_equal_points_are_decided_by_the_cost():
+def test_ties_go_to_the_lower_clean_cost():
     points = [point(0, 0.3, 0.0, 0.0), point(0.9, 0.6, 0.5, 0.9), point(0.8, 0.6, 0.2, 0.5)]
     assert choose_alpha(points, 1.0).point is points[2]
 
 
-def test_what_makes_no_sense_is_refused(model, other_model, images, dataset, attack, processor):
+def test_invalid_arguments_are_refused(model, other_model, images, dataset, attack, processor):
     with pytest.raises(ValueError, match="percentage points >= 0, got -1"):
         choose_alpha([point(0, 0.3, 0.0, 0.0)], -1)
     with pytest.raises(ValueError, match="Measure alpha 0 too"):

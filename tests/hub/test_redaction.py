@@ -1,4 +1,4 @@
-"""No secret in what is written."""
+"""Secrets are redacted in settings and messages."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def test_secrets_are_replaced_at_any_depth(key):
     assert redacted(settings)["model_init_kwargs"]["deep"][0] == {key: "<redacted>"}
 
 
-def test_other_settings_stay_as_they_are():
+def test_other_settings_do_not_change():
     settings = {
         "beta": 0.1,
         "hub_token": None,
@@ -24,11 +24,11 @@ def test_other_settings_stay_as_they_are():
     assert redacted(settings) == settings
 
 
-def test_redacting_leaves_the_settings_themselves_alone():
+def test_the_original_settings_do_not_change():
     settings = {"nested": {"token": "hf_abc"}}
     redacted(settings)
     assert settings == {"nested": {"token": "hf_abc"}}
 
 
-def test_a_hub_token_is_taken_out_of_any_text():
+def test_a_hub_token_is_replaced_in_any_text():
     assert redacted({"note": "by hf_" + "a1" * 12 + "."}) == {"note": "by <redacted>."}

@@ -98,7 +98,7 @@ def test_a_pickle_under_the_name_of_safetensors_is_not_read(clip_folder, marker,
         torch.save(Program(marker), file)
     with pytest.raises(ValueError, match="are not readable"):
         load_model(str(folder))
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         Prefix.load(tmp_path / "prefix.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what a model said about attacked images before and after alignment."""
+"""Pictures of attacked images with the answers of a model before and after alignment."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from PIL import Image, ImageDraw
 
 from clip_po.data.attacks.drawing import PILLOW_FONT, Colour, Font, load_font
 from clip_po.evaluation.robustness import Answers
+from clip_po.validation import COUNT, check_number
 
-CHANGES = ("mended", "still wrong", "newly broken")
-"""What became of an attacked image that either model answered wrongly."""
+CHANGES = ("fixed", "still wrong", "newly broken")
+"""Kinds of change between the answers before and after alignment."""
 
 _PAGE, _CARD, _EDGE, _FRAME = (244, 245, 248), (255, 255, 255), (222, 225, 231), (236, 238, 242)
 _INK, _QUIET = (24, 28, 36), (106, 113, 126)
 _RIGHT, _WORD, _OTHER = (18, 128, 74), (200, 36, 46), (184, 104, 8)
 _LEGEND = {"right": _RIGHT, "the written word": _WORD, "wrong otherwise": _OTHER}
-_BADGES = {"mended": _RIGHT, "still wrong": _OTHER, "newly broken": _WORD}
+_BADGES = {"fixed": _RIGHT, "still wrong": _OTHER, "newly broken": _WORD}
 _SIDE, _PAD, _GAP, _MARGIN, _LINE = 256, 16, 24, 48, 30
 _CARD_WIDTH = _SIDE + 2 * _PAD
 _CARD_HEIGHT = _SIDE + 2 * _PAD + 4 * _LINE + 4
@@ -29,15 +30,15 @@ _HEADER = 156
 
 @dataclass(frozen=True)
 class Example:
-    """One attacked image and what was said about it.
+    """One attacked image with its answers.
 
     Attributes:
-        index: Item of the `RobustnessImages` that was asked about.
+        index: Index of the item in the `RobustnessImages`.
         change: One of `CHANGES`.
-        truth: Name of its class.
-        word: The word written on it.
-        before: Name of the class that the model answered before alignment.
-        after: The same after alignment.
+        truth: Name of the true class.
+        word: The word written on the image.
+        before: Name of the predicted class before alignment.
+        after: Name of the predicted class after alignment.
     """
 
     index: int
@@ -49,77 +50,85 @@ class Example:
 
 
 def changes(answers: Answers, before: str, after: str) -> dict[str, np.ndarray]:
-    """The typographic images whose answer is or was wrong.
+    """Find the typographic images that the model answers wrongly before or after alignment.
 
     Args:
-        answers: From `robustness.evaluate_robustness`.
+        answers: From `evaluate_robustness`.
         before: Name of the model before alignment.
-        after: Name of the model after it.
+        after: Name of the model after alignment.
 
     Returns:
-        Indices of the items, ascending, for each of `CHANGES`.
+        For each of `CHANGES`, array of item indices in ascending order.
 
     Raises:
-        ValueError: A model of that name was not asked.
+        ValueError: If `answers` has no model of that name.
     """
     was = answers.of(before)["typographic"] == answers.label
     now = answers.of(after)["typographic"] == answers.label
-    kinds = {"mended": ~was & now, "still wrong": ~was & ~now, "newly broken": was & ~now}
+    kinds = {"fixed": ~was & now, "still wrong": ~was & ~now, "newly broken": was & ~now}
     return {name: np.flatnonzero(chosen) for name, chosen in kinds.items()}
 
 
 def changes_line(answers: Answers, before: str, after: str) -> str:
-    """The changes in one line, to stand above chosen examples so that they can't be taken for the whole.
+    """Return the number of images per kind of change, in one line.
+
+    Show it above chosen examples, which are not representative of all images.
 
     Args:
-        answers: As for `changes`.
-        before: As for `changes`.
-        after: As for `changes`.
+        answers: As in `changes`.
+        before: As in `changes`.
+        after: As in `changes`.
+
+    Returns:
+        The line.
+
+    Raises:
+        ValueError: As in `changes`.
     """
     counts = {name: len(found) for name, found in changes(answers, before, after).items()}
     rest = len(answers.label) - sum(counts.values())
-    told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-    return f"Of {len(answers.label):,} attacked images: {told}, {rest:,} right before and after."
+    listed = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    return f"Of {len(answers.label):,} attacked images: {listed}, {rest:,} right before and after."
 
 
 def choose_examples(answers: Answers, before: str, after: str, count: int = 12, seed: int = 0) -> list[Example]:
-    """A random choice of changed images: mostly mended ones, and a few of the others.
+    """Choose changed images at random: mostly fixed ones, and a few that are still wrong or newly broken.
 
-    Of `count`, about a sixth each is kept for images that are still wrong and newly broken; what a kind can't
-    fill goes to the others. Not a fair sample: show it under `changes_line`.
+    About a sixth of `count` is reserved for images that are still wrong, and another sixth for newly broken ones.
+    Places that one kind cannot fill go to the other kinds. The sample is not representative: show it below
+    `changes_line`.
 
     Args:
-        answers: As for `changes`.
-        before: As for `changes`.
-        after: As for `changes`.
-        count: Most examples wanted, >= 1.
+        answers: As in `changes`.
+        before: As in `changes`.
+        after: As in `changes`.
+        count: Largest number of examples, >= 1.
         seed: Seed of the choice.
 
     Returns:
-        Up to `count` examples, the mended first; fewer where fewer images were ever answered wrongly.
+        Up to `count` examples, fixed ones first. There are fewer if fewer images are answered wrongly.
 
     Raises:
-        ValueError: `count` < 1, or a model of that name was not asked.
+        ValueError: If `count` < 1; also as in `changes`.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count!r}.")
+    check_number("count", count, COUNT)
     rng = np.random.default_rng(seed)
     pools = {name: rng.permutation(found) for name, found in changes(answers, before, after).items()}
     few = count // 6 or int(count > 2)
     taken = {name: min(few, len(pools[name])) for name in CHANGES[1:]}
-    taken = {"mended": min(count - sum(taken.values()), len(pools["mended"])), **taken}
+    taken = {"fixed": min(count - sum(taken.values()), len(pools["fixed"])), **taken}
     for name in CHANGES:
         taken[name] += min(count - sum(taken.values()), len(pools[name]) - taken[name])
     names = answers.class_names
-    said = {model: answers.of(model)["typographic"] for model in (before, after)}
+    predicted = {model: answers.of(model)["typographic"] for model in (before, after)}
     return [
         Example(
             index=int(index),
             change=name,
             truth=names[answers.label[index]],
             word=str(answers.written[index]),
-            before=names[said[before][index]],
-            after=names[said[after][index]],
+            before=names[predicted[before][index]],
+            after=names[predicted[after][index]],
         )
         for name in CHANGES
         for index in pools[name][: taken[name]]
@@ -136,30 +145,29 @@ def before_after_grid(
     columns: int = 4,
     font: str = PILLOW_FONT,
 ) -> Path:
-    """Save a PNG of attacked images with the answers before and after, coloured by whether they are right.
+    """Save a PNG of attacked images with the answers before and after alignment, right and wrong in colour.
 
     Args:
         examples: From `choose_examples`.
-        path: The file; missing folders are made.
-        picture: Gives the image of an index, as `RobustnessImages.picture` does.
-        title: Header.
-        subtitle: Line below it, such as `changes_line`.
-        columns: Most images side by side, >= 1.
-        font: As for `load_font`; give a file for names in scripts that Pillow's own font lacks.
+        path: The file. Missing folders are created.
+        picture: Function that returns the image of an index, such as `RobustnessImages.picture`.
+        title: Heading.
+        subtitle: Line below the heading, such as `changes_line`.
+        columns: Largest number of images side by side, >= 1.
+        font: As in `load_font`. Pass a font file for names in scripts that Pillow's own font lacks.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: There are no examples, or `columns` < 1.
+        ValueError: If there are no examples, or `columns` < 1.
     """
     if not examples:
-        raise ValueError("There are no examples to show: neither model was wrong on any attacked image.")
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns!r}.")
+        raise ValueError("There are no examples to show: both models answer every attacked image correctly.")
+    check_number("columns", columns, COUNT)
     across = min(columns, len(examples))
     down = -(-len(examples) // across)
-    # Two cards wide at least, so that the header has room.
+    # At least two cards wide, so that the header fits.
     width = 2 * _MARGIN + max(2, across) * (_CARD_WIDTH + _GAP) - _GAP
     height = _HEADER + _MARGIN + down * (_CARD_HEIGHT + _GAP) - _GAP
     page = Image.new("RGB", (width, height), _PAGE)
@@ -180,7 +188,7 @@ def _header(page: Image.Image, title: str, subtitle: str, font: str) -> None:
         (title, (34, 30, 26), 52, _INK, 0.4),
         (subtitle, (17, 15, 13, 11), 92, _QUIET, 0),
     ):
-        # Set smaller on a narrow page: figures that are cut off would mislead.
+        # Use a smaller font on a narrow page, because cut-off numbers would mislead.
         fonts = [load_font(font, size) for size in sizes]
         fitting = next((f for f in fonts if f.getlength(text) <= room), fonts[-1])
         draw.text((_MARGIN, y), _cut(text, fitting, room), colour, fitting, anchor="lm", stroke_width=stroke)
@@ -210,24 +218,24 @@ def _card(page: Image.Image, corner: tuple[int, int], example: Example, image: I
         ("before", example.before, _colour(example, example.before)),
         ("after", example.after, _colour(example, example.after)),
     ]
-    for row, (name, said, colour) in enumerate(rows):
+    for row, (name, answer, colour) in enumerate(rows):
         baseline = y + (row + 1) * _LINE + 3
         draw.text((x, baseline), name, _QUIET, normal, anchor="lm")
         draw.text(
-            (x + 78, baseline), _cut(said, normal, _SIDE - 78 - 26), colour, normal, anchor="lm", stroke_width=0.3
+            (x + 78, baseline), _cut(answer, normal, _SIDE - 78 - 26), colour, normal, anchor="lm", stroke_width=0.3
         )
         if row:
-            _mark(page, (x + _SIDE - 10, baseline), said == example.truth, colour)
+            _mark(page, (x + _SIDE - 10, baseline), answer == example.truth, colour)
 
 
-def _colour(example: Example, said: str) -> Colour:
-    if said == example.truth:
+def _colour(example: Example, answer: str) -> Colour:
+    if answer == example.truth:
         return _RIGHT
-    return _WORD if said.casefold() == example.word.casefold() else _OTHER
+    return _WORD if answer.casefold() == example.word.casefold() else _OTHER
 
 
 def _mark(page: Image.Image, center: tuple[int, int], right: bool, colour: Colour) -> None:
-    """A tick or a cross, for eyes that can't tell the colours; drawn, as few fonts carry them."""
+    """Draw a tick or a cross, for readers who cannot distinguish the colours. Few fonts have these characters."""
     x, y = center
     strokes = [[(6, 34), (24, 52), (58, 12)]] if right else [[(10, 10), (54, 54)], [(10, 54), (54, 10)]]
 
@@ -241,7 +249,7 @@ def _mark(page: Image.Image, center: tuple[int, int], right: bool, colour: Colou
 def _smooth(
     page: Image.Image, box: tuple[int, int, int, int], colour: Colour, paint: Callable[[ImageDraw.ImageDraw], None]
 ) -> None:
-    """Paint a shape with smooth edges: `paint` draws it four times as large, in white on black."""
+    """Paint a shape with smooth edges. `paint` draws it at four times the size, in white on black."""
     size = (box[2] - box[0], box[3] - box[1])
     mask = Image.new("L", (4 * size[0], 4 * size[1]))
     paint(ImageDraw.Draw(mask))
@@ -254,7 +262,7 @@ def _rounded(page: Image.Image, box: tuple[int, int, int, int], radius: int, col
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """The whole image in a square tile; a tiny one is enlarged in visible pixels, not blurred."""
+    """Return the whole image in a square tile. Tiny images are enlarged without smoothing."""
     image = image.convert("RGB")
     scale = _SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -270,7 +278,7 @@ def _tint(colour: Colour) -> Colour:
 
 
 def _cut(text: str, font: Font, room: float) -> str:
-    """The text, cut to a width in pixels with dots at its end."""
+    """Return the text, shortened to a width in pixels with dots at the end."""
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(text + "...") > room:

@@ -1,4 +1,4 @@
-"""Figures as files and as parts of a page: one style, the same bytes for the same numbers."""
+"""The style of all figures, and saving them as PNG, as SVG, or as an SVG element of a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 INK, QUIET, RULE, GROUND = "#181c24", "#6a717e", "#dee1e7", "#ffffff"
-# Source: Okabe and Ito 2008, Color Universal Design; without the yellow, which is lost on white.
+# Source: Okabe and Ito 2008, Color Universal Design. The yellow is left out because it is hard to see on white.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 _VARIABLES = {
@@ -45,7 +45,7 @@ _STYLE = {
     "ytick.major.size": 0,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    # Text stays text: to be searched, read aloud, and set in the page's own font.
+    # Keep text as text, so that it can be searched, read aloud, and set in the font of the page.
     "svg.fonttype": "none",
     "svg.hashsalt": "clip_po",
 }
@@ -53,57 +53,61 @@ DPI, _PNG_DPI = 100, 220
 
 
 def styled() -> AbstractContextManager[None]:
-    """The style that figures are drawn and saved in."""
-    # Begun from matplotlib's own defaults: a user's matplotlibrc must not change what is drawn.
+    """Return a context in which figures are drawn and saved in the style of this package.
+
+    Returns:
+        The context manager.
+    """
+    # Start from matplotlib's defaults, so that a user's matplotlibrc does not change the figure.
     return style.context(["default", _STYLE])
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Save a figure as PNG or SVG; the same figure gives the same bytes.
+    """Save a figure as PNG or SVG. The same figure gives the same bytes.
 
     Args:
-        figure: From one of the plots.
-        path: The file, named .png or .svg; missing folders are made.
+        figure: From a function of `plots`.
+        path: The file, ending in .png or .svg. Missing folders are created.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: Another ending.
+        ValueError: If the file has another ending.
     """
     target = Path(path)
     ending = target.suffix.lower()
     if ending not in (".png", ".svg"):
-        raise ValueError(f"{target} ends in {ending!r}; name the file .png or .svg.")
+        raise ValueError(f"{target} ends in {ending!r}. Name the file .png or .svg.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    nameless: dict[str, Any] = {"Software": None} if ending == ".png" else {"Date": None, "Creator": None}
+    no_metadata: dict[str, Any] = {"Software": None} if ending == ".png" else {"Date": None, "Creator": None}
     with styled():
-        figure.savefig(target, dpi=_PNG_DPI, facecolor=GROUND, metadata=nameless)
+        figure.savefig(target, dpi=_PNG_DPI, facecolor=GROUND, metadata=no_metadata)
     return target
 
 
 def figure_svg(figure: Figure) -> str:
-    """A figure as an `<svg>` element that stands in a page: no reference outside it, no name that clashes.
+    """Return a figure as an `<svg>` element to embed in a page, without external references or clashing ids.
 
-    Its ground is transparent and its colours are CSS variables (--plot-ink, --plot-quiet, --plot-rule,
-    --plot-ground, --plot-1 to --plot-7) that fall back to those of the figure, so that a page can turn it dark.
+    The background is transparent. Colours are CSS variables (--plot-ink, --plot-quiet, --plot-rule, --plot-ground,
+    --plot-1 to --plot-7) that default to the colours of the figure, so that a page can have a dark mode.
 
     Args:
-        figure: From one of the plots.
+        figure: From a function of `plots`.
 
     Returns:
-        The element, the same for the same figure.
+        The element. The same figure gives the same text.
     """
     file = io.StringIO()
     with styled():
-        nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        no_metadata: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     drawn = file.getvalue()
     own = hashlib.sha256(drawn.encode()).hexdigest()[:10]
     referenced = set(re.findall(r'(?:href="|url\()#([\w-]+)', drawn))
     root = ElementTree.fromstring(drawn)
     for parent in root.iter():
-        # It would hold for the whole page; the root says the same below.
+        # A <style> element would apply to the whole page. The style of the root replaces it below.
         for child in [child for child in parent if child.tag.endswith("}style")]:
             parent.remove(child)
     for element in root.iter():
@@ -117,7 +121,7 @@ def figure_svg(figure: Figure) -> str:
 
 
 def _own(name: str, value: str, own: str) -> str:
-    """An attribute's value with the names inside the figure made its own, and its colours variable."""
+    """Return an attribute's value with the prefix `own` on ids and with colours as CSS variables."""
     if name == "id":
         return f"{own}-{value}"
     if name == "href":

@@ -1,4 +1,4 @@
-"""One HTML page that says what a run measured, whole in itself: it opens from a disk, a mail or a printer."""
+"""A self-contained HTML report of one run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from clip_po.atomic_write import atomic_write
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.report.before_after import CHANGES, Example
 from clip_po.evaluation.report.figures import figure_svg
@@ -38,21 +39,22 @@ from clip_po.evaluation.robustness import COLUMNS
 from clip_po.evaluation.tables import UNDEFINED, format_estimate, format_number
 
 _FOLDER = Path(str(files("clip_po"))) / "assets" / "page"
-_SIDE, _SMALL = 384, 96  # pixels: of a thumbnail at most; below which an image is embedded without loss
+_SIDE = 384  # Longest side of a thumbnail, in pixels.
+_SMALL = 96  # Images up to this side, in pixels, are embedded without loss and shown enlarged.
 _POINTS = "clean_cost"
-_NEEDED = ("clean_accuracy", "typographic_accuracy", "fooled")
-_ACROSS = 3  # models that stand side by side with the metrics below one another, as on a phone
+_REQUIRED = ("clean_accuracy", "typographic_accuracy", "fooled")
+_ACROSS = 3  # Largest number of models shown as columns, which still fit on a phone.
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A key figure.
+    """A key figure at the top of the page.
 
     Attributes:
-        name: What was measured.
+        name: Name of the metric.
         value: The number.
-        interval: Its interval; empty where there is none.
-        note: A line below, such as the number before alignment.
+        interval: Its interval, or an empty string.
+        note: A line below the number, such as the value before alignment.
     """
 
     name: str
@@ -66,10 +68,10 @@ class Row:
     """A row of a table.
 
     Attributes:
-        name: What heads it.
+        name: Header of the row.
         cells: Value and interval of each column.
         note: A line below the name.
-        marked: The row stands out.
+        marked: Whether the row is highlighted.
     """
 
     name: str
@@ -80,11 +82,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers by row and column.
+    """A table of numbers.
 
     Attributes:
-        caption: What they are.
-        columns: Heads of the columns, that of the rows' names first.
+        caption: Heading of the table.
+        columns: Column headers, starting with the header of the row names.
         rows: The rows.
     """
 
@@ -98,7 +100,7 @@ class Plot:
     """A plot.
 
     Attributes:
-        caption: What it shows; read aloud in its place.
+        caption: Caption, which screen readers read in place of the plot.
         svg: From `figure_svg`.
     """
 
@@ -107,40 +109,47 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ExampleCard:
     """An example with its image.
 
     Attributes:
-        example: What was said about it.
-        image: Data URI.
-        pixelated: The image is so small that its pixels are to be seen.
+        example: The answers before and after alignment.
+        image: The image as a data URI.
+        pixelated: Whether the image is enlarged without smoothing.
     """
 
     example: Example
     image: str
     pixelated: bool = False
 
-    def verdict(self, said: str) -> str:
-        """Whether an answer is "right", the written "word", or wrong as "other"."""
-        if said == self.example.truth:
+    def verdict(self, answer: str) -> str:
+        """Classify an answer.
+
+        Args:
+            answer: Name of the predicted class.
+
+        Returns:
+            "right" for the true class, "word" for the written word, "other" for any other answer.
+        """
+        if answer == self.example.truth:
             return "right"
-        return "word" if said.casefold() == self.example.word.casefold() else "other"
+        return "word" if answer.casefold() == self.example.word.casefold() else "other"
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows, from top to bottom.
+    """The content of a page, from top to bottom.
 
     Attributes:
         title: Heading.
-        about: Command, data, time, in a line.
-        summary: What came out, in words.
+        about: Command, data, date and duration, in one line.
+        summary: The result in words.
         tiles: Key figures.
-        tables: Numbers with their intervals.
+        tables: Tables of metrics with intervals.
         plots: Plots.
-        examples: Attacked images with the answers before and after.
-        examples_note: How many images changed, above the examples.
-        details: Sections that open: rows of name and value, by heading.
+        examples: Attacked images with the answers before and after alignment.
+        examples_note: Number of images per kind of change, shown above the examples.
+        details: Collapsible sections by heading, each with rows of name and value.
         footer: Last line.
     """
 
@@ -150,38 +159,35 @@ class Page:
     tiles: Sequence[Tile] = ()
     tables: Sequence[Table] = ()
     plots: Sequence[Plot] = ()
-    examples: Sequence[Shown] = ()
+    examples: Sequence[ExampleCard] = ()
     examples_note: str = ""
     details: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
     footer: str = ""
 
 
 def write_page(path: str | os.PathLike[str], page: Page) -> Path:
-    """Write a page that needs nothing beside it: no script, font, image or style from elsewhere.
+    """Write a page as one HTML file, without scripts and without references to other files.
 
     Args:
-        path: The file; missing folders are made. It appears whole or not at all.
+        path: The file, written atomically. Missing folders are created.
         page: From `report_page`.
 
     Returns:
         The path.
+
+    Raises:
+        OSError: If the folder is not writable or the disk is full.
     """
-    shown = {change: [one for one in page.examples if one.example.change == change] for change in CHANGES}
+    cards = {change: [card for card in page.examples if card.example.change == change] for change in CHANGES}
     text = _template().render(
         page=page,
         style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
-        examples={change: cards for change, cards in shown.items() if cards},
+        examples={change: shown for change, shown in cards.items() if shown},
         svg=Markup,
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    return Path(path)
 
 
 def report_page(
@@ -192,33 +198,35 @@ def report_page(
     changes: str = "",
     figures: Mapping[str, Figure] | None = None,
 ) -> Page:
-    """The page of a report: of one model, of one before and after alignment, or of several methods.
+    """Build the page of a report of one model, of one model before and after alignment, or of several methods.
 
-    The base is the model without a recovery among others that have one. What is told in words is the model that
-    the settings name as `chosen`, or else the one with the highest recovery.
+    If other models have a recovery, the base is the model without one. The summary in words describes the model that
+    the settings name as `chosen`, or else the model with the highest recovery.
 
     Args:
         report: From `read_report`.
-        examples: From `pictures.choose_examples`.
-        picture: Gives the image of an example's index, as `RobustnessImages.picture` does.
-        changes: From `pictures.changes_line`, to stand above the examples.
-        figures: Plots by their captions.
+        examples: From `choose_examples`.
+        picture: Function that returns the image of an example's index, such as `RobustnessImages.picture`.
+        changes: From `changes_line`, shown above the examples.
+        figures: Plots by caption.
 
     Returns:
         The page.
 
     Raises:
-        ValueError: Examples without `picture`; a report without models, or without accuracies.
+        ValueError: If there are examples but no `picture`, or the report has no models or no accuracies.
     """
     if examples and picture is None:
-        raise ValueError(f"picture is missing: it gives the images of the {len(examples)} examples.")
+        raise ValueError(
+            f"picture is missing. Pass a function that returns the images of the {len(examples)} examples."
+        )
     found = report_estimates(report)
     if not found:
-        raise ValueError("The report holds no models; give a report.json of evaluate, demo or compare.")
+        raise ValueError("The report has no models. Pass a report.json of clip-po evaluate, demo or compare.")
     base, model = base_of(found), headline_of(report, found)
-    missing = [name for name in _NEEDED if name not in found[model]]
+    missing = [name for name in _REQUIRED if name not in found[model]]
     if missing:
-        raise ValueError(f"{model!r} has no {missing}, only {list(found[model])}; give a report of robustness.")
+        raise ValueError(f"{model!r} has no {missing}, only {list(found[model])}. Pass a robustness report.")
     seconds, created = report.get("seconds"), datetime.fromisoformat(report["created"])
     about = [
         f"clip-po {report['command']}",
@@ -233,7 +241,7 @@ def report_page(
         tiles=_tiles(found, base, model),
         tables=[_table(found, base, model)],
         plots=[Plot(caption, figure_svg(figure)) for caption, figure in (figures or {}).items()],
-        examples=[_shown(example, picture(example.index)) for example in examples] if picture else [],
+        examples=[_card(example, picture(example.index)) for example in examples] if picture else [],
         examples_note=changes,
         details=_details(report, found),
         footer=f"Written by clip_po {report['clip_po_version']} from report.json. Brackets hold 95% intervals.",
@@ -277,7 +285,7 @@ def _tiles(found: Found, base: str | None, model: str) -> list[Tile]:
 
 
 def _parts(estimate: Estimate | None, digits: int) -> tuple[str, str]:
-    """A number and its interval, apart."""
+    """Return a number and its interval as separate strings."""
     if estimate is None:
         return UNDEFINED, ""
     value, _, interval = format_estimate(estimate, digits).partition(" ")
@@ -285,7 +293,7 @@ def _parts(estimate: Estimate | None, digits: int) -> tuple[str, str]:
 
 
 def _table(found: Found, base: str | None, model: str) -> Table:
-    """Models side by side where there are few, else below one another."""
+    """Return the table of metrics, with few models as columns and many models as rows."""
     metrics = _metrics(found)
     digits = {name: 2 if name == _POINTS else 3 for name in metrics}
     if len(found) <= _ACROSS:
@@ -301,7 +309,7 @@ def _table(found: Found, base: str | None, model: str) -> Table:
     return Table("All models, 95% intervals", ["model", *(COLUMNS[name] for name in metrics)], rows)
 
 
-def _shown(example: Example, image: Image.Image) -> Shown:
+def _card(example: Example, image: Image.Image) -> ExampleCard:
     image = image.convert("RGB")
     file, kind = io.BytesIO(), "png"
     pixelated = max(image.size) <= _SMALL
@@ -311,7 +319,7 @@ def _shown(example: Example, image: Image.Image) -> Shown:
         image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         image.save(file, format="JPEG", quality=88, subsampling=0)
         kind = "jpeg"
-    return Shown(example, f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", pixelated)
+    return ExampleCard(example, f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", pixelated)
 
 
 def _details(report: Mapping[str, Any], found: Found) -> dict[str, list[tuple[str, str]]]:
@@ -336,5 +344,5 @@ def _details(report: Mapping[str, Any], found: Found) -> dict[str, list[tuple[st
 
 
 def _metrics(found: Found) -> list[str]:
-    """The metrics that any model has, in the order of the columns."""
+    """Return the metrics that at least one model has, in the order of the columns."""
     return [name for name in COLUMNS if any(name in row for row in found.values())]

@@ -1,4 +1,4 @@
-"""Names of points written beside them, clear of one another."""
+"""Placement of point labels in a plot, so that labels do not overlap each other, points or lines."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.text import Text
 
 _DIRECTIONS = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-_RADII = (8, 16, 28, 44, 62, 84, 110)  # pixels from a point to its label
-_MARKER = 6  # pixels around a point that its marker takes
-_LEADER_FROM = 14  # pixels beyond which a label needs a line to its point
+_RADII = (8, 16, 28, 44, 62, 84, 110)  # Distances from a point to its label, in pixels.
+_MARKER = 6  # Half the side of a marker, in pixels.
+_LEADER_FROM = 14  # Distance in pixels from which a label gets a line to its point.
 
 
 def label_points(
@@ -23,18 +23,18 @@ def label_points(
     leader: str,
     ground: str,
 ) -> None:
-    """Write each name near its point, clear of other names, points and lines, with a line to it where it is far.
+    """Label points without overlaps. A label far from its point gets a line to it.
 
-    The axes' limits and place must be final: positions are worked out in pixels.
+    Set limits and position of the axes before, because positions are computed in pixels.
 
     Args:
-        axes: Where the points were drawn.
-        labels: Name, x and y of each point, in the axes' units.
-        arms: Array [K, 4] of upright or level lines to keep off, as x, y, x, y in the axes' units; rows with nan
-            are left out.
-        fontsize: Size of the names in points.
-        leader: Colour of the lines.
-        ground: Colour behind the names.
+        axes: Axes with the points.
+        labels: Name, x and y of each point, in data units.
+        arms: Array [K, 4] of vertical or horizontal lines to avoid, as x, y, x, y in data units. Rows with NaN are
+            left out.
+        fontsize: Font size, in points.
+        leader: Colour of the lines from labels to points.
+        ground: Background colour of the labels.
     """
     if not labels:
         return
@@ -54,7 +54,7 @@ def label_points(
         )
         for name, x, y in labels
     ]
-    # Of the text alone: an annotation's own extent holds its line too.
+    # Text.get_window_extent leaves out the line, which the extent of an annotation includes.
     sizes = np.array([(box.width, box.height) for box in map(Text.get_window_extent, texts)])
     anchors = axes.transData.transform(np.array([(x, y) for _, x, y in labels]))
     lines = axes.transData.transform(arms[np.isfinite(arms).all(axis=1)].reshape(-1, 2)).reshape(-1, 4)
@@ -68,16 +68,16 @@ def label_points(
 
 
 def _place(anchors: np.ndarray, sizes: np.ndarray, arms: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Centers [N, 2] of labels near their anchors, in pixels.
+    """Return the centers [N, 2] of labels near their points, in pixels.
 
-    Each label in turn takes the cheapest of a fixed ring of places, given where the others are, until none moves:
-    no randomness, so that a figure is the same every time.
+    Each label in turn moves to the place of lowest cost among fixed places around its point, given the places of the
+    other labels, until no label moves. Nothing is random, so a figure is the same every time.
 
     Args:
-        anchors: Array [N, 2] of points.
-        sizes: Array [N, 2], width and height of each label.
-        arms: Array [K, 4] of upright or level lines, as their two ends.
-        frame: Array [4], what the labels stay within: left, bottom, right, top.
+        anchors: Array [N, 2] of points, in pixels.
+        sizes: Array [N, 2], width and height of each label, in pixels.
+        arms: Array [K, 4] of vertical or horizontal lines, as x, y, x, y in pixels.
+        frame: Array [4], left, bottom, right and top of the area for the labels, in pixels.
     """
     ring = np.array([(radius, angle) for radius in _RADII for angle in _DIRECTIONS])
     steps = np.stack([np.cos(ring[:, 1]), np.sin(ring[:, 1])], axis=1)
@@ -116,14 +116,14 @@ def _place(anchors: np.ndarray, sizes: np.ndarray, arms: np.ndarray, frame: np.n
 
 
 def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Areas [N, M] that boxes [N, 4] share with others [M, 4]; each is left, bottom, right, top."""
+    """Return the areas [N, M] that boxes [N, 4] share with others [M, 4], each as left, bottom, right, top."""
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     return np.maximum(high - low, 0).prod(axis=2)
 
 
 def _crossings(start: np.ndarray, ends: np.ndarray, strokes: np.ndarray) -> np.ndarray:
-    """How many strokes [M, 4] each line from the start [2] to one of the ends [N, 2] crosses, [N]."""
+    """Return how many strokes [M, 4] each line from start [2] to one of the ends [N, 2] crosses, [N]."""
 
     def side(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         return np.sign((b - a)[..., 0] * (c - a)[..., 1] - (b - a)[..., 1] * (c - a)[..., 0])

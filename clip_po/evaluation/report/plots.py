@@ -1,4 +1,4 @@
-"""Plots of what alignment gains and costs: the same bytes for the same numbers, legible without colour."""
+"""Plots of the gains and costs of alignment. They are deterministic and readable without colour."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from clip_po.evaluation.report.figures import DPI, GROUND, INK, MARKERS, QUIET, 
 from clip_po.evaluation.report.plot_labels import label_points
 from clip_po.evaluation.tables import format_number
 
-_WIDTH, _HEIGHT = 4.8, 3.7  # inches; no wider than a phone, which would shrink the letters
-_LABEL = 9  # points
-_TICKS = (1, 2, 5, 10, 20, 30, 60, 120, 180, 300, 600, 1200, 1800, 3600, 7200, 18_000, 36_000, 86_400)  # seconds
+_WIDTH, _HEIGHT = 4.8, 3.7  # Inches. A wider figure would be scaled down on a phone, with letters too small to read.
+_LABEL = 9  # Font size of labels, in points.
+_TICKS = (1, 2, 5, 10, 20, 30, 60, 120, 180, 300, 600, 1200, 1800, 3600, 7200, 18_000, 36_000, 86_400)  # Seconds.
 
 
 def trade_off_plot(
@@ -30,29 +30,29 @@ def trade_off_plot(
     allowed_cost: float = 1.0,
     groups: Mapping[str, tuple[str, str]] | None = None,
 ) -> Figure:
-    """Clean accuracy (across) against typographic accuracy (up), with their intervals as crosses.
+    """Plot clean accuracy (x) against typographic accuracy (y), with intervals as crosses.
 
-    Where the base lies so far below the others that they would fall on one another, it is drawn as an arrowhead
-    on the lower edge, with its number.
+    If the base is so far below the other points that they would overlap, it is drawn as an arrowhead at the lower
+    edge, with its accuracy as text.
 
     Args:
-        points: Clean and typographic accuracy, 0..1, by name; about twenty names keep apart.
-        base: Name of the model before alignment; a line marks its clean accuracy less `allowed_cost`.
-        allowed_cost: Percentage points of clean accuracy that an alignment may cost.
-        groups: Method and group of a name, such as ("DPO", "LoRA"): a method has one colour and a line through
-            its points, a group has one marker. None for a colour a name.
+        points: Clean and typographic accuracy, 0..1, by name. Labels of up to about twenty names do not overlap.
+        base: Name of the model before alignment. A line marks its clean accuracy minus `allowed_cost`.
+        allowed_cost: Largest allowed loss of clean accuracy, in percentage points.
+        groups: By name, method and group, such as ("DPO", "LoRA"). Points of one method share a colour and a line,
+            points of one group share a marker. None for one colour per name.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: No points, an undefined value, or a `base` or a name of `groups` that is no point.
+        ValueError: If there are no points, a value is undefined, or `base` or a name in `groups` is not a point.
     """
     _check({f"clean accuracy of {name}": clean for name, (clean, _) in points.items()})
     _check({f"typographic accuracy of {name}": attacked for name, (_, attacked) in points.items()})
     for name in [*([] if base is None else [base]), *(groups or {})]:
         if name not in points:
-            raise ValueError(f"{name!r} is none of the points {list(points)}.")
+            raise ValueError(f"{name!r} is not one of the points {list(points)}.")
     others = {name: pair for name, pair in points.items() if name != base}
     low, high = _limits(attacked for _, attacked in others.values()) if others else (0.0, 1.0)
     below = base is not None and len(others) > 2 and points[base][1].value < low - (high - low)
@@ -85,28 +85,28 @@ def trade_off_plot(
                 labels[base] = (clean.value, attacked.value)
                 _cross(axes, clean, attacked, INK, "X")
         _legend(axes, {group: looks[name][1] for name, (_, group) in groups.items() if name in looks})
-        _label(axes, labels, points.values())
+        _label_crosses(axes, labels, points.values())
     return figure
 
 
 def cost_plot(seconds: Mapping[str, float], recovery: Mapping[str, Estimate]) -> Figure:
-    """What each method costs in time (across, logarithmic) against the recovery that it brings (up).
+    """Plot the duration of each method (x, logarithmic) against its recovery (y).
 
     Args:
-        seconds: Duration of an alignment by name, > 0.
-        recovery: Recovery by the same names; others are left out.
+        seconds: Duration of each method in seconds, > 0.
+        recovery: Recovery of each method. Methods without seconds are left out.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: No seconds, none above 0 for a name, or no recovery or an undefined one.
+        ValueError: If there are no methods, a duration is not above 0, or a recovery is missing or undefined.
     """
     for name, duration in seconds.items():
         if not (math.isfinite(duration) and duration > 0):
-            raise ValueError(f"seconds of {name!r} are {duration!r}, expected more than 0; leave out what has none.")
+            raise ValueError(f"seconds of {name!r} are {duration!r}, expected more than 0. Leave out this method.")
         if name not in recovery:
-            raise ValueError(f"{name!r} has seconds and no recovery; there are those of {list(recovery)}.")
+            raise ValueError(f"{name!r} has seconds but no recovery. Methods with a recovery: {list(recovery)}.")
     found = {name: recovery[name] for name in seconds}
     _check({f"recovery of {name}": estimate for name, estimate in found.items()})
     looks = _looks({name: (name, "") for name in found})
@@ -124,7 +124,7 @@ def cost_plot(seconds: Mapping[str, float], recovery: Mapping[str, Estimate]) ->
         crosses = {name: (Estimate(seconds[name]), estimate) for name, estimate in found.items()}
         for name, cross in crosses.items():
             _cross(axes, *cross, *looks[name])
-        _label(axes, {name: (seconds[name], e.value) for name, e in found.items()}, crosses.values())
+        _label_crosses(axes, {name: (seconds[name], e.value) for name, e in found.items()}, crosses.values())
     return figure
 
 
@@ -136,20 +136,20 @@ def sweep_plot(
     ylabel: str = "accuracy",
     chosen: float | None = None,
 ) -> Figure:
-    """Curves with their intervals as bands, over what was swept: an interpolation's alpha, a concept's scale t.
+    """Plot curves with their intervals as bands, over a swept number such as alpha or the scale t of a concept.
 
     Args:
-        positions: What was swept, ascending or not.
-        curves: One estimate a position, by name; undefined ones leave a gap.
-        xlabel: What was swept.
-        ylabel: What was measured.
-        chosen: The position that was chosen, marked with its numbers.
+        positions: Values of the swept number, in any order.
+        curves: By name, one estimate per position. Undefined estimates leave a gap.
+        xlabel: Name of the swept number.
+        ylabel: Name of the metric.
+        chosen: A position to mark with the values of its estimates, or None.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: No positions or curves, a curve of another length, or a `chosen` that is no position.
+        ValueError: If there are no positions or no curves, a curve has another length, or `chosen` is not a position.
     """
     if not positions or not curves:
         raise ValueError(f"Nothing to draw: {len(positions)} positions and {len(curves)} curves.")
@@ -157,7 +157,7 @@ def sweep_plot(
         if len(curve) != len(positions):
             raise ValueError(f"The curve {name!r} has {len(curve)} estimates for {len(positions)} positions.")
     if chosen is not None and chosen not in positions:
-        raise ValueError(f"chosen={chosen!r} is none of the positions {list(positions)}.")
+        raise ValueError(f"chosen={chosen!r} is not one of the positions {list(positions)}.")
     order = np.argsort(positions)
     x = np.asarray(positions, dtype=np.float64)[order]
     with styled():
@@ -179,17 +179,20 @@ def sweep_plot(
         if chosen is not None:
             axes.axvline(chosen, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             numbers = [(name, curve[list(positions).index(chosen)].value) for name, curve in curves.items()]
-            told = ", ".join(f"{name} {format_number(value)}" for name, value in numbers)
-            _above(axes, chosen, f"chosen {chosen:g}: {told}")
+            values = ", ".join(f"{name} {format_number(value)}" for name, value in numbers)
+            _above(axes, chosen, f"chosen {chosen:g}: {values}")
         _label_ends(axes, ends)
     return figure
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration in one or two units: .25 s, 41 s, 2 min, 1 min 30 s, 1 h 5 min.
+    """Format a duration in one or two units, such as .25 s, 41 s, 2 min, 1 min 30 s or 1 h 5 min.
 
     Args:
-        seconds: >= 0.
+        seconds: Duration, >= 0.
+
+    Returns:
+        The text.
     """
     if seconds < 10:
         return f"{format_number(seconds, 1 if seconds >= 1 else 2).rstrip('0').rstrip('.') or '0'} s"
@@ -207,18 +210,18 @@ def _check(values: Mapping[str, Estimate]) -> None:
         raise ValueError("There are no points to draw.")
     for name, estimate in values.items():
         if not math.isfinite(estimate.value):
-            raise ValueError(f"{name} is {estimate.value}; leave out what is undefined.")
+            raise ValueError(f"{name} is {estimate.value}. Leave out undefined values.")
 
 
 def _limits(estimates: Iterable[Estimate]) -> tuple[float, float]:
-    """Where an axis begins and ends: room beyond every interval."""
+    """Return the limits of an axis, with a margin beyond every interval."""
     ends = [end for e in estimates for end in (e.value, e.low, e.high) if math.isfinite(end)] or [0.0, 1.0]
     room = 0.1 * (max(ends) - min(ends)) or 0.05
     return min(ends) - room, max(ends) + room
 
 
 def _axes(points: int) -> tuple[Figure, Axes]:
-    """A figure and its axes, taller for many points."""
+    """Return a figure and its axes. The figure is taller for many points."""
     height = _HEIGHT + 0.09 * max(0, points - 8)
     figure = Figure(figsize=(_WIDTH, height), dpi=DPI)
     FigureCanvasAgg(figure)
@@ -231,14 +234,14 @@ def _axes(points: int) -> tuple[Figure, Axes]:
 
 
 class _PaperFormatter(ScalarFormatter):
-    """Ticks printed as `format_number` prints: .95."""
+    """Tick labels in the style of `format_number`, such as .95."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return super().__call__(x, pos).replace("0.", ".", 1) if abs(x) < 1 else super().__call__(x, pos)
 
 
 def _looks(names: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each name, from its method and its group."""
+    """Return colour and marker of each name, from its method and its group."""
     methods = list(dict.fromkeys(method for method, _ in names.values()))
     groups = list(dict.fromkeys(group for _, group in names.values()))
     return {
@@ -255,7 +258,7 @@ def _cross(axes: Axes, x: Estimate, y: Estimate, colour: str, marker: str) -> No
 
 
 def _above(axes: Axes, x: float, text: str) -> None:
-    """A note above the axes, over a place of the axis, kept inside the figure."""
+    """Write a note above the axes at position x, inside the figure."""
     share = float(axes.transAxes.inverted().transform(axes.transData.transform((x, 0)))[0])
     side = "left" if share < 1 / 3 else "right" if share > 2 / 3 else "center"
     axes.annotate(
@@ -272,7 +275,7 @@ def _above(axes: Axes, x: float, text: str) -> None:
 
 
 def _legend(axes: Axes, markers: Mapping[str, str]) -> None:
-    """Which marker is which group."""
+    """Add a legend of the markers of the groups."""
     if len(markers) < 2:
         return
     handles = [
@@ -283,7 +286,7 @@ def _legend(axes: Axes, markers: Mapping[str, str]) -> None:
 
 
 def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
-    """Names of curves beside their right ends, moved up where two would overlap."""
+    """Write the names of curves beside their right ends, moved up where two would overlap."""
     texts = {
         name: axes.annotate(
             name,
@@ -309,7 +312,7 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> Non
         texts[name].set_position((8, (above - at) * 72 / DPI))
 
 
-def _label(
+def _label_crosses(
     axes: Axes, points: Mapping[str, tuple[float, float]], crosses: Iterable[tuple[Estimate, Estimate]]
 ) -> None:
     arms = [arm for x, y in crosses for arm in ((x.low, y.value, x.high, y.value), (x.value, y.low, x.value, y.high))]

@@ -7,7 +7,7 @@ from clip_po.evaluation.report.before_after import Example, before_after_grid, c
 
 @pytest.fixture
 def answers(answers_of):
-    """Eight images of cats with "dog" on them: 4 mended, 2 still wrong, 1 newly broken, 1 always right."""
+    """Eight images of cats with "dog" on them: 4 fixed, 2 still wrong, 1 newly broken, 1 always right."""
     before = [1, 1, 1, 2, 1, 2, 0, 0]
     after = [0, 0, 0, 0, 1, 2, 1, 0]
     zeros = [0] * 8
@@ -16,9 +16,9 @@ def answers(answers_of):
 
 def test_changes_by_hand(answers):
     found = {name: indices.tolist() for name, indices in changes(answers, "before", "after").items()}
-    assert found == {"mended": [0, 1, 2, 3], "still wrong": [4, 5], "newly broken": [6]}
+    assert found == {"fixed": [0, 1, 2, 3], "still wrong": [4, 5], "newly broken": [6]}
     assert changes_line(answers, "before", "after") == (
-        "Of 8 attacked images: 4 mended, 2 still wrong, 1 newly broken, 1 right before and after."
+        "Of 8 attacked images: 4 fixed, 2 still wrong, 1 newly broken, 1 right before and after."
     )
 
 
@@ -26,18 +26,18 @@ def kinds(examples):
     return [example.change for example in examples]
 
 
-def test_examples_are_mended_first_and_then_a_few_of_the_others(answers):
-    assert kinds(choose_examples(answers, "before", "after", 5)) == ["mended"] * 3 + ["still wrong", "newly broken"]
-    assert kinds(choose_examples(answers, "before", "after", 1)) == ["mended"]
+def test_fixed_examples_come_first_and_then_a_few_of_the_others(answers):
+    assert kinds(choose_examples(answers, "before", "after", 5)) == ["fixed"] * 3 + ["still wrong", "newly broken"]
+    assert kinds(choose_examples(answers, "before", "after", 1)) == ["fixed"]
     # What one kind can't fill goes to the others, and nothing is shown twice.
     everything = choose_examples(answers, "before", "after", 100)
     assert sorted(example.index for example in everything) == list(range(7))
-    assert kinds(everything) == ["mended"] * 4 + ["still wrong"] * 2 + ["newly broken"]
+    assert kinds(everything) == ["fixed"] * 4 + ["still wrong"] * 2 + ["newly broken"]
 
 
-def test_an_example_says_what_was_said(answers):
+def test_an_example_has_the_answers_of_both_models(answers):
     shown = {example.index: example for example in choose_examples(answers, "before", "after", 100)}
-    assert shown[3] == Example(3, "mended", truth="cat", word="dog", before="car", after="cat")
+    assert shown[3] == Example(3, "fixed", truth="cat", word="dog", before="car", after="cat")
     assert shown[6] == Example(6, "newly broken", truth="cat", word="dog", before="cat", after="dog")
 
 
@@ -48,14 +48,14 @@ def test_the_choice_is_fixed_by_its_seed(answers):
 
 
 def test_wrong_arguments_are_refused(answers, tmp_path):
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="count must be a whole number >= 1, got 0"):
         choose_examples(answers, "before", "after", 0)
     with pytest.raises(ValueError, match="No answers of model 'x'"):
         choose_examples(answers, "before", "x")
     with pytest.raises(ValueError, match="no examples to show"):
         before_after_grid([], tmp_path / "grid.png", picture=lambda index: Image.new("RGB", (8, 8)))
     example = choose_examples(answers, "before", "after", 1)
-    with pytest.raises(ValueError, match="columns must be at least 1"):
+    with pytest.raises(ValueError, match="columns must be a whole number >= 1, got 0"):
         before_after_grid(example, tmp_path / "a.png", picture=lambda index: Image.new("RGB", (8, 8)), columns=0)
 
 
@@ -75,12 +75,12 @@ def draw(path, *examples, size=(64, 64), **arguments):
 
 
 def test_a_small_picture_is_enlarged(tmp_path):
-    page = draw(tmp_path / "new" / "grid.png", Example(0, "mended", "cat", "dog", "dog", "cat"))
+    page = draw(tmp_path / "new" / "grid.png", Example(0, "fixed", "cat", "dog", "dog", "cat"))
     assert counts(page, BLUE) == 256 * 256
 
 
 def test_a_wide_picture_is_shown_whole(tmp_path):
-    page = draw(tmp_path / "grid.png", Example(0, "mended", "cat", "dog", "dog", "cat"), size=(1024, 512))
+    page = draw(tmp_path / "grid.png", Example(0, "fixed", "cat", "dog", "dog", "cat"), size=(1024, 512))
     assert counts(page, BLUE) == 256 * 128
 
 

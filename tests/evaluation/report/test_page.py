@@ -51,7 +51,7 @@ def make_report(tmp_path):
 
 
 class Reader(HTMLParser):
-    """Elements, texts and attributes of a page; an unbalanced one fails."""
+    """Elements, texts and attributes of a page. Unbalanced elements fail."""
 
     def __init__(self, text):
         super().__init__()
@@ -91,20 +91,20 @@ def picture(index):
 
 
 EXAMPLES = [
-    Example(0, "mended", truth="cat", word="Dog", before="dog", after="cat"),
+    Example(0, "fixed", truth="cat", word="Dog", before="dog", after="cat"),
     Example(1, "newly broken", truth=EVIL, word=EVIL, before=EVIL, after="car"),
 ]
 
 
-def test_a_page_tells_every_number_of_its_report(make_report, tmp_path):
+def test_a_page_contains_every_number_of_its_report(make_report, tmp_path):
     report = make_report({"base": BASE, "aligned": ALIGNED}, data={"name": "photos", "split": "test", "rows": 1234})
     page = read(report_page(report), tmp_path)
     for found in (BASE, ALIGNED):
         for name, estimate in found.items():
             assert COLUMNS[name] in page.text
             assert format_estimate(estimate, 2 if name == "clean_cost" else 3) in page.text
-    for told in ("photos (test)", "1234", "1 min 30 s", report["versions"]["torch"], report["hardware"]["platform"]):
-        assert told in page.text
+    for text in ("photos (test)", "1234", "1 min 30 s", report["versions"]["torch"], report["hardware"]["platform"]):
+        assert text in page.text
     assert page.tags.count("h1") == 1
     assert ("html", "lang", "en") in page.attributes
     assert {value for tag, name, value in page.attributes if (tag, name) == ("th", "scope")} == {"col", "row"}
@@ -117,14 +117,14 @@ def test_a_page_tells_every_number_of_its_report(make_report, tmp_path):
         (-0.4, "with clean accuracy .4 [-.4, 1.2] points higher"),
     ],
 )
-def test_the_summary_is_in_words(make_report, cost, told):
+def test_the_summary_describes_the_result_in_words(make_report, cost, told):
     report = make_report({"base": BASE, "aligned": {**ALIGNED, "clean_cost": around(cost, 0.8)}})
     summary = report_page(report).summary.replace("\N{NO-BREAK SPACE}", " ")
     assert told in summary
     assert "accuracy goes from .31 [.29, .33] to .65 [.63, .67]" in summary
 
 
-def test_a_recovery_that_is_undefined_is_said_to_be(make_report):
+def test_an_undefined_recovery_is_named_as_undefined(make_report):
     report = make_report({"base": BASE, "aligned": {**ALIGNED, "recovery": Estimate(math.nan)}})
     assert "undefined (the words cost the base nothing)" in report_page(report).summary
 
@@ -136,7 +136,7 @@ def test_one_model_alone_has_a_page(make_report, tmp_path):
     assert "recovery" not in read(page, tmp_path).text
 
 
-def test_the_chosen_of_many_models_stands_out(make_report, tmp_path):
+def test_the_chosen_model_is_highlighted(make_report, tmp_path):
     models = {"before": BASE, **{f"M{i}": {**ALIGNED, "recovery": around(0.5 + i / 10)} for i in range(4)}}
     page = report_page(make_report(models, command="demo", chosen="M1"))
     assert page.summary.startswith("M1, the one chosen of 4: recovery")
@@ -148,8 +148,8 @@ def test_the_chosen_of_many_models_stands_out(make_report, tmp_path):
 
 def test_examples_are_embedded_and_marked_right_or_wrong(make_report, tmp_path):
     report = make_report({"base": BASE, "aligned": ALIGNED})
-    page = read(report_page(report, examples=EXAMPLES, picture=picture, changes="Of 9 images: 1 mended"), tmp_path)
-    assert "Of 9 images: 1 mended" in page.text
+    page = read(report_page(report, examples=EXAMPLES, picture=picture, changes="Of 9 images: 1 fixed"), tmp_path)
+    assert "Of 9 images: 1 fixed" in page.text
     images = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
     decoded = [Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))) for image in images]
     assert [(image.format, max(image.size)) for image in decoded] == [("PNG", 32), ("JPEG", 384)]
@@ -157,10 +157,10 @@ def test_examples_are_embedded_and_marked_right_or_wrong(make_report, tmp_path):
     assert alts[0] == "cat, with the word Dog written on it"
     verdicts = [value for tag, name, value in page.attributes if tag == "dd" and name == "class" and value != "note"]
     assert verdicts == ["word", "right", "right", "other"]
-    assert [heading in page.text for heading in ("mended", "newly broken", "still wrong")] == [True, True, False]
+    assert [heading in page.text for heading in ("fixed", "newly broken", "still wrong")] == [True, True, False]
 
 
-def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(make_report, tmp_path):
+def test_the_page_loads_nothing_and_runs_nothing(make_report, tmp_path):
     models = {EVIL: BASE, f"{EVIL} after": ALIGNED, "http://x": ALIGNED, "d": ALIGNED}
     data = {"name": "http://example.org/data", "class_names": [EVIL, "cat"]}
     report = make_report(models, data=data, **{"note": EVIL, "attack_words": [EVIL], EVIL: 1})
@@ -206,19 +206,19 @@ def test_settings_data_and_seeds_can_be_opened(make_report, tmp_path):
 
 
 def test_wrong_arguments_are_refused(make_report):
-    with pytest.raises(ValueError, match="picture is missing: it gives the images of the 2 examples"):
+    with pytest.raises(ValueError, match=r"picture is missing.* images of the 2 examples"):
         report_page(make_report({"m": BASE}), examples=EXAMPLES)
-    with pytest.raises(ValueError, match="holds no models"):
+    with pytest.raises(ValueError, match="has no models"):
         report_page(make_report({}))
     with pytest.raises(ValueError, match=r"'m' has no .*'fooled'"):
         report_page(make_report({"m": {"clean_accuracy": around(0.5)}}))
 
 
-def test_an_empty_page_is_a_page(tmp_path):
+def test_an_empty_page_is_valid(tmp_path):
     assert read(Page("a title", "about", "a summary"), tmp_path).text.endswith("about a title a summary")
 
 
-def test_a_model_card_gets_the_table_and_what_matters(make_report):
+def test_a_model_card_has_the_table_and_the_main_settings(make_report):
     report = make_report(
         {"base": BASE, "aligned": ALIGNED},
         data={"name": "/home/me/photos", "split": "test\n\n## Bad", "rows": 2000},

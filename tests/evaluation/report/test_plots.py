@@ -30,7 +30,7 @@ def texts(figure):
 
 
 def label_boxes(figure):
-    """Of the names alone, without the lines to their points."""
+    """Return the boxes of the names, without the lines to their points."""
     figure.draw_without_rendering()
     return [Text.get_window_extent(text) for text in figure.axes[0].texts if text.get_text().startswith("method")]
 
@@ -42,11 +42,11 @@ def test_points_of_a_trade_off_are_named_and_the_cost_marked():
     assert len(guides) >= 1
 
 
-def test_a_base_far_below_stands_on_the_edge_with_its_number():
+def test_a_base_far_below_is_drawn_on_the_edge_with_its_number():
     figure = trade_off_plot({**POINTS, "base": (around(0.70), around(0.123))}, base="base")
     assert "base: .123, below" in texts(figure)
     assert figure.axes[0].get_ylim()[0] > 0.55
-    # With one other there is nothing to tell apart, so that both are shown where they are.
+    # With one other point nothing can overlap, so both points are drawn in place.
     figure = trade_off_plot({"base": (around(0.70), around(0.123)), "DPO": POINTS["DPO"]}, base="base")
     assert figure.axes[0].get_ylim()[0] < 0.123
 
@@ -102,7 +102,7 @@ def test_names_of_equal_curves_do_not_overlap():
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_the_same_numbers_give_the_same_bytes_whatever_the_user_prefers(tmp_path, ending):
+def test_the_same_numbers_give_the_same_bytes_under_any_matplotlibrc(tmp_path, ending):
     first = save_figure(trade_off_plot(POINTS, base="base"), tmp_path / "new" / f"a.{ending}").read_bytes()
     with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.facecolor": "red"}):
         second = save_figure(trade_off_plot(POINTS, base="base"), tmp_path / f"b.{ending}").read_bytes()
@@ -113,7 +113,7 @@ def test_the_same_numbers_give_the_same_bytes_whatever_the_user_prefers(tmp_path
             assert image.getpixel((0, 0))[:3] == (255, 255, 255)
 
 
-def test_an_svg_stands_in_a_page_beside_another():
+def test_two_svgs_fit_into_one_page():
     one, other = figure_svg(trade_off_plot(POINTS)), figure_svg(sweep_plot([0], {"a": [around(0.5)]}, xlabel="t"))
     assert one == figure_svg(trade_off_plot(POINTS))
     assert one.startswith("<svg")
@@ -127,7 +127,7 @@ def test_an_svg_stands_in_a_page_beside_another():
     assert "var(--plot-ink, #181c24)" in one
 
 
-def test_names_are_text_and_nothing_else():
+def test_names_are_plain_text():
     evil = "<script>alert(1)</script> $x^$ \\frac"
     figure = trade_off_plot({evil: POINTS["DPO"], "a": POINTS["IPO"]}, base="a")
     assert evil in texts(figure)
@@ -139,15 +139,15 @@ def test_wrong_arguments_are_refused(tmp_path):
         trade_off_plot({})
     with pytest.raises(ValueError, match="typographic accuracy of DPO is nan"):
         trade_off_plot({"DPO": (around(0.5), Estimate(math.nan))})
-    with pytest.raises(ValueError, match="'x' is none of the points"):
+    with pytest.raises(ValueError, match="'x' is not one of the points"):
         trade_off_plot(POINTS, base="x")
     with pytest.raises(ValueError, match=r"seconds of 'DPO' are 0\.0, expected more than 0"):
         cost_plot({"DPO": 0.0}, {"DPO": around(0.5)})
-    with pytest.raises(ValueError, match="'DPO' has seconds and no recovery"):
+    with pytest.raises(ValueError, match="'DPO' has seconds but no recovery"):
         cost_plot({"DPO": 1.0}, {"IPO": around(0.5)})
     with pytest.raises(ValueError, match="'a' has 1 estimates for 2 positions"):
         sweep_plot([0, 1], {"a": [around(0.5)]}, xlabel="t")
-    with pytest.raises(ValueError, match=r"chosen=0\.3 is none of"):
+    with pytest.raises(ValueError, match=r"chosen=0\.3 is not one of"):
         sweep_plot([0, 1], {"a": [around(0.5)] * 2}, xlabel="t", chosen=0.3)
     with pytest.raises(ValueError, match="Nothing to draw"):
         sweep_plot([], {}, xlabel="t")
@@ -168,5 +168,5 @@ def test_wrong_arguments_are_refused(tmp_path):
         (3900, "1 h 5 min"),
     ],
 )
-def test_durations_are_told_in_two_units(seconds, text):
+def test_durations_have_at_most_two_units(seconds, text):
     assert format_seconds(seconds) == text
