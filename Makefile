@@ -13,7 +13,7 @@ demo: $(STAMP)
 test: lint suite
 
 suite: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Fault runs of minutes, which `make test` leaves out.
 test-long: $(STAMP)

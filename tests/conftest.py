@@ -1,5 +1,6 @@
 """A tiny CLIP on disk and small data sets of real files, for every test."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,17 @@ from two_processes import TwoProcesses
 
 # Tiny matrices are faster on one thread. .ci/run sets other numbers, which sum in another order.
 torch.set_num_threads(int(os.environ.get("CLIP_PO_TEST_THREADS", "1")))
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of the garbage that accelerate collects before each training: that takes longer."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    """Start the long tests first, so that none of them runs alone in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")

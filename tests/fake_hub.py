@@ -4,14 +4,19 @@ import base64
 import json
 import re
 import threading
+from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeHub:
-    """Start it with `with FakeHub() as hub`; `hub.files` maps repository paths to their bytes."""
+    """Start it with `with FakeHub() as hub`.
+
+    By repository, `hub.files` maps paths to their bytes and `hub.commits` lists summaries.
+    """
 
     def __enter__(self):
-        self.files, self.objects, self.commits, self.bodies = {}, {}, [], []
+        self.files, self.commits = defaultdict(dict), defaultdict(list)
+        self.objects, self.bodies = {}, []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -39,8 +44,11 @@ class FakeHub:
                 self.end_headers()
                 self.wfile.write(data)
 
+            def repository(self):
+                return "/".join(self.path.split("/")[3:5])  # of /api/models/me/mine/...
+
             def do_GET(self):
-                self.answer({"id": "me/aligned", "siblings": [], "sha": "0" * 40, "private": False})
+                self.answer({"id": self.repository(), "siblings": [], "sha": "0" * 40, "private": False})
 
             def do_PUT(self):
                 hub.objects[self.path.rsplit("/", 1)[-1]] = self.body()
@@ -49,7 +57,9 @@ class FakeHub:
             def do_POST(self):
                 data = self.body()
                 if self.path == "/api/repos/create":
-                    self.answer({"url": f"{hub.url}/me/aligned", "id": "me/aligned"})
+                    asked = json.loads(data)
+                    name = f"{asked['organization']}/{asked['name']}"
+                    self.answer({"url": f"{hub.url}/{name}", "id": name})
                 elif self.path == "/api/validate-yaml":
                     self.answer({"errors": [], "warnings": []})
                 elif "/preupload/" in self.path:
@@ -69,8 +79,9 @@ class FakeHub:
                         entry["actions"] = {"upload": {"href": f"{hub.url}/objects/{entry['oid']}", "header": {}}}
                     self.answer({"transfer": "basic", "objects": objects})
                 elif "/commit/" in self.path:
-                    hub.commit(data)
-                    self.answer({"commitUrl": f"{hub.url}/me/aligned/commit/1", "commitOid": "1" * 40})
+                    hub.commit(self.repository(), data)
+                    url = f"{hub.url}/{self.repository()}/commit/1"
+                    self.answer({"commitUrl": url, "commitOid": "1" * 40})
                 else:
                     self.answer({})
 
@@ -82,12 +93,13 @@ class FakeHub:
     def __exit__(self, *arguments):
         self.server.shutdown()
 
-    def commit(self, lines):
+    def commit(self, repository, lines):
+        files = self.files[repository]
         for line in map(json.loads, filter(None, lines.split(b"\n"))):
             value = line["value"]
             if line["key"] == "header":
-                self.commits.append(value["summary"])
+                self.commits[repository].append(value["summary"])
             elif line["key"] == "file":
-                self.files[value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                self.files[value["path"]] = self.objects[re.sub("^sha256:", "", value["oid"])]
+                files[value["path"]] = self.objects[re.sub("^sha256:", "", value["oid"])]

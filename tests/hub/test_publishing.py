@@ -74,32 +74,46 @@ def test_measurements_may_be_missing_or_a_report(measured, said, tmp_path):
     assert "eval_loss" not in text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint"])
-def test_a_push_carries_a_card_and_no_pickle_and_no_token(clip_folder, tmp_path, strategy):
-    token = "hf_" + "s3cret" * 6
-    tests = Path(__file__).parents[1]
+TOKEN = "hf_" + "s3cret" * 6
+STRATEGIES = {"end": 1, "every_save": 3, "checkpoint": 5}
+"""How many commits each makes of a run with two checkpoints."""
+
+
+@pytest.fixture(scope="module")
+def pushed(clip_folder, tmp_path_factory):
+    """The Hub after a push by each strategy, the folder that the runs wrote, and what they said."""
+    folder, tests = tmp_path_factory.mktemp("aligned"), Path(__file__).parents[1]
     with FakeHub() as hub:
         environment = {
             **{k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"},
             "HF_ENDPOINT": hub.url,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": str(tests),
+            "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent))),
         }
-        command = [sys.executable, tests / "push_worker.py", clip_folder, tmp_path / "aligned", token, strategy]
-        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=120)
+        command = [sys.executable, tests / "push_worker.py", clip_folder, folder, TOKEN, *STRATEGIES]
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {"model.safetensors", "config.json", "README.md", "training_args.json"} <= set(hub.files)
-    assert not [n for n in hub.files if n.endswith((".bin", ".pt", ".pth")) and not n.startswith("last-checkpoint/")]
-    assert not [n for n in hub.files if n.endswith(".bin")]
-    assert ("last-checkpoint/optimizer.pt" in hub.files) == (strategy == "checkpoint")
-    assert (f"last-checkpoint/{MARK}" in hub.files) == (strategy == "checkpoint")  # so that it can be resumed from
-    assert len(hub.commits) == {"end": 1, "every_save": 3, "checkpoint": 5}[strategy]
-    card = hub.files["README.md"].decode()
+    return hub, folder, done.stdout + done.stderr
+
+
+@pytest.mark.xdist_group("pushes")
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_push_carries_a_card_and_no_pickle_and_no_token(pushed, strategy):
+    hub, folder, said = pushed
+    files = hub.files[f"me/{strategy}"]
+    assert {"model.safetensors", "config.json", "README.md", "training_args.json"} <= set(files)
+    assert not [n for n in files if n.endswith((".bin", ".pt", ".pth")) and not n.startswith("last-checkpoint/")]
+    assert not [n for n in files if n.endswith(".bin")]
+    assert ("last-checkpoint/optimizer.pt" in files) == (strategy == "checkpoint")
+    assert (f"last-checkpoint/{MARK}" in files) == (strategy == "checkpoint")  # so that it can be resumed from
+    assert len(hub.commits[f"me/{strategy}"]) == STRATEGIES[strategy]
+    card = files["README.md"].decode()
     assert "base_model: openai/clip-vit-base-patch32" in card
     assert "eval_rewards/accuracies" in card
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert not [path for path in written if token.encode() in path.read_bytes()]
-    assert not [body for body in hub.bodies if token.encode() in body]
-    assert token not in done.stdout + done.stderr
+    written = [path for path in (folder / strategy).rglob("*") if path.is_file()]
+    assert written
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+    assert not [body for body in hub.bodies if TOKEN.encode() in body]
+    assert TOKEN not in said
