@@ -29,8 +29,9 @@ from transformers.utils import logging
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
-from clip_po.data.pairs import PreferencePairs, TypographicPreferences
+from clip_po.data.pairs import PreferencePairs
 from clip_po.data.sampler import EpochSampler
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.losses import LossSettings, preference_loss
 from clip_po.policy import BatchLogps, candidate_logps, encode_texts, preference_logps, regularization_kl
 from clip_po.trainer import ContrastivePOTrainer

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from clip_po.candidates import CandidateTexts
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.checking import checked_pairs
-from clip_po.data.collator import WithNotes
+from clip_po.data.collator import RowMetadataCollator
 from clip_po.data.embedding_cache import EmbeddingCache
-from clip_po.data.pairs import EvaluationPairs, PreferencePairs
+from clip_po.data.pairs import EvaluationPairs, PreferencePairs, checked_pairs
 from clip_po.data.sampler import EpochSampler
 from clip_po.data.skipped_rows import SkippedRows
 from clip_po.data.stream_reader import StreamMark
@@ -49,20 +49,24 @@ class FeedsRows(_Base):
 
     def _training_pairs(
         self, dataset: Any, args: ContrastivePOConfig, concept: ConceptTransform | None
-    ) -> PreferencePairs:
+    ) -> PreferencePairs | StreamedPairs:
         if not is_stream(dataset):
-            return checked_pairs(dataset, self.reg_dataset, self.candidate_texts, args, "train_dataset")
+            return checked_pairs(
+                dataset, self.reg_dataset, CandidateTexts(self.candidate_texts), args, "train_dataset"
+            )
         if concept is not None:
             raise ValueError(
                 "train_dataset is streamed, but a concept's transformation is trained on embeddings that are computed "
                 "once and seen in many steps. Load the data without streaming=True."
             )
-        return checked_stream(dataset, self.reg_dataset, self.candidate_texts, args, "train_dataset")
+        return checked_stream(dataset, self.reg_dataset, CandidateTexts(self.candidate_texts), args, "train_dataset")
 
     def _evaluation_pairs(
         self, dataset: Any, args: ContrastivePOConfig, name: str = "eval_dataset"
     ) -> PreferencePairs:
-        return checked_pairs(dataset, self.reg_dataset, self.candidate_texts, args, name, EvaluationPairs)
+        return checked_pairs(
+            dataset, self.reg_dataset, CandidateTexts(self.candidate_texts), args, name, EvaluationPairs
+        )
 
     def _embed_fixed_images(self, pairs: PreferencePairs, pays: bool) -> None:
         """Let the reference see fixed images once, where it pays or the arguments say so."""
@@ -117,7 +121,9 @@ class FeedsRows(_Base):
     def _global_batch_size(self) -> int:
         return self._train_batch_size * self.accelerator.num_processes
 
-    def _loader(self, dataset: PreferencePairs, batch_size: int, seed: int | None, drop_last: bool) -> DataLoader[Any]:
+    def _loader(
+        self, dataset: PreferencePairs | StreamedPairs, batch_size: int, seed: int | None, drop_last: bool
+    ) -> DataLoader[Any]:
         # A data set smaller than a batch is one batch, not one filled up with rows of weight 0.
         batch_size = min(batch_size, -(-len(dataset) // self.accelerator.num_processes))
         sampler = EpochSampler(len(dataset), batch_size * self.accelerator.num_processes, seed, drop_last)
@@ -126,7 +132,7 @@ class FeedsRows(_Base):
                 dataset,
                 batch_size=batch_size,
                 sampler=sampler,
-                collate_fn=WithNotes(self.data_collator),
+                collate_fn=RowMetadataCollator(self.data_collator),
                 num_workers=self.args.dataloader_num_workers,
                 pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
                 prefetch_factor=self.args.dataloader_prefetch_factor,

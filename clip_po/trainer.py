@@ -19,8 +19,8 @@ from clip_po.concept.policy import ConceptPolicy
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ADAMAX, ContrastivePOConfig, check_args
 from clip_po.data.collator import DataCollatorForContrastivePreference, row_weights
-from clip_po.data.formats import check_candidates
 from clip_po.data.pairs import PreferencePairs
+from clip_po.data.streamed_pairs import StreamedPairs
 from clip_po.feeding import FeedsRows
 from clip_po.hub.publishing import SafePublishing
 from clip_po.hub.safe_loading import SafeLoading
@@ -50,6 +50,7 @@ from clip_po.training.checkpoints import CheckpointMark, WholeCheckpoints, whole
 from clip_po.training.nan_guard import StopsWhereNotFinite
 from clip_po.training.resuming import ResumesExactly
 from clip_po.training.sharding import allow_sharding
+from clip_po.validation import check_candidates
 
 logger = logging.get_logger(__name__)
 
@@ -99,7 +100,7 @@ class ContrastivePOTrainer(
     args: ContrastivePOConfig
     model: PreTrainedModel | PeftModel
     processing_class: ProcessorMixin
-    train_dataset: PreferencePairs | None
+    train_dataset: PreferencePairs | StreamedPairs | None
 
     def __init__(
         self,
@@ -132,7 +133,7 @@ class ContrastivePOTrainer(
         for checked in (model, ref_model) if ref_model is not None else (model,):
             check_processor(processing_class, checked)
         self.reg_dataset = reg_dataset
-        pairs: PreferencePairs | None = None
+        pairs: PreferencePairs | StreamedPairs | None = None
         evaluated: Any = None
         if train_dataset is not None:
             pairs = self._training_pairs(train_dataset, args, concept)

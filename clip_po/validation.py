@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
 
 from clip_po.losses import SINGLE_REJECTED, WITHOUT_REJECTED
@@ -247,6 +248,34 @@ def check_rejected_count(most: int, loss_types: Collection[str], where: str, few
         )
 
 
+def check_column(dataset: Any, column: str, argument: str) -> Any:
+    """Raise if a value is not one split of a dataset with a given column.
+
+    Args:
+        dataset: The value to check.
+        column: Name of the column.
+        argument: The argument that names the column.
+
+    Returns:
+        The feature of the column.
+
+    Raises:
+        TypeError: If `dataset` is not a single split.
+        ValueError: If the column is missing.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"Expected one split, a datasets.Dataset, got {type(dataset).__name__}; choose one, as in "
+            'load_dataset(..., split="test").'
+        )
+    if column not in dataset.column_names:
+        raise ValueError(f"{argument}={column!r} is not a column of the dataset; it has {dataset.column_names}.")
+    return dataset.features[column]
+
+
+# ---- Images ------------------------------------------------------------------------------------------------
+
+
 class UnreadableImage(ValueError):
     """An image that can't be read or is refused. The message names row and column and says why."""
 
@@ -264,6 +293,28 @@ def unreadable_image(error: Exception, column: str, where: str, drop: str = "dat
         f"{where}: the image in column {column} can't be read ({type(error).__name__}: {error}). Fix the file or drop "
         f"the row, for instance with `{drop}`."
     )
+
+
+def check_image(value: Any, column: str, where: str) -> None:
+    """Raise if an image column holds nothing, or a path or bytes instead of an image.
+
+    Args:
+        value: The value to check.
+        column: Name of the image column.
+        where: The row in messages, such as "train_dataset row 3".
+
+    Raises:
+        UnreadableImage: If it does; the message names row and column.
+    """
+    if value is None:
+        raise UnreadableImage(
+            f"{where}: column {column!r} holds no image. Drop the row, for instance with `dataset.select`."
+        )
+    if isinstance(value, (str, bytes, Mapping)):
+        raise UnreadableImage(
+            f"{where}: column {column!r} holds {type(value).__name__}, expected an image. Convert paths and "
+            f"bytes with dataset.cast_column({column!r}, datasets.Image())."
+        )
 
 
 # ---- Models and files --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from samples import CLASSES, PROMPTS, make_labelled, make_preferences
 
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.streamed_pairs import TypographicStream
+from clip_po.data.typographic import TypographicStream
 from clip_po.trainer import ContrastivePOTrainer
 
 GLOBAL_BATCH = 4

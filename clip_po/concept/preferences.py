@@ -35,8 +35,9 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
 
-from clip_po.data.class_labels import read_images, read_labels
-from clip_po.data.formats import check_candidates
+from clip_po.data.class_labels import read_labels
+from clip_po.data.images import read_images
+from clip_po.validation import check_candidates
 
 ATTRIBUTE = "attribute"
 """The field of a template that the attribute's name fills; other fields are columns."""

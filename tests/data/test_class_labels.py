@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 from samples import make_scenes
 
-from clip_po.data.class_labels import read_image, read_images, read_labels
+from clip_po.data.class_labels import read_labels
+from clip_po.data.images import read_image, read_images
 from clip_po.evaluation.zero_shot import zero_shot_accuracy
 
 
@@ -26,11 +27,11 @@ def with_labels(values):
 @pytest.mark.parametrize(
     ("values", "names", "message"),
     [
-        ([0, 1, 3], ["a", "b", "c"], r"Row 2: 'label' is 3, expected a class number in 0\.\.2"),
-        ([0, -1], ["a", "b"], "Row 1: 'label' is -1"),
-        ([0, None], ["a", "b"], "Row 1: 'label' is None"),
-        (["a"], ["a", "b"], "Row 0: 'label' is 'a'"),
-        ([True], ["a", "b"], "Row 0: 'label' is True"),
+        ([0, 1, 3], ["a", "b", "c"], r"Row 2: column 'label' is 3, expected a class number in 0\.\.2"),
+        ([0, -1], ["a", "b"], "Row 1: column 'label' is -1"),
+        ([0, None], ["a", "b"], "Row 1: column 'label' is None"),
+        (["a"], ["a", "b"], "Row 0: column 'label' is 'a'"),
+        ([True], ["a", "b"], "Row 0: column 'label' is True"),
         ([0], None, "pass class_names"),
     ],
 )
@@ -42,7 +43,7 @@ def test_wrong_labels_are_named_by_row(values, names, message):
 @pytest.mark.parametrize(
     ("column", "names", "message"),
     [
-        ("class", None, r"label_column='class' is no column.*'label'"),
+        ("class", None, r"label_column='class' is not a column.*'label'"),
         ("label", ["cat", "dog"], "has 3 classes, class_names has 2"),
         ("label", ["dog", "cat", "car"], "in another order"),
     ],
@@ -71,7 +72,7 @@ def test_an_unreadable_image_names_row_and_column(dataset, model, processor):
 
 def test_a_gap_and_a_path_are_no_images(dataset):
     gap = datasets.Dataset.from_dict({"image": [None]}, features=datasets.Features({"image": datasets.Image()}))
-    with pytest.raises(ValueError, match="Row 0: column 'image' holds NoneType"):
+    with pytest.raises(ValueError, match="Row 0: column 'image' holds no image"):
         read_image(read_images(gap, "image"), "image", 0)
     paths = datasets.Dataset.from_dict({"image": ["a.png"]})
     with pytest.raises(ValueError, match=r"holds str, expected an image.*cast_column"):

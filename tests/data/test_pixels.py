@@ -7,7 +7,7 @@ from PIL import Image
 from samples import tiny_processor
 from transformers import CLIPImageProcessorPil
 
-from clip_po.data.pixels import to_pixels
+from clip_po.data.images import to_pixels
 
 
 class Mirrored(CLIPImageProcessorPil):
