@@ -191,7 +191,7 @@ LABELLED = {
         "Row 2: column 'sure' must be a finite number >= 0, got -1.0",
     ),
     "attribute-without-names": case(
-        lambda b: reverse_attribute(labelled(), "a photo", "label"), ValueError, "template must hold '{attribute}'"
+        lambda b: reverse_attribute(labelled(), "a photo", "label"), ValueError, "template must contain '{attribute}'"
     ),
 }
 
