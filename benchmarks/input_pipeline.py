@@ -165,7 +165,7 @@ def main() -> None:
     attack = TypographicAttack(photographs.features["label"].names, crop=side)  # as clip-po train draws
     drawn = TypographicPreferences(photographs, attack)
     upright = TypographicPreferences(photographs, replace(attack, rotation=(0, 0), outline=(0, 0), sticker=0))
-    pairs = PreferencePairs(drawn, "clean_image", drawn.candidate_texts)
+    pairs = PreferencePairs(drawn, "clean_image")
     collator = DataCollatorForContrastivePreference(processor, drawn.candidate_texts)
     alone = PillowAlone(
         [row["image"]["bytes"] for row in photographs.cast_column("image", ImageFeature(decode=False))],

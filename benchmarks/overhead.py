@@ -99,7 +99,7 @@ def trainer_steps(case: Case, args: ContrastivePOConfig) -> list[float]:
 def bare_steps(case: Case, args: ContrastivePOConfig) -> list[float]:
     """Seconds of each step of a loop that does what the method asks for and nothing else."""
     model, texts = case.model, case.rows.candidate_texts
-    pairs = PreferencePairs(case.rows, "clean_image", texts)
+    pairs = PreferencePairs(case.rows, "clean_image")
     collator = DataCollatorForContrastivePreference(case.processor, texts)
     text_embeds = encode_texts(model, case.processor, texts)
     model.requires_grad_(False)

@@ -7,6 +7,7 @@ from samples import PROMPTS, tiny_config
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from clip_po.candidates import CandidateTexts
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.pairs import PreferencePairs
 from clip_po.policy import (
@@ -31,7 +32,7 @@ def unit(*shape):
 
 def batch_of(preferences, processor, candidate_texts=None, rows=4):
     collator = DataCollatorForContrastivePreference(processor, candidate_texts)
-    pairs = PreferencePairs(preferences, "clean_image", candidate_texts)
+    pairs = PreferencePairs(preferences, "clean_image", CandidateTexts(candidate_texts))
     return collator([pairs[index] for index in range(rows)])
 
 

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from samples import PROMPTS
 from torch.nn import functional as F
 
+from clip_po.candidates import CandidateTexts
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.embedding_cache import EmbeddingCache
@@ -62,7 +63,7 @@ def test_the_reference_takes_no_gradients(pairs, collate, model, processor):
 
 def test_fixed_candidates_are_those_of_the_reference_too(model, processor, preferences):
     batch = DataCollatorForContrastivePreference(processor, PROMPTS)(
-        first_rows(PreferencePairs(preferences, "clean_image", PROMPTS))
+        first_rows(PreferencePairs(preferences, "clean_image", CandidateTexts(PROMPTS)))
     )
     found = ReferencePolicy(model, processor, PROMPTS)(batch).preference
     images, texts = encode_images(model, batch["pixel_values"]), encode_texts(model, processor, PROMPTS)

@@ -87,9 +87,8 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
 
     @property
     def _used_images(self) -> set[str]:
-        used = {"image"}
-        used |= {"reg_image"} if self.completion.regularization is not None else set()
-        return used | ({"target_image"} if self.completion.targets is not None else set())
+        sources = {"reg_image": self.completion.regularization, "target_image": self.completion.targets}
+        return {"image", *(name for name, source in sources.items() if source is not None)}
 
     def image_count(self, name: str) -> int:
         """Return the number of images of a name of `fixed_images`."""

@@ -126,9 +126,8 @@ class StreamedPairs(torch.utils.data.Dataset[Row]):
         clean, reason = self._decoded(row.values, drawn.image_column, where)
         attacked = clean if reason else drawn.attacked(clean, words, row.number, row.epoch)
         images = {"image": attacked, "clean_image": clean}
-        return {**drawn.preference(label, words), "weight": weight, **images}, (
-            dict.fromkeys(images, reason) if reason else {}
-        )
+        reasons = dict.fromkeys(images, reason) if reason else {}
+        return {**drawn.preference(label, words), "weight": weight, **images}, reasons
 
     def _decoded(self, values: Row, column: str, where: str) -> tuple[Image.Image, str]:
         """Return an image of a row in RGB and ""; or, where it can't be read, a blank one and the reason."""

@@ -59,11 +59,12 @@ def test_a_rows_texts_and_images_are_parts_of_it(kind):
 def test_the_word_of_a_row_is_drawn_once(monkeypatch):
     drawn = []
     written = TypographicAttack.written
-    monkeypatch.setattr(
-        TypographicAttack,
-        "written",
-        lambda self, *args, **kwargs: drawn.append(args) or written(self, *args, **kwargs),
-    )
+
+    def counted(attack, index, epoch, exclude):
+        drawn.append((index, epoch))
+        return written(attack, index, epoch, exclude)
+
+    monkeypatch.setattr(TypographicAttack, "written", counted)
     rows = ADAPTERS["attack"]()
     rows.row(3, 2)
     assert drawn == [(3, 2)]
