@@ -40,7 +40,7 @@ from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.class_labels import read_labels
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.loading import load_split
-from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.evaluation.fairness.written_word import (
     class_size,
     least_biased,

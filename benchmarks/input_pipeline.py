@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader
 from clip_po.data.attacks.drawing import SMALLEST_TEXT, TextStyle, load_font
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.collator import DataCollatorForContrastivePreference
+from clip_po.data.images import to_pixels
 from clip_po.data.loading import load_split
-from clip_po.data.pairs import PreferencePairs, TypographicPreferences
-from clip_po.data.pixels import to_pixels
+from clip_po.data.pairs import PreferencePairs
 from clip_po.data.sampler import EpochSampler
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.evaluation.tables import format_table
 
 GOAL = 0.8
@@ -164,7 +165,7 @@ def main() -> None:
     attack = TypographicAttack(photographs.features["label"].names, crop=side)  # as clip-po train draws
     drawn = TypographicPreferences(photographs, attack)
     upright = TypographicPreferences(photographs, replace(attack, rotation=(0, 0), outline=(0, 0), sticker=0))
-    pairs = PreferencePairs(drawn, "clean_image", drawn.candidate_texts)
+    pairs = PreferencePairs(drawn, "clean_image")
     collator = DataCollatorForContrastivePreference(processor, drawn.candidate_texts)
     alone = PillowAlone(
         [row["image"]["bytes"] for row in photographs.cast_column("image", ImageFeature(decode=False))],

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from transformers.utils import logging
 
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.models import load_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

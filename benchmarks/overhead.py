@@ -29,8 +29,9 @@ from transformers.utils import logging
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
-from clip_po.data.pairs import PreferencePairs, TypographicPreferences
+from clip_po.data.pairs import PreferencePairs
 from clip_po.data.sampler import EpochSampler
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.losses import LossSettings, preference_loss
 from clip_po.policy import CandidateLogps, candidate_logps, encode_texts, preference_logps, regularization_kl
 from clip_po.trainer import ContrastivePOTrainer
@@ -98,7 +99,7 @@ def trainer_steps(case: Case, args: ContrastivePOConfig) -> list[float]:
 def bare_steps(case: Case, args: ContrastivePOConfig) -> list[float]:
     """Seconds of each step of a loop that does what the method asks for and nothing else."""
     model, texts = case.model, case.rows.candidate_texts
-    pairs = PreferencePairs(case.rows, "clean_image", texts)
+    pairs = PreferencePairs(case.rows, "clean_image")
     collator = DataCollatorForContrastivePreference(case.processor, texts)
     text_embeds = encode_texts(model, case.processor, texts)
     model.requires_grad_(False)

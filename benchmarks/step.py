@@ -26,7 +26,7 @@ from transformers import PrinterCallback
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.policy import encode_images
 from clip_po.trainer import ContrastivePOTrainer
 

@@ -2,8 +2,8 @@ from .concept.transform import ConceptTransform as ConceptTransform
 from .config import ContrastivePOConfig as ContrastivePOConfig
 from .data.attacks.typographic import TypographicAttack as TypographicAttack
 from .data.collator import DataCollatorForContrastivePreference as DataCollatorForContrastivePreference
-from .data.pairs import TypographicPreferences as TypographicPreferences
-from .data.streamed_pairs import TypographicStream as TypographicStream
+from .data.typographic import TypographicPreferences as TypographicPreferences
+from .data.typographic import TypographicStream as TypographicStream
 from .evaluation.interpolation import choose_alpha as choose_alpha
 from .evaluation.interpolation import interpolate as interpolate
 from .evaluation.interpolation import interpolation_table as interpolation_table

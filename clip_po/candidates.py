@@ -22,8 +22,8 @@ class CandidateTexts:
         texts: The texts as a tuple, or None.
 
     Raises:
-        ValueError: Fewer than two texts, an empty one, or one that occurs twice.
-        TypeError: `texts` is not a list, or something in it is not a string.
+        ValueError: If there are fewer than two texts, one is empty, or one occurs twice.
+        TypeError: If `texts` is not a list, or an entry is not a string.
     """
 
     def __init__(self, texts: Sequence[str] | None = None) -> None:
@@ -47,16 +47,16 @@ class CandidateTexts:
 def in_batch_candidates(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Make every text of the global batch a candidate of each of its rows.
 
-    All processes must call it together. Under gradient accumulation a global batch is one micro-batch of all
-    processes.
+    All processes must call this function together. Under gradient accumulation, a global batch is one micro-batch of
+    all processes.
 
     Args:
         batch: The rows of this process, as `DataCollatorForContrastivePreference` makes them without
             `candidate_texts`.
 
     Returns:
-        The batch without `candidates`: its `texts` are those of all processes, each once and in the order of the
-        rows, and `chosen` [B] and `rejected` [B, R] are positions in them.
+        The batch without `candidates`. Its `texts` are the texts of all processes, each once and in the order of the
+        rows; `chosen` [B] and `rejected` [B, R] are positions in them.
     """
     own: list[list[str]] = [batch["texts"]]
     if _processes() > 1:
@@ -75,13 +75,13 @@ def in_batch_candidates(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def share_of_texts(texts: Sequence[str]) -> list[str]:
-    """Those of the texts that all processes have which this process encodes: equally many each.
+    """Return the share of the candidate texts that this process encodes. All shares have the same size.
 
     Args:
         texts: M texts, the same in every process.
 
     Returns:
-        ceil(M / processes) texts, filled up with empty ones; all of them where there is one process.
+        ceil(M / processes) texts, padded with empty ones; all of them with a single process.
     """
     each = -(-len(texts) // _processes())
     start = each * (distributed.get_rank() if _processes() > 1 else 0)
@@ -90,13 +90,13 @@ def share_of_texts(texts: Sequence[str]) -> list[str]:
 
 
 def embeds_of_all(embeds: Tensor, count: int) -> Tensor:
-    """The embeddings of shared texts, from the shares that the processes encoded.
+    """Gather the embeddings of all candidate texts from the shares that the processes encoded.
 
-    Its gradient is the sum of those of all processes, so that each text's reaches the process that encoded it.
+    The gradient of a text is summed over processes and reaches the process that encoded it.
 
     Args:
-        embeds: Tensor[ceil(M / processes), D], of `share_of_texts`.
-        count: M.
+        embeds: Tensor[ceil(M / processes), D], the embeddings of `share_of_texts`.
+        count: M, the number of texts.
 
     Returns:
         Tensor[M, D], the same in every process.

@@ -18,9 +18,8 @@ from transformers import ProcessorMixin
 
 from clip_po.candidates import CandidateTexts
 from clip_po.data.embedding_cache import EmbeddingCache, fingerprint, model_digest, processor_digest
+from clip_po.data.images import blank_image, to_pixels
 from clip_po.data.pairs import PreferencePairs
-from clip_po.data.pixels import to_pixels
-from clip_po.data.skipped_rows import blank_image
 from clip_po.policy import CachedTextEmbeddings, CandidateLogps, candidate_logps, dual_encoder, encode_images
 
 ROW_IMAGES = ("image", "reg_image", "target_image")

@@ -16,11 +16,10 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from clip_po.candidates import CandidateTexts, in_batch_candidates
 from clip_po.config import ADAMAX, ContrastivePOConfig, check_args
-from clip_po.data.checking import checked_pairs
 from clip_po.data.collator import SMALLEST_WEIGHT, DataCollatorForContrastivePreference, total_weights
 from clip_po.data.embedding_cache import EmbeddingCache
 from clip_po.data.loaders import row_loader
-from clip_po.data.pairs import EvaluationPairs, PreferencePairs
+from clip_po.data.pairs import EvaluationPairs, PreferencePairs, checked_pairs
 from clip_po.data.sampler import EpochSampler
 from clip_po.data.skipped_rows import SkippedRows
 from clip_po.data.stream_reader import StreamMark
@@ -117,7 +116,7 @@ class ContrastivePOTrainer(Trainer):
         super().__init__(
             model=self.module_to_train(encoder),
             args=args,
-            data_collator=data_collator or DataCollatorForContrastivePreference(processor, self.candidates.texts),
+            data_collator=data_collator or DataCollatorForContrastivePreference(processor, self.candidates),
             train_dataset=None if train_dataset is None else self.training_rows(train_dataset, args),
             eval_dataset=self.evaluation_rows(eval_dataset, args),
             processing_class=processor,
@@ -160,7 +159,7 @@ class ContrastivePOTrainer(Trainer):
     def training_rows(self, dataset: Any, args: ContrastivePOConfig) -> PreferencePairs | StreamedPairs:
         """Check the training data set, and pair its rows with their regularization images."""
         check = checked_stream if is_stream(dataset) else checked_pairs
-        return check(dataset, self.reg_dataset, self.candidates.texts, args, "train_dataset")
+        return check(dataset, self.reg_dataset, self.candidates, args, "train_dataset")
 
     def evaluation_rows(self, dataset: Any, args: ContrastivePOConfig, name: str = "eval_dataset") -> Any:
         """Check an evaluation data set, or several by name."""
@@ -168,7 +167,7 @@ class ContrastivePOTrainer(Trainer):
             return {key: self.evaluation_rows(rows, args, f"{name}[{key!r}]") for key, rows in dataset.items()}
         if dataset is None or isinstance(dataset, PreferencePairs):
             return dataset
-        return checked_pairs(dataset, self.reg_dataset, self.candidates.texts, args, name, EvaluationPairs)
+        return checked_pairs(dataset, self.reg_dataset, self.candidates, args, name, EvaluationPairs)
 
     def build_reference(
         self, encoder: nn.Module, ref_model: nn.Module | None, peft_config: PeftConfig | None

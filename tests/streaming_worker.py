@@ -10,7 +10,7 @@ from accelerate import PartialState
 from samples import CLASSES, make_labelled, make_preferences, make_trainer
 
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.streamed_pairs import TypographicStream
+from clip_po.data.typographic import TypographicStream
 
 GLOBAL_BATCH = 4
 BROKEN = {"bytes": b"no image", "path": None}

@@ -32,7 +32,7 @@ def unit(*shape):
 
 def batch_of(preferences, processor, candidate_texts=None, rows=4):
     collator = DataCollatorForContrastivePreference(processor, candidate_texts)
-    pairs = PreferencePairs(preferences, "clean_image", candidate_texts)
+    pairs = PreferencePairs(preferences, "clean_image", CandidateTexts(candidate_texts))
     return collator([pairs[index] for index in range(rows)])
 
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPModel
 
-from clip_po.data.collator import to_pixels
-from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.images import to_pixels
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.evaluation.zero_shot import class_embeddings
 from clip_po.losses import kl_regularization
 from clip_po.policy import candidate_logps, dual_encoder, encode_images, evaluating
@@ -266,6 +266,9 @@ def _encode_images(
     starts = range(0, len(preferences), _ENCODING_BATCH)
     for start in tqdm(starts, desc=title, disable=disable_tqdm):
         indices = range(start, min(start + _ENCODING_BATCH, len(preferences)))
-        images = [preferences.clean(i) if epoch is None else preferences.row(i, epoch)["image"] for i in indices]
+        images = [
+            preferences.image("clean_image", i) if epoch is None else preferences.row(i, epoch)["image"]
+            for i in indices
+        ]
         embeds.append(encode_images(encoder, to_pixels(processor, images).to(encoder.device, encoder.dtype)))
     return torch.cat(embeds)

@@ -16,7 +16,8 @@ from datasets import Dataset
 from transformers import CLIPProcessor
 
 from clip_po.cli.arguments import DEFAULT_TEMPLATE
-from clip_po.data.class_labels import read_images, read_labels
+from clip_po.data.class_labels import read_labels
+from clip_po.data.images import read_images
 from clip_po.data.loading import load_split
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.fairness.metrics import skew_at_k, top_k

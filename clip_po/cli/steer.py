@@ -31,7 +31,7 @@ from clip_po.concept.transform import CONCEPT_FILE, ConceptTransform, ScalePath
 from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
-from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.evaluation.interpolation import check_bound
 from clip_po.evaluation.report.figures import save_figure
 from clip_po.evaluation.report.plots import sweep_plot
@@ -243,7 +243,7 @@ def concept_trainer(case: Case, transform: ConceptTransform, config: ConceptConf
         args=config,
         train_dataset=case.train,
         processing_class=case.processor,
-        candidate_texts=case.train.texts,
+        candidate_texts=case.train.all_texts,
     )
 
 

@@ -18,7 +18,7 @@ from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task
 from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.fonts import training_fonts
-from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.evaluation.interpolation import choose_alpha, interpolate, interpolation_table, sweep_interpolation
 from clip_po.evaluation.pseudo_labels import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.evaluation.robustness import RobustnessImages
@@ -86,7 +86,7 @@ def align(
         eval_dataset=held_out if args.eval_strategy != "no" else None,
         processing_class=processor,
         peft_config=peft_config,
-        candidate_texts=train.texts,
+        candidate_texts=train.all_texts,
         callbacks=task_args.callbacks(),
     )
     images = None if held_out is None else validation_images(held_out, processor)

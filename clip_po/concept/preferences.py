@@ -1,28 +1,26 @@
-"""Preferences for a concept: from images whose attribute is known, or from pairs of texts alone.
+"""Preferences that reverse, keep or neutralize a concept, from labelled images or from pairs of texts.
 
 ==========================  ===========================================  =======================================
-aim                         builder                                      settings of the trainer
+preferred                   function                                     settings of the trainer
 ==========================  ===========================================  =======================================
 the other attribute's text  `reverse_attribute`                          any loss
 neither text                `neutralize_attribute`, `neutralize_texts`   see below
 the attribute's own text    `keep_attribute`                             any loss
-everything else             `reg_dataset`, and `other_texts` here        reg_weight > 0
+everything else unchanged   `reg_dataset`, and `other_texts` here        reg_weight > 0
 ==========================  ===========================================  =======================================
 
-Where each text is preferred equally often, a loss that compares with the reference asks for no change: the
-log-ratios are balanced already where the policy is the reference. What makes both texts equally probable is
-`reference_free=True` with "sigmoid" or "ipo", the loss "sft", or "kto_pair" with `undesirable_weight=0`, which is
-KTO with both texts desirable and goes only part of the way. The pull of such rows is weak: reversing, and then
-choosing a scale t between the original and the reversed model (`clip_po.concept.transform`), reaches neutral more
-easily.
+If each text is preferred equally often, a loss that compares with the reference asks for no change: the log-ratios
+are already balanced where the policy equals the reference. To make both texts equally probable, use
+`reference_free=True` with "sigmoid" or "ipo", the loss "sft", or "kto_pair" with `undesirable_weight=0`, which treats
+both texts as desirable and goes only part of the way. The gradient of such rows is weak. It is easier to reach neutral
+by reversing, and then choosing a scale t between the original and the reversed model (`clip_po.concept.transform`).
 
-The KL of ordinary images runs over the candidate texts of the same row. Two texts of the concept alone would hold
-nothing else in place: `other_texts`, texts without the attribute, join the candidates of every row.
+The KL on ordinary images runs over the candidate texts of the same row. The two texts of a concept alone would
+preserve nothing else, so `other_texts`, texts without the attribute, join the candidates of every row.
 
-Afzali et al. reverse and neutralize gender on images of men and women. `neutralize_texts` is of this package: with no
-label to say which text is right, images that need not show the attribute at all are to prefer neither, which draws
-the two texts together for whatever image they meet: margins shrink, though the larger of two may stay the larger. It
-is still a preference between texts given an image.
+Afzali et al. reverse and neutralize gender on images of men and women. `neutralize_texts` is specific to this package.
+Its images need no label and need not show the attribute: they prefer neither text, which draws the two texts together
+for any image. Margins shrink, though their sign may remain. It is still a preference between texts given an image.
 
 Source: Afzali et al. 2025, arXiv 2411.08923.
 """
@@ -35,11 +33,12 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
 
-from clip_po.data.class_labels import read_images, read_labels
-from clip_po.data.formats import check_candidates
+from clip_po.data.class_labels import read_labels
+from clip_po.data.images import read_images
+from clip_po.validation import check_candidates, check_text
 
 ATTRIBUTE = "attribute"
-"""The field of a template that the attribute's name fills; other fields are columns."""
+"""The field of a template that is filled with the name of the attribute. Other fields are columns."""
 
 
 def reverse_attribute(
@@ -50,26 +49,26 @@ def reverse_attribute(
     image_column: str = "image",
     other_texts: Sequence[str] = (),
 ) -> Dataset:
-    """Preferences for the text of another attribute than the image's: its own text is rejected.
+    """Make preferences for the text of another attribute; the text of the image's own attribute is rejected.
 
-    With more than two attributes the others take turns among the images of each one.
+    With more than two attributes, the others take turns among the images of each one.
 
     Args:
-        dataset: N images with an attribute, such as a column `gender`.
+        dataset: N images with an attribute column, such as `gender`.
         template: Text with a field `{attribute}` for the attribute's name, and fields for other columns by their
             names: "a photo of a {attribute} who is a {occupation}".
-        attribute_column: Column of ClassLabel or integers; `dataset.class_encode_column` makes one of strings.
-        attribute_names: What texts call the attributes, in the order of the labels ("man", "woman"); None for the
+        attribute_column: Column of ClassLabel or integers. `dataset.class_encode_column` converts strings.
+        attribute_names: Names of the attributes in texts, in the order of the labels ("man", "woman"); by default the
             names of the ClassLabel.
         image_column: Column of images.
         other_texts: Texts without the attribute that join the candidates of every row.
 
     Returns:
-        N image-preferences in the order of the data set: image, chosen, rejected, candidates.
+        N image-preferences in the order of the dataset: image, chosen, rejected, candidates.
 
     Raises:
-        ValueError: A column is missing, a label is out of range, fewer than two attributes, a template without
-            `{attribute}` or with a field that is no column, or texts that are the same; the message says which.
+        ValueError: If a column is missing, a label is out of range, there are fewer than two attributes, the template
+            has no `{attribute}` or a field that is not a column, or two texts are the same.
     """
     images = _images(dataset, image_column)
     texts, labels = _texts(dataset, template, attribute_column, attribute_names)
@@ -91,10 +90,10 @@ def keep_attribute(
     image_column: str = "image",
     other_texts: Sequence[str] = (),
 ) -> Dataset:
-    """Preferences for the text of the image's own attribute, for images of which it has to stay true.
+    """Make preferences for the text of the image's own attribute, for images on which it must not change.
 
-    The rows of `reverse_attribute` with chosen and rejected texts exchanged; `datasets.concatenate_datasets` joins
-    both kinds. Images without the attribute are held by `reg_dataset` instead.
+    The rows are those of `reverse_attribute` with chosen and rejected texts exchanged. Join both kinds with
+    `datasets.concatenate_datasets`. For images without the attribute, use `reg_dataset` instead.
 
     Args, Returns, Raises:
         As for `reverse_attribute`.
@@ -111,12 +110,12 @@ def neutralize_attribute(
     image_column: str = "image",
     other_texts: Sequence[str] = (),
 ) -> Dataset:
-    """Preferences for neither text: each image prefers each attribute's text once and rejects each once.
+    """Make preferences for neither text: each image prefers each attribute's text once and rejects each once.
 
-    The losses and settings for which that means anything stand at the top of this module.
+    The module docstring lists the losses and settings for which this has an effect.
 
     Args:
-        dataset: N images; their own attribute is read for its names and not otherwise.
+        dataset: N images. Only the names of the attribute are used.
         template: As for `reverse_attribute`.
         attribute_column: As for `reverse_attribute`.
         attribute_names: As for `reverse_attribute`, C names.
@@ -125,7 +124,7 @@ def neutralize_attribute(
 
     Returns:
         C * N image-preferences: all images with the first attribute's text chosen and the second's rejected, then
-        all with the second's and the third's, the last with the first's.
+        all with the second's and the third's, and so on; the last rejects the first's.
 
     Raises:
         ValueError: As for `reverse_attribute`.
@@ -142,26 +141,26 @@ def neutralize_texts(
     rounds: int = 1,
     other_texts: Sequence[str] = (),
 ) -> Dataset:
-    """Preferences for neither text of a pair, on images without a label of the attribute.
+    """Make preferences for neither text of a pair, on images without a label of the attribute.
 
-    The pairs take turns among the images: image i gets pair i + r * N in round r, counted round and round. Each
-    image prefers either text of its pair once. What no label says can't be reversed this way; labels that the model
-    gives itself (`clip_po.pseudo_labels`) can be, by `reverse_attribute`.
+    The pairs take turns among the images: image i gets pair (i + r * N) modulo P in round r. Each image prefers each
+    text of its pair once. To reverse a concept without labels, label the images with the model itself
+    (`clip_po.pseudo_labels`) and use `reverse_attribute`.
 
     Args:
         dataset: N images.
-        text_pairs: P pairs of texts that differ in the attribute alone: ("a photo of a man who is a doctor", "a photo
+        text_pairs: P pairs of texts that differ only in the attribute: ("a photo of a man who is a doctor", "a photo
             of a woman who is a doctor").
         image_column: Column of images.
-        rounds: How often each image comes, with another pair each time where there are more pairs than images.
+        rounds: Number of times each image is used, each time with another pair if there are more pairs than images.
         other_texts: As for `reverse_attribute`.
 
     Returns:
         2 * N * rounds image-preferences: all with the first text chosen, then all with the second.
 
     Raises:
-        ValueError: No pairs; something that is no pair of two different texts; `rounds` < 1 or too small to use
-            every pair; a column is missing.
+        ValueError: If there are no pairs, an entry is not a pair of two different texts, `rounds` < 1 or too small to
+            use every pair, or a column is missing.
     """
     if not text_pairs:
         raise ValueError("text_pairs is empty; give at least one pair of texts that differ in the attribute.")
@@ -183,17 +182,17 @@ def neutralize_texts(
 def _texts(
     dataset: Dataset, template: str, attribute_column: str, attribute_names: Sequence[str] | None
 ) -> tuple[list[list[str]], list[int]]:
-    """For each row the texts of all attributes, and its label."""
+    """Return for each row the texts of all attributes, and its label."""
     names, labels = read_labels(dataset, attribute_column, attribute_names)
     if len(names) < 2:
-        raise ValueError(f"Column {attribute_column!r} knows only {names}; a preference needs two attributes or more.")
+        raise ValueError(f"Column {attribute_column!r} has only {names}; a preference needs two attributes or more.")
     try:
         fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
     except ValueError as error:
-        raise ValueError(f"template is no text with fields in braces ({error}): {template!r}.") from error
+        raise ValueError(f"template is not a text with fields in braces ({error}): {template!r}.") from error
     if ATTRIBUTE not in fields:
         raise ValueError(
-            f"template must hold '{{{ATTRIBUTE}}}' where the name of the attribute goes, got {template!r}."
+            f"template must contain '{{{ATTRIBUTE}}}' where the name of the attribute goes, got {template!r}."
         )
     columns = {field: _words(dataset, field, template) for field in fields if field != ATTRIBUTE}
     rows = [{column: words[row] for column, words in columns.items()} for row in range(len(dataset))]
@@ -203,30 +202,29 @@ def _texts(
 def _words(dataset: Dataset, column: str, template: str) -> list[str]:
     if column not in dataset.column_names:
         raise ValueError(
-            f"template {template!r} has a field {column!r}, but the columns are {dataset.column_names}. Fields other "
-            f"than {ATTRIBUTE!r} are filled from the column of their name."
+            f"template {template!r} has a field {column!r}, but the columns are {dataset.column_names}. Each "
+            f"field except {ATTRIBUTE!r} is filled from the column of its name."
         )
     values = list(dataset.with_format(None)[column])
     feature = dataset.features[column]
     words = [feature.int2str(value) for value in values] if isinstance(feature, ClassLabel) else values
     for row, word in enumerate(words):
-        if not isinstance(word, str) or not word.strip():
-            raise ValueError(f"Row {row}: column {column!r} must be a text that is not empty, got {word!r}.")
+        check_text(word, f"Row {row}: column {column!r}", "Fill it in or drop the row.")
     return words
 
 
 def _images(dataset: Dataset, image_column: str) -> Dataset:
-    """The images alone, in a column `image`."""
+    """Return the images alone, in a column `image`."""
     images = read_images(dataset, image_column)
     if len(images) == 0:
-        raise ValueError("The data set is empty; give it at least one image.")
+        raise ValueError("The dataset is empty; give it at least one image.")
     return images.rename_columns({image_column: "image"} if image_column != "image" else {}).cast_column(
         "image", Image()
     )
 
 
 def _each_chosen_once(images: Dataset, texts: Sequence[Sequence[str]], other_texts: Sequence[str]) -> Dataset:
-    """Each image as often as it has texts, one of them chosen each time and the next one rejected."""
+    """Use each image once per text, with that text chosen and the next one rejected."""
     count = len(texts[0])
     parts = [
         _preferences(
@@ -238,7 +236,7 @@ def _each_chosen_once(images: Dataset, texts: Sequence[Sequence[str]], other_tex
         )
         for number in range(count)
     ]
-    # Joined, and not selected twice: that would copy the bytes of every image.
+    # Concatenated: selecting rows twice would copy the bytes of every image.
     return concatenate_datasets(parts)
 
 
@@ -251,7 +249,7 @@ def _preferences(
 ) -> Dataset:
     candidates = [[*own, *other_texts] for own in texts]
     for row, own in enumerate(candidates):
-        check_candidates(own, f"Row {row}: the texts of its attributes with other_texts")
+        check_candidates(own, f"Row {row}: the texts of its attributes and other_texts")
     features: Mapping[str, Any] = {
         "chosen": Value("string"),
         "rejected": Value("string"),

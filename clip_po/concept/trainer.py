@@ -17,7 +17,7 @@ from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.collator import total_weights
 from clip_po.data.pairs import PreferencePairs
-from clip_po.data.streamed_pairs import is_stream
+from clip_po.data.streamed_pairs import StreamedPairs, is_stream
 from clip_po.hub.model_card import CheckpointKind
 from clip_po.models import default_output_dir
 from clip_po.policy import CandidateLogps, candidate_logps, dual_encoder
@@ -146,15 +146,14 @@ class ConceptTrainer(ContrastivePOTrainer):
         """Return the transformation, the only thing that `Trainer` trains and saves."""
         return self.concept
 
-    def training_rows(self, dataset: Any, args: ContrastivePOConfig) -> PreferencePairs:
+    def training_rows(self, dataset: Any, args: ContrastivePOConfig) -> PreferencePairs | StreamedPairs:
         """Check the training data set, which has a length: its images are embedded once."""
         if is_stream(dataset):
             raise ValueError(
                 "train_dataset is streamed, but a concept's transformation is trained on embeddings that are computed "
                 "once and used in many steps. Load the data without streaming=True."
             )
-        rows: PreferencePairs = super().training_rows(dataset, args)
-        return rows
+        return super().training_rows(dataset, args)
 
     def build_reference(
         self, encoder: nn.Module, ref_model: nn.Module | None, peft_config: PeftConfig | None

@@ -1,4 +1,4 @@
-"""Rows to batches."""
+"""Rows to batches: pixel values, unique texts, and positions in them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from clip_po.candidates import CandidateTexts
 from clip_po.data.formats import Row
-from clip_po.data.pixels import to_pixels
+from clip_po.data.images import to_pixels
 
-NOTES = ("skipped", "stream_mark")
-"""What rows say that is not for the model."""
+METADATA_KEYS = ("skipped", "stream_mark")
+"""Keys of a row that are for the trainer, not for the model."""
 
 
-@dataclass
 class DataCollatorForContrastivePreference:
-    """Preferred and rejected texts of images as positions in their candidate texts, each text once.
+    """Collator that turns images into pixel values, and texts into positions among the candidate texts.
 
     Args:
-        processor: CLIPProcessor; its image processor makes the pixels.
-        candidate_texts: The candidate texts of every row. None: each row chooses among its `candidates`, or else
-            its chosen and rejected texts.
+        processor: CLIPProcessor; its image processor makes the pixel values.
+        candidate_texts: The candidate texts of every row. By default each row chooses among its `candidates`, or if it
+            has none among its chosen and rejected texts.
 
     Returns a batch of B rows:
 
@@ -44,14 +44,19 @@ class DataCollatorForContrastivePreference:
     ====================  =================  ================================================================
     """
 
-    processor: ProcessorMixin
-    candidate_texts: Sequence[str] | None = None
+    def __init__(
+        self, processor: ProcessorMixin, candidate_texts: CandidateTexts | Sequence[str] | None = None
+    ) -> None:
+        self.processor = processor
+        if not isinstance(candidate_texts, CandidateTexts):
+            candidate_texts = CandidateTexts(candidate_texts)
+        self.candidate_texts = candidate_texts
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Make the batch; all rows have the same keys."""
         batch: dict[str, Any] = {}
         for name in ("", "reg_", "target_"):
-            if f"{name}image" in rows[0]:  # rows of which every embedding is known come without
+            if f"{name}image" in rows[0]:  # rows come without images if all their embeddings are known
                 batch[f"{name}pixel_values"] = to_pixels(self.processor, [row[f"{name}image"] for row in rows])
         for name in ("weight", "reg_row_weight"):
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
@@ -59,31 +64,28 @@ class DataCollatorForContrastivePreference:
             if name in rows[0]:
                 batch[name] = torch.stack([row[name] for row in rows])
 
-        if self.candidate_texts is not None:
-            candidates = [self._positions] * len(rows)
+        positions: list[Callable[[str], int]]
+        if self.candidate_texts:
+            positions = [self.candidate_texts.position] * len(rows)
         else:
             own = [row.get("candidates") or [row["chosen"], *row["rejected"]] for row in rows]
-            texts = {text: None for texts in own for text in texts}
+            texts = list(dict.fromkeys(text for candidates in own for text in candidates))
             place = {text: position for position, text in enumerate(texts)}
-            batch["texts"] = list(texts)
-            batch["candidates"] = _ragged([[place[text] for text in texts] for texts in own])
-            candidates = [{text: position for position, text in enumerate(texts)} for texts in own]
-        paired = list(zip(rows, candidates, strict=True))
-        batch["chosen"] = torch.tensor([position[row["chosen"]] for row, position in paired])
-        batch["rejected"] = _ragged([[position[t] for t in row["rejected"]] for row, position in paired])
+            batch["texts"] = texts
+            batch["candidates"] = _ragged([[place[text] for text in candidates] for candidates in own])
+            positions = [{text: n for n, text in enumerate(candidates)}.__getitem__ for candidates in own]
+        paired = list(zip(rows, positions, strict=True))
+        batch["chosen"] = torch.tensor([position(row["chosen"]) for row, position in paired])
+        batch["rejected"] = _ragged([[position(text) for text in row["rejected"]] for row, position in paired])
         return batch
-
-    def __post_init__(self) -> None:
-        """Look the candidate texts' positions up once."""
-        self._positions = {text: position for position, text in enumerate(self.candidate_texts or ())}
 
 
 @dataclass
-class WithNotes:
-    """A collator, and past it what rows say that is not for the model: any collator of the user's will do.
+class RowMetadataCollator:
+    """A collator that passes row metadata around another collator, so that any collator of the user works.
 
-    A batch gets `skipped`, a list of why each of its rows was skipped ("" for those that were not; padding is left
-    out), and `stream_mark`, where a stream stood; each where rows have it.
+    It adds to the batch `skipped`, a list of why each row was skipped ("" for a row that was not; padding is left
+    out), and `stream_mark`, the position of the stream after the batch; each if rows have it.
 
     Args:
         collate: The trainer's collator.
@@ -93,17 +95,17 @@ class WithNotes:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Make the batch."""
-        notes: dict[str, Any] = {}
+        metadata: dict[str, Any] = {}
         if "skipped" in rows[0]:
-            notes["skipped"] = [row["skipped"] for row in rows if row["skipped"] is not None]
+            metadata["skipped"] = [row["skipped"] for row in rows if row["skipped"] is not None]
         if "stream_mark" in rows[-1]:
-            notes["stream_mark"] = rows[-1]["stream_mark"]
-        kept = [{key: value for key, value in row.items() if key not in NOTES} for row in rows]
-        return {**self.collate(kept), **notes}
+            metadata["stream_mark"] = rows[-1]["stream_mark"]
+        kept = [{key: value for key, value in row.items() if key not in METADATA_KEYS} for row in rows]
+        return {**self.collate(kept), **metadata}
 
 
 def _ragged(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of different lengths as Tensor[B, longest], at least one column, filled up with -1."""
+    """Return rows of different lengths as Tensor[B, longest], at least one column, padded with -1."""
     longest = max(1, *(len(row) for row in rows))
     return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows])
 

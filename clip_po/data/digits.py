@@ -1,4 +1,4 @@
-"""The embedded data set of the demo: handwritten digits on paper, and the words that attack them."""
+"""The embedded dataset of the demo: handwritten digits on paper, and the words that attack them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 """The classes, and the attack words."""
 
 PROMPT_TEMPLATE = "a photo of the number {}"
-"""The class prompt, to be filled with one of `DIGIT_NAMES`."""
+"""Prompt of a class, to be filled with one of `DIGIT_NAMES`."""
 
 IMAGE_SIDE = 48
-"""Width and height of a rendering in pixels: the input of the embedded model."""
+"""Width and height of a rendering in pixels, the input size of the embedded model."""
 
 MODEL_PATH = Path(__file__).parents[1] / "assets" / "digits-clip"
 """Folder of the embedded model: `CLIPModel.from_pretrained(MODEL_PATH)`."""
@@ -38,7 +38,7 @@ _ATTACKS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         ("top", "top-right", "bottom-left"),
     ),
 }
-"""Fonts of matplotlib and places of each attack."""
+"""Fonts (from matplotlib) and places of each attack."""
 
 _PER_CLASS = {"test": 50, "validation": 30}  # handwritten digits of each class; the rest is for training
 _LARGEST_VALUE = 16  # of a pixel in the table
@@ -46,7 +46,7 @@ _LARGEST_VALUE = 16  # of a pixel in the table
 
 @functools.cache
 def digits_table() -> tuple[np.ndarray, np.ndarray]:
-    """The handwritten digits that scikit-learn carries.
+    """Load the handwritten digits that come with scikit-learn.
 
     Returns:
         pixels (float32[1797, 8, 8]): ink, 0 (none) to 1.
@@ -79,11 +79,11 @@ def _split() -> dict[str, tuple[int, ...]]:
 
 
 def split_digits() -> dict[str, list[int]]:
-    """The one split of the handwritten digits, the same for the model's own training and for everything after.
+    """Return the split of the handwritten digits, shared by the pretraining of the embedded model and the demo.
 
     Returns:
-        Ids of handwritten digits (0..1796), ascending, each in one part: "train" (997), "validation"
-        (30 of each class, to choose between methods) and "test" (50 of each class, in no training).
+        Ids of handwritten digits (0..1796), ascending, each in one part: "train" (997), "validation" (30 of each
+        class, to choose between methods) and "test" (50 of each class, never trained on).
     """
     return {name: list(ids) for name, ids in _split().items()}
 
@@ -96,11 +96,11 @@ def render_digit(
     rotation: float = 8.0,
     shear: float = 0.1,
 ) -> Image.Image:
-    """Draw a handwritten digit somewhere on a sheet of paper, small enough that a word fits beside it.
+    """Draw a handwritten digit on a sheet of paper, small enough that a word fits beside it.
 
     Args:
         pixels: float[8, 8], ink, 0..1.
-        key: Names the rendering; the same key draws the same place, size, slant and colours.
+        key: Seed of the rendering: the same key gives the same place, size, slant and colours.
         side: Width and height of the result in pixels.
         size: Lowest and highest height of the digit as a share of `side`.
         rotation: Largest angle in degrees, either way.
@@ -119,12 +119,12 @@ def render_digit(
     x, y = (4 * cell + rng.random() * free for _ in range(2))  # the digit's centre
     gain = rng.uniform(1.3, 1.9)  # turns the blur of enlarging into a pen's stroke
 
-    # PIL wants, for each pixel of the result, its place in the source.
+    # Pillow needs, for each pixel of the result, its place in the source.
     sine, cosine = math.sin(angle) / cell, math.cos(angle) / cell
     a, b = (cosine + slant * sine) / aspect, (sine - slant * cosine) / aspect
     c, d = -sine, cosine
     matrix = (a, b, 5 - a * x - b * y, c, d, 5 - c * x - d * y)
-    source = np.pad(pixels * 255, 1).astype(np.uint8)  # with an edge of paper, that no stroke ends abruptly
+    source = np.pad(pixels * 255, 1).astype(np.uint8)  # with a margin, so that no stroke ends abruptly
     mask = Image.fromarray(source).transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
     mask = mask.point([round(min(255, max(0, (ink_value - 115) * gain + 115))) for ink_value in range(256)])
     image = Image.new("RGB", (side, side), paper)
@@ -133,19 +133,19 @@ def render_digit(
 
 
 def load_digits_dataset(split: str, renderings: int = 1, seed: int = 0) -> Dataset:
-    """Renderings of the handwritten digits of one part of the split.
+    """Render the handwritten digits of one part of the split.
 
     Args:
         split: "train", "validation" or "test".
-        renderings: How often each digit is drawn, >= 1.
+        renderings: Number of renderings of each digit, >= 1.
         seed: Seed of all renderings.
 
     Returns:
-        Data set with the columns image (RGB, `IMAGE_SIDE` square), label (ClassLabel of `DIGIT_NAMES`) and
-        digit (id of the handwritten digit, 0..1796: the cluster of a bootstrap). All digits once, then again.
+        Dataset with the columns image (RGB, `IMAGE_SIDE` square), label (ClassLabel of `DIGIT_NAMES`) and digit (id of
+        the handwritten digit, 0..1796: the cluster of a bootstrap). All digits come once, then again.
 
     Raises:
-        ValueError: The split is unknown, or `renderings` < 1.
+        ValueError: If the split is unknown, or `renderings` < 1.
     """
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as ImageFeature
@@ -154,7 +154,7 @@ def load_digits_dataset(split: str, renderings: int = 1, seed: int = 0) -> Datas
     if split not in parts:
         raise ValueError(f"split must be one of {sorted(parts)}, got {split!r}.")
     if renderings < 1:
-        raise ValueError(f"renderings is how often each digit is drawn, >= 1, got {renderings!r}.")
+        raise ValueError(f"renderings must be a whole number >= 1, got {renderings!r}.")
     pixels, labels = digits_table()
     digits = parts[split] * renderings
     images = [
@@ -170,15 +170,15 @@ def load_digits_dataset(split: str, renderings: int = 1, seed: int = 0) -> Datas
 
 
 def digit_attack(settings: str = "training", seed: int = 0) -> TypographicAttack:
-    """The attack that writes the name of another number on a digit.
+    """Return the attack that writes the name of another number on a digit.
 
     Args:
-        settings: "training", or "unseen": in fonts that neither the model nor the attack of training has seen,
-            at places where the attack of training does not write.
+        settings: "training", or "unseen" for fonts that neither the pretraining nor the training attack uses, at
+            places where the training attack does not write.
         seed: Seed of all draws.
 
     Raises:
-        ValueError: The settings are unknown.
+        ValueError: If the settings are unknown.
     """
     if settings not in _ATTACKS:
         raise ValueError(f"settings must be one of {sorted(_ATTACKS)}, got {settings!r}.")

@@ -1,4 +1,4 @@
-"""What is computed once stays on disk: embeddings, by a fingerprint of all that they were computed from."""
+"""Embeddings cached on disk, by a fingerprint of everything they were computed from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
-from clip_po.validation import check_writable
+from clip_po.atomic_write import atomic_write
+from clip_po.validation import check_writable, unreadable_image
 
 logger = logging.get_logger(__name__)
 
@@ -23,15 +24,15 @@ _NAME = "embeds"
 
 
 def fingerprint(*parts: str) -> str:
-    """One name for several digests, in their order."""
+    """Return one digest of several, in their order."""
     return _digest(part.encode() + b"\0" for part in parts)
 
 
 def model_digest(model: nn.Module) -> str:
-    """A digest of a module's parameters and buffers: names, types, shapes and every bit.
+    """Return a digest of a module's parameters and buffers: names, types, shapes and every bit.
 
     Args:
-        model: The part whose change changes what is cached, such as `model.vision_model`.
+        model: The part that the cached embeddings depend on, such as `model.vision_model`.
     """
 
     def parts() -> Iterable[bytes]:
@@ -43,20 +44,20 @@ def model_digest(model: nn.Module) -> str:
 
 
 def processor_digest(processor: ProcessorMixin) -> str:
-    """A digest of how a processor makes pixels: the image processor's class and its settings."""
+    """Return a digest of how a processor makes pixel values: the class of its image processor and its settings."""
     images = processor.image_processor
     return _digest([type(images).__name__.encode(), images.to_json_string().encode()])
 
 
 def image_digest(dataset: Dataset, column: str) -> str:
-    """A digest of the images of a column as they lie on disk, without decoding them.
+    """Return a digest of the images of a column as they are stored, without decoding them.
 
     Args:
-        dataset: The rows; files that they name are read.
+        dataset: The rows; the files that they name are read.
         column: Column of `datasets.Image`.
 
     Raises:
-        ValueError: A file can't be read; the message names the row.
+        UnreadableImage: If a file can't be read; the message names the row.
     """
 
     def parts() -> Iterable[bytes]:
@@ -68,10 +69,7 @@ def image_digest(dataset: Dataset, column: str) -> str:
                 try:
                     data = Path(image["path"]).read_bytes()
                 except OSError as error:
-                    raise ValueError(
-                        f"Row {index}: the image in column {column!r} can't be read ({error}). Mend the file, or "
-                        "filter the row out."
-                    ) from error
+                    raise unreadable_image(error, repr(column), f"Row {index}") from error
             yield hashlib.sha256(data or b"").digest()
 
     return _digest(parts())
@@ -85,16 +83,16 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 class EmbeddingCache:
-    """Embeddings in a folder, each set in a safetensors file named by its fingerprint.
+    """A folder of embeddings, one safetensors file for each fingerprint.
 
-    A file appears whole or not at all; one that can't be read, or holds anything but so many embeddings of finite
-    numbers, counts as absent and is written anew.
+    A file is written whole or not at all. A file that can't be read, or does not hold the expected number of finite
+    embeddings, counts as absent and is written again.
 
     Args:
-        folder: Made where it is missing.
+        folder: The folder; created where it is missing.
 
     Raises:
-        OSError: The folder can't be written to.
+        OSError: If the folder can't be written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -102,15 +100,15 @@ class EmbeddingCache:
         self.folder = Path(folder)
 
     def get(self, name: str, rows: int, dim: int | None = None) -> Tensor | None:
-        """The embeddings of a fingerprint, as they were put there.
+        """Return the embeddings of a fingerprint.
 
         Args:
             name: The fingerprint.
-            rows: How many there must be.
-            dim: D, how many numbers each must have; any where it is None.
+            rows: Expected number of embeddings.
+            dim: Expected dimension D; any by default.
 
         Returns:
-            Tensor[rows, D]; None where there are none such.
+            Tensor[rows, D]; None if there are no such embeddings.
         """
         file = self.folder / f"{name}.safetensors"
         try:
@@ -121,20 +119,17 @@ class EmbeddingCache:
         return embeds if right and bool(embeds.isfinite().all()) else None
 
     def put(self, name: str, embeds: Tensor) -> None:
-        """Keep embeddings, Tensor[N, D], under a fingerprint.
+        """Save embeddings under a fingerprint. On a full disk, log a warning and save nothing.
 
-        Where the disk is full there is a warning and nothing is kept: they are at hand, and a run can go on.
+        Args:
+            name: The fingerprint.
+            embeds: Tensor[N, D].
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{name}.safetensors"
-        partial = file.with_name(f".{name}.{os.getpid()}.partial")
         try:
-            save_file({_NAME: embeds.contiguous()}, partial)
-            os.replace(partial, file)
+            with atomic_write(self.folder / f"{name}.safetensors") as partial:
+                save_file({_NAME: embeds.contiguous()}, partial)
         except (OSError, SafetensorError) as error:
             logger.warning(
-                f"The embeddings of {len(embeds)} images could not be kept in {str(self.folder)!r} ({error}): another "
-                "run will compute them again. Free some space there."
+                f"The embeddings of {len(embeds)} images could not be saved in {str(self.folder)!r} ({error}). "
+                "Another run will compute them again. Free some disk space."
             )
-        finally:
-            partial.unlink(missing_ok=True)

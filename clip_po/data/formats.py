@@ -1,4 +1,4 @@
-"""The named row formats and their checks.
+"""The row formats of datasets, and their checks.
 
 ================  ==================================================  =====================================
 format            columns                                             optional columns
@@ -8,9 +8,9 @@ class-preference  image, label, rejected_label (class or classes)     clean_imag
 regularization    image
 ================  ==================================================  =====================================
 
-`clean_image` is the image before an attack. `weight` >= 0 scales a row's preference loss. Without
-`candidate_texts` the policy of a row chooses among its `candidates`, or else its chosen and rejected texts.
-A class-preference names positions in `candidate_texts`. `rejected` may be absent where every loss is `sft` or
+`clean_image` is the image before an attack. `weight` >= 0 scales the preference loss of a row. Without
+`candidate_texts` the policy of a row chooses among its `candidates`, or by default its chosen and rejected texts. The
+classes of a class-preference are positions in `candidate_texts`. `rejected` may be absent if every loss is `sft` or
 `distillation`.
 """
 
@@ -21,14 +21,21 @@ import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from datasets import ClassLabel, Dataset, Image, List, Value
+from datasets import ClassLabel, Dataset, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
 from clip_po.data.images import to_rgb
-from clip_po.data.skipped_rows import UnreadableImage
-from clip_po.losses import SINGLE_REJECTED, WITHOUT_REJECTED
-from clip_po.validation import check_candidates as check_candidates
+from clip_po.losses import WITHOUT_REJECTED
+from clip_po.validation import (
+    check_candidates,
+    check_image,
+    check_label,
+    check_rejected,
+    check_rejected_count,
+    check_row_weight,
+    check_text,
+    unreadable_image,
+)
 
 Row = dict[str, Any]
 
@@ -38,21 +45,28 @@ _DECODING = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError),
     *(struct.error, zlib.error, PILImage.DecompressionBombError),
 )
-"""What decoders of broken files raise; other errors are those of a transform of the user's."""
+"""Errors that decoders of broken files raise. Any other error comes from a transform of the user."""
 
 
 def as_list(value: Any) -> list[Any]:
-    """The value as a list: one text or class alone is a list of one, None an empty one."""
+    """Return a value as a list: a single text or class as a list of one, None as an empty list."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+# ---- Columns -----------------------------------------------------------------------------------------------
+
+
 def row_format(columns: Collection[str], name: str = "train_dataset") -> str:
-    """The format of rows with these columns, "image-preference" or "class-preference".
+    """Return the format of rows with these columns, "image-preference" or "class-preference".
+
+    Args:
+        columns: Names of the columns.
+        name: Name of the dataset in messages.
 
     Raises:
-        ValueError: The columns are of neither format.
+        ValueError: If the columns fit neither format.
     """
     if "image" in columns and "chosen" in columns:
         return "image-preference"
@@ -61,64 +75,54 @@ def row_format(columns: Collection[str], name: str = "train_dataset") -> str:
     raise ValueError(
         f"{name} has the columns {sorted(columns)}, but preferences need either image, chosen, rejected (texts) "
         "or image, label, rejected_label (positions in candidate_texts). Rename its columns with "
-        "`dataset.rename_column(old, new)`; to draw typographic attacks on labelled images, wrap it in "
+        "`dataset.rename_column(old, new)`. To draw typographic attacks on labelled images, wrap it in "
         "`TypographicPreferences`."
     )
 
 
-def check_preferences(
-    dataset: Dataset,
-    candidate_texts: Sequence[str] | None,
-    loss_types: Collection[str],
-    name: str = "train_dataset",
-) -> None:
-    """Check every row of a preference data set but its images, which are read when their turn comes.
+def check_columns(
+    columns: Collection[str], candidate_texts: Sequence[str] | None, loss_types: Collection[str], name: str
+) -> tuple[str, str]:
+    """Raise if the columns of preferences don't suit the losses.
 
     Args:
-        dataset: The rows.
-        candidate_texts: As for the trainer.
-        loss_types: Names of the losses: only `sft` and `distillation` do without rejected texts.
-        name: What messages call the data set.
+        columns: Names of the columns.
+        candidate_texts: The candidate texts of every row, or None.
+        loss_types: Names of the losses.
+        name: Name of the dataset in messages.
+
+    Returns:
+        The names of the columns of the chosen and the rejected texts or classes.
 
     Raises:
-        ValueError: Empty, wrong columns or types, or a row whose texts, labels or weight can't be used; the
-            message names row and column.
+        ValueError: If the columns fit no format, a class-preference comes without candidate texts, or rejected texts
+            are missing.
     """
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty; give it at least one row.")
-    form = row_format(dataset.column_names, name)
+    form = row_format(columns, name)
     if form == "class-preference" and candidate_texts is None:
         raise ValueError(
             f"{name} has the columns label and rejected_label, which are positions in `candidate_texts`, but no "
             "candidate_texts were given. Pass the class prompts, such as [f'a photo of a {c}' for c in classes]."
         )
     chosen, rejected = ("chosen", "rejected") if form == "image-preference" else ("label", "rejected_label")
-    if rejected not in dataset.column_names and not set(loss_types) <= WITHOUT_REJECTED:
+    if rejected not in columns and not set(loss_types) <= WITHOUT_REJECTED:
         raise ValueError(
-            f"{name} has no column {rejected!r} (its columns: {dataset.column_names}), which "
+            f"{name} has no column {rejected!r} (its columns: {list(columns)}), which "
             f"loss_type={sorted(loss_types)} needs; only 'sft' and 'distillation' do without."
         )
-    check_types(dataset, name)
-    columns = [c for c in (chosen, rejected, "candidates", "weight") if c in dataset.column_names]
-    texts = dataset.select_columns(columns).with_format(None)
-    needs_rejected = not set(loss_types) <= WITHOUT_REJECTED
-    for index, row in enumerate(texts):
-        check_row(row, candidate_texts, f"{name} row {index}")
-        if needs_rejected and not as_list(row[rejected]):
-            raise ValueError(
-                f"{name} row {index}: column {rejected!r} is empty, but loss_type={sorted(loss_types)} needs a "
-                "rejected text in every row. Drop the row or fill it in."
-            )
-        single = SINGLE_REJECTED & set(loss_types)
-        if single and len(as_list(row[rejected])) > 1:
-            raise ValueError(
-                f"{name} row {index}: column {rejected!r} has {len(row[rejected])} entries, but {sorted(single)} "
-                "compare the chosen text with one. Keep one a row, or use 'sigmoid' (S-DPO)."
-            )
+    return chosen, rejected
 
 
-def check_types(dataset: Dataset, name: str) -> None:
-    """Refuse columns whose declared type is not that of their format; undeclared ones are seen row by row."""
+def check_types(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raise if the declared type of a column does not fit its format. Undeclared types are checked row by row.
+
+    Args:
+        dataset: The rows.
+        name: Name of the dataset in messages.
+
+    Raises:
+        ValueError: If a type does not fit; the message names the column.
+    """
     expected: Mapping[str, tuple[str, Any]] = {
         "image": ("datasets.Image()", lambda f: isinstance(f, Image)),
         "clean_image": ("datasets.Image()", lambda f: isinstance(f, Image)),
@@ -151,46 +155,75 @@ def _is_list(feature: Any, inner: Any) -> bool:
     return isinstance(feature, List) and inner(feature.feature)
 
 
-def check_row(row: Mapping[str, Any], candidate_texts: Sequence[str] | None, where: str) -> None:
-    """Refuse a row whose texts, labels or weight can't be used.
+# ---- Rows --------------------------------------------------------------------------------------------------
+
+
+def check_preferences(
+    dataset: Dataset,
+    candidate_texts: Sequence[str] | None,
+    loss_types: Collection[str],
+    name: str = "train_dataset",
+) -> None:
+    """Raise if any row of a preference dataset can't be used. Images are not read.
+
+    Args:
+        dataset: The rows.
+        candidate_texts: The candidate texts of every row, or None.
+        loss_types: Names of the losses. Only `sft` and `distillation` do without rejected texts.
+        name: Name of the dataset in messages.
 
     Raises:
-        ValueError: What was found, where, and what to do.
+        ValueError: If the dataset is empty, columns or types are wrong, or the texts, labels or weight of a row can't
+            be used; the message names row and column.
     """
-    weight = row.get("weight", 1.0)
-    if weight is None or not 0 <= weight < float("inf"):
-        raise ValueError(
-            f"{where}: column 'weight' must be a finite number >= 0, got {weight!r}. Mend it, or drop the row."
-        )
-    if "chosen" not in row:
-        labels = as_list(row.get("rejected_label"))
-        for column, values in (("label", [row["label"]]), ("rejected_label", labels)):
-            for value in values:
-                _check_class(value, candidate_texts or (), f"{where}: column {column!r}")
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"{where}: column 'rejected_label' has a class twice: {labels!r}. Give each once.")
-        if row["label"] in labels:
-            raise ValueError(
-                f"{where}: columns 'label' and 'rejected_label' are both {row['label']}; a preference needs two "
-                "different classes. Drop the row or mend its label."
-            )
-        return
-    chosen, rejected = row["chosen"], as_list(row.get("rejected"))
-    for column, texts in (("chosen", [chosen]), ("rejected", rejected)):
-        for text in texts:
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(
-                    f"{where}: column {column!r} must be a text that is not empty, got {text!r}. Fill it in, or drop "
-                    "the row."
-                )
-    if chosen in rejected:
-        raise ValueError(
-            f"{where}: columns 'chosen' and 'rejected' are both {chosen!r}; a preference needs two different "
-            "texts. Drop the row or mend it."
-        )
-    if len(set(rejected)) < len(rejected):
-        raise ValueError(f"{where}: column 'rejected' has a text twice: {rejected!r}. Give each once.")
-    own = row.get("candidates")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty; give it at least one row.")
+    used = [*check_columns(dataset.column_names, candidate_texts, loss_types, name), "candidates", "weight"]
+    check_types(dataset, name)
+    texts = dataset.select_columns([column for column in used if column in dataset.column_names]).with_format(None)
+    for index, row in enumerate(texts):
+        check_row(row, candidate_texts, loss_types, f"{name} row {index}")
+
+
+def check_row(
+    row: Mapping[str, Any], candidate_texts: Sequence[str] | None, loss_types: Collection[str], where: str
+) -> None:
+    """Raise if the texts, labels or weight of a row can't be used.
+
+    Args:
+        row: The row, in either preference format.
+        candidate_texts: The candidate texts of every row, or None.
+        loss_types: Names of the losses.
+        where: The row in messages, such as "train_dataset row 3".
+
+    Raises:
+        ValueError: If they can't; the message names the column.
+        TypeError: If an entry of `candidates` is not a string.
+    """
+    check_row_weight(row.get("weight", 1.0), f"{where}: column 'weight'")
+    columns = ("chosen", "rejected") if "chosen" in row else ("label", "rejected_label")
+    chosen, rejected = row[columns[0]], as_list(row.get(columns[1]))
+    for column, values in zip(columns, ([chosen], rejected), strict=True):
+        for value in values:
+            if "chosen" in row:
+                check_text(value, f"{where}: column {column!r}", "Fill it in or drop the row.")
+            else:
+                classes = len(candidate_texts or ())
+                check_label(value, classes, f"{where}: column {column!r}", "candidate_texts")
+    check_rejected(chosen, rejected, columns, where)
+    if "chosen" in row:
+        _check_candidates(chosen, rejected, row.get("candidates"), candidate_texts, where)
+    check_rejected_count(len(rejected), loss_types, f"{where}: column {columns[1]!r}")
+
+
+def _check_candidates(
+    chosen: str,
+    rejected: Sequence[str],
+    own: Sequence[str] | None,
+    candidate_texts: Sequence[str] | None,
+    where: str,
+) -> None:
+    """Raise if the texts of a row are not among its candidate texts."""
     candidates = candidate_texts if candidate_texts is not None else own
     if candidates is None:
         if not rejected:
@@ -210,88 +243,86 @@ def check_row(row: Mapping[str, Any], candidate_texts: Sequence[str] | None, whe
                 )
 
 
-def _check_class(value: Any, candidate_texts: Sequence[str], where: str) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < len(candidate_texts):
-        raise ValueError(
-            f"{where} is {value!r}, but there are {len(candidate_texts)} candidate texts, so labels run from 0 to "
-            f"{len(candidate_texts) - 1}. Mend the label (-1 often stands for an unlabelled row: drop it), or give "
-            "a candidate text for every class."
-        )
-
-
 def _short(texts: Sequence[str], most: int = 6) -> str:
     return repr(list(texts[:most])) if len(texts) <= most else f"{list(texts[:most])!r}... ({len(texts)} texts)"
 
 
 def check_regularization(dataset: Dataset, name: str = "reg_dataset") -> None:
-    """Refuse a regularization data set that is empty or has no column of images.
+    """Raise if a regularization dataset is empty or has no column of images.
+
+    Args:
+        dataset: The dataset.
+        name: Name of the dataset in messages.
 
     Raises:
-        TypeError: No `datasets.Dataset`.
-        ValueError: What was found and what to do.
+        TypeError: If it is not a `datasets.Dataset`.
+        ValueError: If it is empty, or has no column `image` of images.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"{name} must be a datasets.Dataset, got {type(dataset).__name__}. Dataset.from_dict({{'image': images}}) "
-            "makes one of a list of images; load a streamed one without streaming=True."
+            "converts a list of images; load a streamed dataset without streaming=True."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; give it at least one image.")
     if "image" not in dataset.column_names:
         raise ValueError(
-            f"{name} has the columns {dataset.column_names}, but its images must stand in a column 'image'. "
+            f"{name} has the columns {dataset.column_names}, but its images must be in a column 'image'. "
             "Rename it with `dataset.rename_column(old, 'image')`."
         )
     check_types(dataset.select_columns(["image"]), name)
 
 
-def read_row(dataset: Any, index: int, name: str) -> Row:
-    """Row `index` with its images decoded, in RGB.
+# ---- Reading -----------------------------------------------------------------------------------------------
+
+
+def read_row(dataset: Dataset, index: int, name: str) -> Row:
+    """Return a row with its images decoded, in RGB.
+
+    Args:
+        dataset: The rows.
+        index: Number of the row.
+        name: Name of the dataset in messages.
 
     Raises:
-        UnreadableImage: An image is missing or can't be read; the message names row and column.
+        UnreadableImage: If an image is missing or can't be read; the message names row and column.
     """
+    where = f"{name} row {index}"
     try:
         row = dataset[index]
         for column in IMAGE_COLUMNS:
             if isinstance(row.get(column), PILImage.Image):
                 row[column] = to_rgb(row[column])
     except _DECODING as error:
-        raise UnreadableImage(
-            f"{name} row {index}: an image in column {_unreadable(dataset, index)} can't be read "
-            f"({type(error).__name__}: {error}). Mend the file or leave the row out, for instance with "
-            f"`dataset.select`."
-        ) from error
+        raise unreadable_image(error, _unreadable_columns(dataset, index), where) from error
     for column in IMAGE_COLUMNS:
-        if column not in row:
-            continue
-        if row[column] is None:
-            raise UnreadableImage(
-                f"{name} row {index}: column {column!r} holds no image. Leave the row out, for instance with "
-                "`dataset.select`."
-            )
-        if isinstance(row[column], (str, bytes, Mapping)):
-            raise UnreadableImage(
-                f"{name} row {index}: column {column!r} holds {type(row[column]).__name__}, expected an image. Paths "
-                f"and bytes become images by dataset.cast_column({column!r}, datasets.Image())."
-            )
+        if column in row:
+            check_image(row[column], column, where)
     return row
 
 
-def _unreadable(dataset: Any, index: int) -> str:
-    """The columns of images of a row that can't be read; all of them where that can't be told."""
-    columns = [c for c, f in (getattr(dataset, "features", None) or {}).items() if isinstance(f, Image)] or ["image"]
+def _unreadable_columns(dataset: Dataset, index: int) -> str:
+    """Return the image columns of a row that can't be read, quoted; all image columns if each can be read alone."""
+    columns = [c for c, feature in dataset.features.items() if isinstance(feature, Image)] or ["image"]
     broken = []
     for column in columns:
         try:
             to_rgb(dataset.with_format(None).select_columns([column])[index][column])
-        except Exception:  # whatever it is, it is there that something is wrong
+        except Exception:  # any error here means that the image is the cause
             broken.append(column)
     return " or ".join(map(repr, broken or columns))
 
 
 def to_texts(row: Row, candidate_texts: Sequence[str] | None) -> Row:
-    """A row of either preference format as an image-preference: `chosen` a text, `rejected` a list of texts."""
+    """Return a row of either preference format as an image-preference.
+
+    Args:
+        row: The row.
+        candidate_texts: The texts that the classes of a class-preference refer to.
+
+    Returns:
+        The row with `chosen`, a text, and `rejected`, a list of texts.
+    """
     if "chosen" in row:
         return {**row, "rejected": as_list(row.get("rejected"))}
     texts = candidate_texts or ()

@@ -1,37 +1,48 @@
-"""Pictures of every kind as the RGB that a model reads."""
+"""Images for a model: any Pillow mode to RGB, a dataset's column to images, images to pixel values."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from datasets import Dataset
 from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, ProcessorMixin
+
+from clip_po.validation import UnreadableImage, check_column, check_image, unreadable_image
 
 WHITE = (255, 255, 255, 255)
-"""What lies behind transparent pixels: they are drawn for pages, and so do image processors of transformers."""
+"""Background of transparent pixels, as viewers and the image processors of transformers draw it."""
 
 MOST_ELONGATED = 200
-"""Long side over short side: a longer image, resized to what a model reads, would fill the memory."""
+"""Largest accepted ratio of long side to short side. Resizing a longer image for a model would exhaust the memory."""
 
 _SIXTEEN_BITS = 65_535
 
 
-def to_rgb(image: Any) -> Image.Image:
-    """An image of any mode in RGB, looking as a viewer shows it.
+# ---- Any mode to RGB ---------------------------------------------------------------------------------------
 
-    Pillow's own conversion cuts greys of 16 bits off at 255, which is white, takes floats of 0..1 for black, and
-    uncovers whatever colour lies under transparent pixels, which is mostly black.
+
+def to_rgb(image: Any) -> Image.Image:
+    """Convert an image of any mode to RGB, as a viewer shows it.
+
+    Pillow's own conversion clips 16-bit greys at 255 (white), reads floats in 0..1 as black, and shows the hidden
+    colour of transparent pixels, which is mostly black.
 
     Args:
-        image: A PIL image: palettes, CMYK, greys of 1, 8 and 16 bits (integers up to 65,535 and floats of 0..1 too),
-            any of them with transparency, which lets white through. Of an animation it is the frame at hand.
+        image: PIL image: palette, CMYK, greys of 1, 8, 16 and 32 bits (integers up to 65,535, floats of 0..1 too), all
+            with or without transparency. Transparent pixels become white. An animation gives its current frame.
 
     Returns:
-        The image in RGB; the same object where it is RGB already.
+        The image in RGB; the same object if it already is.
 
     Raises:
-        TypeError: No PIL image.
-        ValueError: More than `MOST_ELONGATED` times as long as wide, or numbers of no known range.
+        TypeError: If `image` is not a PIL image.
+        ValueError: If it is more than `MOST_ELONGATED` times as long as wide, or its greys are in no known range.
     """
     if not isinstance(image, Image.Image):
         raise TypeError(
@@ -41,12 +52,12 @@ def to_rgb(image: Any) -> Image.Image:
     width, height = image.size
     if max(width, height) > MOST_ELONGATED * min(width, height):
         raise ValueError(
-            f"{width} x {height} pixels are more than {MOST_ELONGATED} times as long as wide: resized to what a model "
-            "reads they would fill the memory. Crop the image"
+            f"{width} x {height} pixels are more than {MOST_ELONGATED} times as long as wide; resized for a model, "
+            "the image would exhaust the memory. Crop the image"
         )
     if image.mode[0] in "IF":
         image = Image.fromarray(_eight_bits(np.asarray(image)))
-    if image.mode == "La":  # which Pillow converts to no other mode
+    if image.mode == "La":  # Pillow converts it to LA only
         image = image.convert("LA")
     if image.has_transparency_data:
         shown = image.convert("RGBA")
@@ -54,31 +65,8 @@ def to_rgb(image: Any) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def middle(image: Image.Image, side: int, size: tuple[int, int] | None = None, resample: int = 3) -> Image.Image:
-    """The middle of an image, as CLIP's processors cut it out: resized, then cropped.
-
-    Args:
-        image: In RGB.
-        side: Short side after the resize, in pixels.
-        size: Width and height of what is cut out, at most `side`; a square of that side where it is None.
-        resample: As Pillow numbers its filters; 3 is bicubic.
-
-    Returns:
-        The same pixels as a `CLIPImageProcessorPil` sees.
-    """
-    width, height = size or (side, side)
-    short, long = sorted(image.size)
-    resized = (side, int(side * long / short))
-    if image.width > image.height:
-        resized = resized[::-1]
-    if image.size != resized:  # at its own size Pillow would copy it
-        image = image.resize(resized, Image.Resampling(resample))
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Greys of 16 bits, 32 bits or floats in 8 bits."""
+    """Convert greys of 16 bits, 32 bits or floats to 8 bits."""
     lowest, highest = float(values.min()), float(values.max())
     if values.dtype.itemsize == 2:
         white = _SIXTEEN_BITS
@@ -92,3 +80,131 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
             "Scale them to 0..255 and save it with 8 bits"
         )
     return np.rint(values * (255 / white)).astype(np.uint8)
+
+
+# ---- A column of a dataset ---------------------------------------------------------------------------------
+
+
+def read_images(dataset: Dataset, image_column: str) -> Dataset:
+    """Return the image column of a dataset alone, unformatted, so that reading a row decodes one image only.
+
+    Args:
+        dataset: One split.
+        image_column: Name of the image column.
+
+    Raises:
+        ValueError: If the column is missing.
+        TypeError: If `dataset` is not a single split.
+    """
+    check_column(dataset, image_column, "image_column")
+    return dataset.with_format(None).select_columns([image_column])
+
+
+def read_image(images: Dataset, image_column: str, row: int) -> Image.Image:
+    """Return the image of a row in RGB.
+
+    Args:
+        images: As returned by `read_images`.
+        image_column: Name of the image column.
+        row: Number of the row.
+
+    Raises:
+        UnreadableImage: If the image can't be read or there is none; the message names row and column.
+    """
+    try:
+        image = images[row][image_column]
+        check_image(image, image_column, f"Row {row}")
+        return to_rgb(image)
+    except UnreadableImage:
+        raise
+    except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
+        raise unreadable_image(error, repr(image_column), f"Row {row}") from error
+
+
+def blank_image() -> Image.Image:
+    """Return the image that replaces an unreadable one, so that batches keep their shape."""
+    return Image.new("RGB", (32, 32))
+
+
+# ---- RGB to pixel values -----------------------------------------------------------------------------------
+
+
+def middle(image: Image.Image, side: int, size: tuple[int, int] | None = None, resample: int = 3) -> Image.Image:
+    """Resize an image and crop its centre, as CLIP's processors do.
+
+    Args:
+        image: RGB image.
+        side: Short side after resizing, in pixels.
+        size: Width and height of the crop, each at most `side`; a square of that side by default.
+        resample: Pillow's number of the resampling filter; 3 is bicubic.
+
+    Returns:
+        The crop, with the same pixels as `CLIPImageProcessorPil` produces.
+    """
+    width, height = size or (side, side)
+    short, long = sorted(image.size)
+    resized = (side, int(side * long / short))
+    if image.width > image.height:
+        resized = resized[::-1]
+    if image.size != resized:  # at its own size Pillow would copy the image
+        image = image.resize(resized, Image.Resampling(resample))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_pixels(processor: ProcessorMixin, images: Sequence[Image.Image]) -> Tensor:
+    """Convert images to pixel values, bit for bit as the processor does, faster where it is CLIP's own.
+
+    Args:
+        processor: The model's processor.
+        images: B images, B >= 1.
+
+    Returns:
+        Tensor[B, C, H, W].
+    """
+    maker = processor.image_processor
+    side = _short_side(maker)
+    if side is None or any(image.mode != "RGB" for image in images):
+        return maker(list(images), return_tensors="pt")["pixel_values"]
+    height, width = maker.crop_size["height"], maker.crop_size["width"]
+    table = _table(
+        *(maker.do_rescale, maker.rescale_factor, maker.do_normalize),
+        *(tuple(np.broadcast_to(np.asarray(v, float), 3).tolist()) for v in (maker.image_mean, maker.image_std)),
+    )
+    pixels = np.empty((len(images), 3, height, width), table.dtype)
+    for image, planes in zip(images, pixels, strict=True):
+        read = np.asarray(middle(image, side, (width, height), maker.resample))
+        for channel, plane in enumerate(planes):
+            np.take(table[channel], read[..., channel], out=plane, mode="clip")  # "raise" would copy the result
+    return torch.from_numpy(pixels)
+
+
+Channels = tuple[float, float, float]
+
+
+@functools.lru_cache(maxsize=16)
+def _table(do_rescale: bool, factor: float, do_normalize: bool, mean: Channels, std: Channels) -> np.ndarray:
+    """Return a processor's output for each value of each channel, float[3, 256]. A lookup takes half the time."""
+    maker = CLIPImageProcessorPil(
+        do_resize=False,
+        do_center_crop=False,
+        do_rescale=do_rescale,
+        rescale_factor=factor,
+        do_normalize=do_normalize,
+        image_mean=list(mean),
+        image_std=list(std),
+    )
+    values = np.tile(np.arange(256, dtype=np.uint8)[:, None], (1, 3))
+    return np.asarray(maker([Image.fromarray(values[None])], return_tensors="np")["pixel_values"][0])[:, 0]
+
+
+def _short_side(maker: Any) -> int | None:
+    """Return the short side to which a processor resizes before its centre crop; None if it does anything else."""
+    if type(maker) is not CLIPImageProcessorPil or not (maker.do_resize and maker.do_center_crop) or maker.do_pad:
+        return None
+    size, cut = (
+        {name: value for name, value in dict(sides).items() if value} for sides in (maker.size, maker.crop_size)
+    )
+    if set(size) != {"shortest_edge"} or set(cut) != {"height", "width"} or max(cut.values()) > size["shortest_edge"]:
+        return None
+    return size["shortest_edge"]

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from clip_po.data.collator import WithNotes
+from clip_po.data.collator import RowMetadataCollator
 from clip_po.data.sampler import EpochSampler
 
 
@@ -37,7 +37,7 @@ def row_loader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=WithNotes(collate),
+            collate_fn=RowMetadataCollator(collate),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
             prefetch_factor=args.dataloader_prefetch_factor,

@@ -1,4 +1,4 @@
-"""Labelled images from wherever they lie: the Hub, a folder of images, Parquet files, `save_to_disk`."""
+"""Load labelled images from the Hub, a folder of images, Parquet files, or a `save_to_disk` folder."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from clip_po.data.paths import check_links, check_resolved
 
 
 def load_split(name: str, split: str, config: str | None = None) -> Dataset:
-    """One split of an image-classification data set.
+    """Load one split of an image-classification dataset.
 
     Args:
-        name: Id on the Hub; or a folder: one written by `save_to_disk`, one of Parquet files (`train-*.parquet`),
-            or one of images (`train/<class>/*.jpg`).
-        split: Name of the split; from the Hub, Parquet or images also a slice of it such as "train[:1000]". A single
-            data set written by `save_to_disk` is the split "train".
-        config: Name of the configuration, for data sets that have several.
+        name: Id on the Hub, or a folder: written by `save_to_disk`, of Parquet files (`train-*.parquet`), or of images
+            (`train/<class>/*.jpg`).
+        split: Name of the split. From the Hub, Parquet files or images also a slice such as "train[:1000]". A single
+            dataset written by `save_to_disk` is the split "train".
+        config: Name of the configuration, for datasets that have several.
+
+    Returns:
+        The split.
 
     Raises:
-        ValueError: There is no such data set or split; the message says what there is. Or it holds a program that
-            would have to run, or names or links to a file outside its folder.
+        ValueError: If there is no such dataset or split, if the dataset would have to run a program, or if it names or
+            links to a file outside its folder.
     """
     folders = [datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
     if Path(name).is_dir():
@@ -38,14 +41,14 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
         splits = {"train": saved} if isinstance(saved, Dataset) else saved
         if split not in splits:
             raise ValueError(
-                f"{name!r} has no split {split!r}; it has {list(splits)}, and no slices. Give one of them by "
+                f"{name!r} has no split {split!r}; it has {list(splits)}, and no slices. Choose one of them with "
                 "--dataset_train_split or --dataset_test_split."
             )
         dataset = splits[split]
-        check_resolved([file["filename"] for file in dataset.cache_files], folders, f"The data set {name!r}")
+        check_resolved([file["filename"] for file in dataset.cache_files], folders, f"The dataset {name!r}")
     else:
         dataset = _loaded(name, split, config)
-    check_resolved(_image_paths(dataset), folders, f"The data set {name!r}")
+    check_resolved(_image_paths(dataset), folders, f"The dataset {name!r}")
     return dataset
 
 
@@ -57,10 +60,10 @@ def _saved(name: str) -> Dataset | DatasetDict | None:
 
 
 def _loaded(name: str, split: str, config: str | None) -> Dataset:
-    if Path(name).is_dir():  # its README may name files from anywhere
+    if Path(name).is_dir():  # its README may name any file
         with _explained(name, split):
             files = load_dataset_builder(name, config).config.data_files or {}
-        check_resolved([file for listed in files.values() for file in listed], [name], f"The data set {name!r}")
+        check_resolved([file for listed in files.values() for file in listed], [name], f"The dataset {name!r}")
     with _explained(name, split):
         return load_dataset(name, config, split=split)
 
@@ -71,14 +74,14 @@ def _explained(name: str, split: str) -> Iterator[None]:
         yield
     except (ValueError, OSError, RuntimeError, DatasetGenerationError) as error:
         raise ValueError(
-            f"The split {split!r} of the data set {name!r} can't be loaded ({error.__cause__ or error}). Give a Hub "
-            "id, or a folder written by save_to_disk, one of Parquet files (train-*.parquet) or one of images "
-            "(train/<class>/*.jpg), and its split by --dataset_train_split or --dataset_test_split."
+            f"The split {split!r} of the dataset {name!r} can't be loaded ({error.__cause__ or error}). Give a Hub "
+            "id, or a folder written by save_to_disk, of Parquet files (train-*.parquet) or of images "
+            "(train/<class>/*.jpg), and its split with --dataset_train_split or --dataset_test_split."
         ) from error
 
 
 def _image_paths(dataset: Dataset) -> Iterator[str]:
-    """Paths that stand in columns of images in the place of images."""
+    """Yield the paths stored in image columns instead of image bytes."""
     for column, feature in dataset.features.items():
         if not isinstance(feature, Image):
             continue

@@ -1,4 +1,4 @@
-"""Files that a data set names: none is read that lies outside the data set's own folder."""
+"""Paths named by a dataset: for safety, files outside the dataset folder are not read."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def check_inside(name: str, where: str) -> None:
-    """Refuse a path that a data set names and that would leave the data set's folder.
+    """Raise if a path named by a dataset leads out of the dataset folder.
 
     Args:
         name: The path, relative to the folder.
         where: The file that names it, for the message.
 
     Raises:
-        ValueError: It is absolute, or climbs out by "..".
+        ValueError: If the path is absolute or contains "..".
     """
     windows = PureWindowsPath(name)
     if PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
@@ -25,17 +25,17 @@ def check_inside(name: str, where: str) -> None:
 
 
 def check_resolved(names: Iterable[str], folders: Sequence[str | Path], where: str) -> None:
-    """Refuse paths that a data set holds ready to be opened and that lie in none of the folders that are its own.
+    """Raise if a path that a dataset would open is outside its own folders.
 
-    Links in the paths are followed, but not where the file itself is one: `check_links` sees those.
+    Links in the folders of a path are followed. A link as the file itself is not; `check_links` covers that.
 
     Args:
-        names: Paths, absolute or relative to the working directory, or addresses such as "https://...".
-        folders: Where its files may lie.
-        where: What names them, for the message.
+        names: Paths, absolute or relative to the working directory, or URLs such as "https://...".
+        folders: Folders in which the files may be.
+        where: What names the paths, for the message.
 
     Raises:
-        ValueError: One lies elsewhere.
+        ValueError: If a path is outside the folders, or is a URL.
     """
     inside = [Path(os.path.realpath(folder)) for folder in folders]
     known: dict[str, bool] = {}
@@ -49,16 +49,16 @@ def check_resolved(names: Iterable[str], folders: Sequence[str | Path], where: s
 
 
 def check_links(folder: str | Path) -> None:
-    """Refuse a folder with a symbolic link that leads out of it: an archive can hold links to any file.
+    """Raise if a dataset folder contains a symbolic link that leads out of it. An archive can hold links to any file.
 
     Args:
-        folder: Of a data set. It may be a link itself, since its user named it; links of the Hub's cache may lead
-            to where the cache keeps files.
+        folder: The dataset folder. It may be a link itself, because the user named it. Links in a folder of the Hub's
+            cache may lead to where the cache stores files.
 
     Raises:
-        ValueError: The message names the first such link, and where it leads.
+        ValueError: If there is such a link; the message names it and its target.
     """
-    # The Hub's cache keeps the files of all snapshots in one place beside them, and links to it.
+    # The Hub's cache stores the files of all snapshots in one folder beside them, and links to it.
     snapshot = next((p for p in (Path(folder), *Path(folder).parents) if p.parent.name == "snapshots"), None)
     inside = Path(os.path.realpath(folder if snapshot is None else snapshot.parent.parent))
     for parent, folders, files in os.walk(folder):
@@ -66,14 +66,14 @@ def check_links(folder: str | Path) -> None:
             path = os.path.join(parent, name)
             if os.path.islink(path) and not Path(real := os.path.realpath(path)).is_relative_to(inside):
                 raise ValueError(
-                    f"{path} is a link to {real}, which lies outside the data set's folder. It is not read: an "
-                    f"archive can hold links to any file. Put copies in the place of links (cp -rL {folder} COPY) "
-                    "where you trust them, or don't use this data set."
+                    f"{path} is a link to {real}, outside the dataset folder. For safety, it is not read: an "
+                    f"archive can hold links to any file. If you trust the links, replace them by copies "
+                    f"(cp -rL {folder} COPY), or use another dataset."
                 )
 
 
 def _outside(name: str, where: str) -> ValueError:
     return ValueError(
-        f"{where} names the file {name!r}, which lies outside the data set's folder. It is not read: a data set "
-        "has no business there. Mend the path, or don't use this data set."
+        f"{where} names the file {name!r}, which is outside the dataset folder. For safety, files outside the dataset "
+        "folder are not read. Fix the path, or use another dataset."
     )

@@ -1,4 +1,4 @@
-"""Which rows come when: one order for every number of processes and every resume."""
+"""The order of rows: the same for any number of processes and after a resume."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch
 from torch.utils.data import Sampler
 
 RowKey = tuple[int, int, int]
-"""(epoch, position in the epoch, row of the data set)."""
+"""(epoch, position in the epoch, row of the dataset)."""
 
 
 @functools.lru_cache(maxsize=4)
 def permutation(length: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A random order of `length` rows, the same for the same seed and epoch everywhere."""
+    """Return a random order of `length` rows, the same everywhere for the same seed and epoch."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return tuple(torch.randperm(length, generator=generator).tolist())
 
 
 class EpochSampler(Sampler[RowKey]):
-    """Names rows by (epoch, position, row), so that whatever is drawn at random can be drawn from the name alone.
+    """Sampler of row keys (epoch, position, row), from which alone everything random about a row is drawn.
 
-    The epoch is filled up to whole global batches: positions from `length` on repeat rows, and
-    `PreferencePairs` gives them the weight 0. No state but the epoch: a resume skips and sees the same rows.
+    Each epoch is filled up to whole global batches: positions from `length` on repeat rows, and `PreferencePairs`
+    gives them the weight 0. The epoch is the only state, so a resumed run sees the same rows.
 
     Args:
-        length: Rows of the data set, >= 1.
-        multiple: Rows of a global batch: the batch size of a process times the number of processes.
-        seed: Seed of the order; None keeps the order of the data set.
-        drop_last: Leave the rows of the last, incomplete global batch out instead of filling it up.
+        length: Number of rows of the dataset, >= 1.
+        multiple: Number of rows of a global batch: the batch size of a process times the number of processes.
+        seed: Seed of the order; None keeps the order of the dataset.
+        drop_last: Drop the last, incomplete global batch instead of filling it up.
     """
 
     def __init__(self, length: int, multiple: int, seed: int | None, drop_last: bool = False) -> None:

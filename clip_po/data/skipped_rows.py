@@ -1,35 +1,59 @@
-"""Images that can't be read: what rows get in their place, and how such rows are counted."""
+"""Unreadable images: replaced by a blank one, and their rows skipped and counted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
-from clip_po.validation import UnreadableImage as UnreadableImage
+from clip_po.data.images import blank_image
+from clip_po.validation import UnreadableImage
 
 logger = logging.get_logger(__name__)
 
+OnBadImage = Literal["raise", "skip"]
+
 MOST_NAMED = 3
-"""Skipped rows that a process names with their reason; the others are only counted."""
+"""Number of skipped rows for which a process logs the reason. Further rows are only counted."""
 
 
-def blank_image() -> Image.Image:
-    """What stands in for an image that can't be read, so that batches keep their shape."""
-    return Image.new("RGB", (32, 32))
+def read_or_blank(read: Callable[[], Image.Image], on_bad_image: OnBadImage) -> tuple[Image.Image, str]:
+    """Read an image, or replace it by a blank one where it can't be read.
+
+    Args:
+        read: Reads the image.
+        on_bad_image: "raise" re-raises, "skip" replaces the image.
+
+    Returns:
+        The image and ""; or a blank image and the reason.
+
+    Raises:
+        UnreadableImage: If the image can't be read and `on_bad_image` is "raise".
+    """
+    try:
+        return read(), ""
+    except UnreadableImage as error:
+        if on_bad_image == "raise":
+            raise
+        return blank_image(), str(error)
 
 
 class SkippedRows:
-    """Counts the rows that were skipped and names the first few of them in warnings."""
+    """Count of skipped rows. The first few are named in warnings."""
 
     def __init__(self) -> None:
         self._since, self._skipped, self._seen, self._first = 0, 0, 0, ""
 
     def add(self, reasons: Sequence[str]) -> None:
-        """Add rows: why each was skipped, "" for those that were not."""
+        """Add rows.
+
+        Args:
+            reasons: Why each row was skipped; "" for a row that was not.
+        """
         self._seen += len(reasons)
         for reason in filter(None, reasons):
             self._first = self._first or reason
@@ -40,23 +64,23 @@ class SkippedRows:
                 logger.warning(f"Skipped, by on_bad_image='skip': {reason}{more}")
 
     def pop(self, reduce: Callable[[Tensor], Tensor], device: torch.device, fewest: int) -> int:
-        """The number of rows skipped since the last call, over all processes.
+        """Return the number of rows skipped since the last call, over all processes.
 
         Args:
             reduce: Sums a tensor over processes, such as `accelerator.reduce`.
-            device: Where the tensor is to lie.
-            fewest: From so many rows on, they must not all have been skipped.
+            device: Device of the tensor.
+            fewest: Number of rows from which on it is an error if all were skipped.
 
         Raises:
-            ValueError: All rows were skipped.
+            ValueError: If all of at least `fewest` rows were skipped.
         """
         counts = torch.tensor([self._since, self._skipped, self._seen], device=device)
         since, skipped, seen = reduce(counts).tolist()
         self._since = 0
         if skipped == seen >= fewest:
             raise ValueError(
-                f"All {seen} rows so far were skipped (on_bad_image='skip'), so nothing is left to learn from or to "
-                f"measure. {self._first or 'Other processes say why.'} Look at what all of them share, such as the "
-                "folder that their paths lead to."
+                f"All {seen} rows so far were skipped (on_bad_image='skip'), so nothing is left to train or evaluate "
+                f"on. {self._first or 'The logs of other processes say why.'} Check what the rows share, such as the "
+                "folder of their paths."
             )
         return int(since)

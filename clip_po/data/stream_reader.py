@@ -1,4 +1,4 @@
-"""Rows of a stream by number: read forward, pass after pass, and again from where a run was interrupted."""
+"""Rows of a stream: read forward, pass after pass, and again from where a run was interrupted."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from clip_po.data.formats import Row
 STREAM_FILE = "stream.json"
 """In a checkpoint: the `StreamMark` of the last batch before it."""
 
-SURE = 64
-"""Rows that must be those of then before a stream counts as the same: of fewer the order may agree by chance."""
+MATCHING_ROWS = 64
+"""Number of consecutive rows that must match before a resumed stream is considered identical. A shorter match could be
+coincidence."""
 
 
 @dataclass(frozen=True)
 class StreamMark:
-    """Where a stream stood before the first row of a global batch, and how to know it again from the rows since.
+    """A position in a stream before the first row of a global batch, and a digest of the rows since to verify it by.
 
     Attributes:
-        position: Rows that were dealt before it, padding included.
-        turn: Rows that were read before it in all passes.
-        epoch: Passes before this one.
-        number: Rows that were read before it in this pass.
-        digest: Of these rows of this pass.
+        position: Number of rows handed out before it, padding included.
+        turn: Number of rows read before it in all passes.
+        epoch: Number of passes before this one.
+        number: Number of rows read before it in this pass.
+        digest: Digest of these rows of this pass.
         start: `position` and `turn` at which this pass began.
-        state: What the data set says of where it stands; None at the start of a pass.
-        following: Rows that were read since: at least `SURE`, but where the pass began less long ago.
-        digest_after: Of the rows of this pass with these.
-        agreed: A digest that is the same in every process, as all pass over the same rows.
+        state: `state_dict` of the dataset; None at the start of a pass.
+        following: Number of rows read since: at least `MATCHING_ROWS`, fewer near the start of a pass.
+        digest_after: Digest of the rows of this pass up to and including the rows since.
+        agreed: A digest that is the same in every process, because all read the same rows.
     """
 
     position: int = 0
@@ -51,21 +52,21 @@ class StreamMark:
     agreed: int = 0
 
     def of_pass(self) -> StreamMark:
-        """Where this pass began."""
+        """Return the mark of the start of this pass."""
         return StreamMark(*self.start, epoch=self.epoch, start=self.start)
 
     def save(self, folder: str | Path) -> None:
-        """Write it into a checkpoint."""
+        """Write the mark to a checkpoint folder."""
         values = dataclasses.asdict(self)
         try:
             text = json.dumps(values)
-        except TypeError:  # a state of the user's own data set: its pass will be read again
+        except TypeError:  # the state of a user's own dataset: its pass is read again on resume
             text = json.dumps({**values, "state": None})
         Path(folder, STREAM_FILE).write_text(text)
 
     @classmethod
     def load(cls, folder: str | Path) -> StreamMark | None:
-        """That of a checkpoint; None where there is none."""
+        """Return the mark of a checkpoint folder; None if it has none."""
         file = Path(folder, STREAM_FILE)
         if not file.is_file():
             return None
@@ -79,10 +80,10 @@ class StreamRow:
 
     Attributes:
         values: Its columns; images are not decoded.
-        epoch: Passes before this one.
-        number: Its place in the pass.
-        turn: Rows of all passes before it.
-        padding: It is the last row of the pass once more, to fill up a global batch.
+        epoch: Number of passes before this one.
+        number: Its position in the pass.
+        turn: Number of rows before it in all passes.
+        padding: Whether it repeats the last row of the pass to fill up a global batch.
     """
 
     values: Row
@@ -93,19 +94,19 @@ class StreamRow:
 
 
 class StreamReader:
-    """Reads a stream forward, pass after pass, each filled up to whole global batches.
+    """A reader of a stream, forward, pass after pass, each filled up to whole global batches.
 
-    Images are not decoded, so passing over rows costs no more than reading their bytes.
+    Images are not decoded, so skipping rows costs no more than reading their bytes.
 
     Args:
         stream: The rows; its shuffling, if any, differs from pass to pass (`set_epoch`).
-        multiple: Rows of a global batch.
-        name: What messages call the stream.
-        mark: Where to start.
+        multiple: Number of rows of a global batch.
+        name: Name of the stream in messages.
+        mark: Where to start; the beginning by default.
     """
 
     def __init__(self, stream: IterableDataset, multiple: int, name: str, mark: StreamMark | None = None) -> None:
-        # Of its own: what set_epoch says is else shared among the worker processes, which are not at the same pass.
+        # A copy: otherwise set_epoch would act on all worker processes, which may be in different passes.
         self._stream = undecoded(stream)
         self._multiple = multiple
         self._name = name
@@ -117,13 +118,17 @@ class StreamReader:
 
     @classmethod
     def resumed(cls, stream: IterableDataset, multiple: int, name: str, mark: StreamMark) -> StreamReader:
-        """A reader that has just read the rows after a mark, which are those of then.
+        """Return a reader that has just read the rows after a mark, verified to be the same rows as before.
 
-        From where the data set says that it stood, if that gives the same rows, or else through its pass once more:
-        a buffer in which rows are shuffled is not part of what a data set says.
+        It starts from the state of the dataset. If that gives other rows, it reads the pass from its beginning: a
+        shuffle buffer is not part of the state.
+
+        Args:
+            stream: As for `StreamReader`, and so are `multiple` and `name`.
+            mark: The mark of the interrupted run.
 
         Raises:
-            ValueError: Neither gives the same rows.
+            ValueError: If neither gives the same rows.
         """
         wanted = (mark.epoch, mark.number + mark.following, mark.digest_after)
         for start in (mark, mark.of_pass()) if mark.state is not None else (mark.of_pass(),):
@@ -134,14 +139,14 @@ class StreamReader:
             except ValueError:
                 if start.state is None:
                     raise
-                continue  # the state is that of a stream of another make
+                continue  # the state belongs to a stream of another kind
             if reader._read_so_far == wanted:
                 return reader
         rows = f"{mark.number}..{mark.number + mark.following - 1}"
         raise ValueError(
-            f"{name} can't be resumed exactly: rows {rows} of its pass {mark.epoch} are others than those that the "
-            "interrupted run saw. Give its shuffling a seed, stream.shuffle(seed=0), and have a generator give the "
-            "same rows each time; or go on with other rows, from the start of the stream, by ignore_data_skip=True."
+            f"{name} can't be resumed exactly: rows {rows} of its pass {mark.epoch} differ from the rows that the "
+            "interrupted run saw. Give its shuffling a seed, stream.shuffle(seed=0), and have a generator yield the "
+            "same rows each time; or continue with other rows, from the start of the stream, by ignore_data_skip=True."
         )
 
     @property
@@ -149,17 +154,17 @@ class StreamReader:
         return self._mark.epoch, self._number, self._digest
 
     def take(self) -> StreamRow:
-        """The next row.
+        """Return the next row.
 
         Raises:
-            ValueError: The stream is empty, or fails.
+            ValueError: If the stream is empty or fails.
         """
         row = next(self._rows)
         self.position += 1
         return row
 
     def mark(self) -> StreamMark:
-        """A place to start from, so that what follows the last row is read again."""
+        """Return a mark from which the rows after the last one can be read again."""
         following = self._number - self._mark.number
         return dataclasses.replace(self._mark, following=following, digest_after=self._digest, agreed=self._agreed)
 
@@ -189,7 +194,7 @@ class StreamReader:
     def _move_mark(self, here: StreamMark) -> None:
         if not here.number:
             self._mark = self._next_mark = here
-        elif here.number - self._next_mark.number >= SURE:
+        elif here.number - self._next_mark.number >= MATCHING_ROWS:
             self._mark = self._next_mark
             self._next_mark = dataclasses.replace(here, state=self._stream.state_dict())
 
@@ -201,26 +206,44 @@ class StreamReader:
         while True:
             try:
                 batch = next(batches, None)
-            except Exception as error:  # of the network, of files, or of functions of the user's
+            except Exception as error:  # from the network, from files, or from functions of the user
                 raise ValueError(
                     f"{self._name} row {self._number} of the stream (pass {epoch}): the stream itself failed "
-                    f"({type(error).__name__}: {error}), and none can be read beyond its end. on_bad_image='skip' "
-                    "skips images that the trainer decodes: where a map of yours fails on one, have it return the "
-                    "image undecoded, by stream.cast_column('image', datasets.Image(decode=False)) before it."
+                    f"({type(error).__name__}: {error}), and no row after it can be read. on_bad_image='skip' "
+                    "skips images that the trainer decodes. If a map of yours fails on one, have it return the image "
+                    "undecoded, with stream.cast_column('image', datasets.Image(decode=False)) before it."
                 ) from error
             if batch is None:
                 return
             yield {column: values[0] for column, values in batch.items()}
 
 
+def columns_of(stream: IterableDataset, name: str) -> list[str]:
+    """Return the columns of a stream, from its first row if it does not declare them.
+
+    Args:
+        stream: The rows.
+        name: Name of the stream in messages.
+
+    Raises:
+        ValueError: If the stream is empty.
+    """
+    if stream.column_names is not None:
+        return stream.column_names
+    first = next(iter(stream.take(1)), None)
+    if first is None:
+        raise ValueError(f"{name} is empty; give it at least one row.")
+    return list(first)
+
+
 def undecoded(stream: IterableDataset) -> IterableDataset:
-    """A copy of a stream whose images stay bytes or paths, so that a broken one does not end it."""
+    """Return a copy of a stream whose images stay bytes or paths, so that a broken one does not end it."""
     plain = stream.with_format(None)
     return plain.decode(False) if plain.features else plain
 
 
 def digest(value: Any, before: int = 0) -> int:
-    """A checksum of a row as it was read, after those before it."""
+    """Return a checksum of a row as it was read, continued from the checksum of the rows before it."""
     if isinstance(value, Mapping):
         for name in sorted(value):
             before = digest(value[name], zlib.crc32(name.encode(), before))

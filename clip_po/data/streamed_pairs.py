@@ -1,127 +1,47 @@
-"""Preferences from a stream: its rows checked as they come, with the same weights and images as rows by number."""
+"""Streamed preferences for training: rows are checked as they arrive and completed as numbered ones are."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, TypeGuard
 
-import numpy as np
-from datasets import ClassLabel, Dataset, IterableDataset
+import torch
+from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.checking import check_drawn, image_sources
-from clip_po.data.class_labels import check_class_names
-from clip_po.data.formats import IMAGE_COLUMNS, Row, as_list, check_row, check_types, row_format, to_texts
+from clip_po.data.completion import RowCompletion, image_sources
+from clip_po.data.formats import IMAGE_COLUMNS, Row, check_columns, check_row, check_types, to_texts
 from clip_po.data.images import to_rgb
-from clip_po.data.pairs import PreferencePairs
 from clip_po.data.sampler import RowKey
-from clip_po.data.skipped_rows import UnreadableImage, blank_image
-from clip_po.data.stream_reader import StreamMark, StreamReader, StreamRow
-from clip_po.data.typographic import TypographicRows
-from clip_po.losses import SINGLE_REJECTED, WITHOUT_REJECTED
+from clip_po.data.skipped_rows import OnBadImage, read_or_blank
+from clip_po.data.stream_reader import StreamMark, StreamReader, StreamRow, columns_of
+from clip_po.data.typographic import TypographicStream
+from clip_po.validation import unreadable_image
 
 
-class TypographicStream(TypographicRows):
-    """A stream of labelled images as preferences, as `TypographicPreferences` makes them of a data set with a length.
-
-    An attack is drawn from (attack.seed, epoch, number of the row in its pass). Labels and weights are checked as
-    rows come.
-
-    Args:
-        stream: Rows with an image and a class.
-        attack: As for `TypographicPreferences`, and so are the others.
-        class_names: The classes by label; the names of the ClassLabel feature where it is None.
-        template: Prompt of a class, with one `{}`.
-        image_column: Name of the image column.
-        label_column: Name of the class column, ClassLabel or int.
-        rejected: "word" or "others".
-        weight_column: Name of a column of weights >= 0; None weighs all alike.
-
-    Raises:
-        ValueError: Missing columns, no class names, a template without its one `{}`, or an unknown `rejected`.
-        TypeError: No `datasets.IterableDataset`.
-    """
-
-    def __init__(
-        self,
-        stream: IterableDataset,
-        attack: TypographicAttack,
-        class_names: Sequence[str] | None = None,
-        template: str = "a photo of a {}",
-        image_column: str = "image",
-        label_column: str = "label",
-        rejected: Literal["word", "others"] = "word",
-        weight_column: str | None = None,
-    ) -> None:
-        if not isinstance(stream, IterableDataset):
-            raise TypeError(
-                f"stream must be a datasets.IterableDataset, got {type(stream).__name__}; a datasets.Dataset makes "
-                "TypographicPreferences."
-            )
-        columns = columns_of(stream, "stream")
-        for name in filter(None, (image_column, label_column, weight_column)):
-            if name not in columns:
-                raise ValueError(f"The stream has no column {name!r}; it has {columns}.")
-        feature = (stream.features or {}).get(label_column)
-        names = class_names if class_names is not None else getattr(feature, "names", None)
-        if names is None:
-            raise ValueError(f"Column {label_column!r} is {feature}, without names; pass class_names.")
-        check_class_names(names)
-        if isinstance(feature, ClassLabel) and len(feature.names) != len(names):
-            raise ValueError(
-                f"Column {label_column!r} has {len(feature.names)} classes, class_names has {len(names)} names; give "
-                "one name for each, in its order."
-            )
-        super().__init__(attack, names, template, rejected)
-        self.stream = stream
-        self.image_column, self.label_column, self.weight_column = image_column, label_column, weight_column
-
-    def label_and_weight(self, values: Row, where: str) -> tuple[int, float]:
-        """The class and the weight of a row, checked.
-
-        Raises:
-            ValueError: It can't be used; the message says where and why.
-        """
-        label = values[self.label_column]
-        if (
-            isinstance(label, bool)
-            or not isinstance(label, (int, np.integer))
-            or not 0 <= label < len(self.class_names)
-        ):
-            raise ValueError(
-                f"{where}: {self.label_column!r} is {label!r}, expected a class number in "
-                f"0..{len(self.class_names) - 1}. Leave such rows out by stream.filter, or mend class_names."
-            )
-        weight = 1.0 if self.weight_column is None else values[self.weight_column]
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, (int, float, np.number))
-            or not 0 <= weight < float("inf")
-        ):
-            raise ValueError(
-                f"{where}: {self.weight_column!r} is {weight!r}, expected a finite number >= 0. Mend it, or leave "
-                "such rows out by stream.filter."
-            )
-        return int(label), float(weight)
-
-
-class StreamedPairs(PreferencePairs):
+class StreamedPairs(torch.utils.data.Dataset[Row]):
     """Preferences of a stream, each with its regularization image; to be read forward, in whole batches.
 
-    A key's position says which row is meant: the rows of all passes in their order, each pass filled up to whole
-    global batches. Whoever asks for another's rows in between (a process, a worker) makes them pass undecoded.
+    A key's position says which row is meant: the rows of all passes in order, each pass filled up to whole global
+    batches. Rows in between, which belong to other processes or workers, are skipped undecoded.
 
     Args:
         preferences: A `datasets.IterableDataset` in a preference format, or a `TypographicStream`.
-        batches: Global batches of the run.
-        multiple: Rows of a global batch.
+        batches: Number of global batches of the run.
+        multiple: Number of rows of a global batch.
         loss_types: Names of the losses.
-        **arguments: As for `PreferencePairs`.
+        regularization: Ordinary images in a column `image`, "clean_image" for that column of each row, or None.
+        candidate_texts: The candidate texts of every row, if any.
+        seed: Seed of the order of the regularization images.
+        name: Name of the preferences in messages.
+        targets: "clean_image" where a loss compares with the reference on each row's clean image.
+        on_bad_image: As in `ContrastivePOConfig`. Under "skip" a row says in `skipped` why it is skipped, or "".
     """
 
     def __init__(
@@ -130,43 +50,43 @@ class StreamedPairs(PreferencePairs):
         batches: int,
         multiple: int,
         loss_types: Sequence[str],
-        **arguments: Any,
+        regularization: Dataset | Literal["clean_image"] | None = None,
+        candidate_texts: CandidateTexts | None = None,
+        seed: int = 0,
+        name: str = "train_dataset",
+        targets: Literal["clean_image"] | None = None,
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
-        super().__init__(preferences, **arguments)
+        self.preferences = preferences
         self.batches = batches
         self.multiple = multiple
         self.loss_types = loss_types
-        self._drawn = preferences if isinstance(preferences, TypographicStream) else None
+        self.completion = RowCompletion(regularization, targets, seed, on_bad_image)
+        self.candidate_texts = candidate_texts or CandidateTexts()
+        self.name = name
         self._stream = preferences.stream if isinstance(preferences, TypographicStream) else preferences
-        clean = {"clean_image"} if self._needed_by["clean_image"] else set()
-        self._images = [name for name in IMAGE_COLUMNS if name in {"image"} | clean]
         self._mark: StreamMark | None = None
         self._reader: tuple[int, StreamReader] | None = None
 
     def __len__(self) -> int:
         return self.batches * self.multiple
 
-    @property
-    def fixed_images(self) -> tuple[str, ...]:
-        """None: what comes by is not seen twice."""
-        return ()
-
     def start_from(self, mark: StreamMark | None) -> None:
-        """Go on after the batch that a mark was taken of, or read from the start."""
+        """Continue after the batch of a mark, or start from the beginning if it is None."""
         self._mark, self._reader = mark, None
 
     def __getitem__(self, key: int | RowKey) -> Row:
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int | RowKey]) -> list[Row]:
-        """A batch: rows at positions that follow each other; the last carries the `stream_mark` of the batch."""
+        """Return the rows at consecutive positions, a batch; the last row holds the `stream_mark` of the batch."""
         reader = self._reader_at(keys[0][1] if isinstance(keys[0], tuple) else keys[0])
-        rows = [self._row(reader.take()) for _ in keys]
+        rows = [self._completed(reader.take()) for _ in keys]
         rows[-1]["stream_mark"] = reader.mark()
         return rows
 
     def _reader_at(self, position: int) -> StreamReader:
-        # A reader that a worker process got from its parent shares open files with it.
+        # A reader that a worker process inherits shares open files with its parent.
         reader = self._reader[1] if self._reader is not None and self._reader[0] == os.getpid() else None
         if reader is None or reader.position > position:
             if self._mark is not None and self._mark.position < position:
@@ -181,97 +101,74 @@ class StreamedPairs(PreferencePairs):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}  # an iterator, which can't be sent to a worker process
 
-    def _row(self, row: StreamRow) -> Row:
+    def _completed(self, row: StreamRow) -> Row:
         where = f"{self.name} row {row.number} of the stream"
-        reasons: dict[str, str] = {}
-        if self._drawn is None:
-            texts = self._checked_texts(row.values, where)
-            images = {name: self._opened(row.values, name, where, reasons) for name in self._images}
+        if isinstance(self.preferences, TypographicStream):
+            values, reasons = self._attacked(self.preferences, row, where)
         else:
-            drawn, column = self._drawn, self._drawn.image_column
-            label, weight = drawn.label_and_weight(row.values, where)
-            texts = {**drawn.preference(label, row.number, row.epoch), "weight": weight}
-            clean = self._opened(row.values, column, where, reasons)
-            attacked = clean if reasons else drawn.attacked(clean, label, row.number, row.epoch)
-            images = {"image": attacked, "clean_image": clean}
-            reasons = {name: reason for name in images for reason in reasons.values()}
-        return self._complete({**texts, **images}, reasons, row.number, row.turn, row.padding)
+            values, reasons = self._preference(row.values, where)
+        return self.completion.complete(values, reasons, row.turn, row.padding)
 
-    def _checked_texts(self, values: Row, where: str) -> Row:
-        """What a row holds besides images, checked."""
+    def _preference(self, values: Row, where: str) -> tuple[Row, dict[str, str]]:
+        """Return a row in a preference format, and by column why its images can't be read."""
         texts = {name: value for name, value in values.items() if name not in IMAGE_COLUMNS}
-        check_row(texts, self.candidate_texts, where)
-        rejected = as_list(texts.get("rejected" if "chosen" in texts else "rejected_label"))
-        if not rejected and not set(self.loss_types) <= WITHOUT_REJECTED:
-            raise ValueError(
-                f"{where}: it has no rejected text, but loss_type={sorted(self.loss_types)} needs one in every row. "
-                "Leave such rows out by stream.filter."
-            )
-        single = SINGLE_REJECTED & set(self.loss_types)
-        if single and len(rejected) > 1:
-            raise ValueError(
-                f"{where}: it has {len(rejected)} rejected texts, but {sorted(single)} compare the chosen text with "
-                "one. Keep one a row by stream.map, or use 'sigmoid' (S-DPO)."
-            )
-        return to_texts(texts, self.candidate_texts)
+        check_row(texts, self.candidate_texts.texts, self.loss_types, where)
+        used = [name for name in IMAGE_COLUMNS if name == "image" or self.completion.needs_clean_image]
+        images = {name: self._decoded(values, name, where) for name in used}
+        reasons = {name: reason for name, (_, reason) in images.items() if reason}
+        row = {**to_texts(texts, self.candidate_texts.texts), **{name: image for name, (image, _) in images.items()}}
+        return row, reasons
 
-    def _opened(self, values: Row, column: str, where: str, reasons: dict[str, str]) -> Image.Image:
-        """An image of a row in RGB; blank where it can't be read, with the reason by its column."""
+    def _attacked(self, drawn: TypographicStream, row: StreamRow, where: str) -> tuple[Row, dict[str, str]]:
+        """Return a row as drawn by the attack, and by column why its images can't be read."""
+        label, weight = drawn.label_and_weight(row.values, where)
+        words = drawn.words(label, row.number, row.epoch)
+        clean, reason = self._decoded(row.values, drawn.image_column, where)
+        attacked = clean if reason else drawn.attacked(clean, words, row.number, row.epoch)
+        images = {"image": attacked, "clean_image": clean}
+        reasons = dict.fromkeys(images, reason) if reason else {}
+        return {**drawn.preference(label, words), "weight": weight, **images}, reasons
+
+    def _decoded(self, values: Row, column: str, where: str) -> tuple[Image.Image, str]:
+        """Return an image of a row in RGB and ""; or, where it can't be read, a blank one and the reason."""
         feature = (self._stream.features or {}).get(column)
         feature = feature if isinstance(feature, ImageFeature) else ImageFeature()
-        try:
-            if values[column] is None:
-                raise ValueError("there is none")
-            return to_rgb(dataclasses.replace(feature, decode=True).decode_example(values[column]))
-        except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
-            reason = (
-                f"{where}: the image in column {column!r} can't be read ({type(error).__name__}: {error}). Mend the "
-                "file, or leave the row out by stream.filter."
-            )
-            if self.on_bad_image == "raise":
-                raise UnreadableImage(reason) from error
-            reasons[column] = reason
-            return blank_image()
+        decode = functools.partial(_decode, dataclasses.replace(feature, decode=True), values[column], column, where)
+        return read_or_blank(decode, self.completion.on_bad_image)
+
+
+def _decode(feature: ImageFeature, value: Any, column: str, where: str) -> Image.Image:
+    try:
+        if value is None:
+            raise ValueError("there is none")
+        return to_rgb(feature.decode_example(value))
+    except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
+        raise unreadable_image(error, repr(column), where, drop="stream.filter") from error
 
 
 def is_stream(dataset: Any) -> TypeGuard[IterableDataset | TypographicStream]:
-    """Whether `checked_stream` takes a data set."""
+    """Return whether a dataset is one that `checked_stream` accepts."""
     return isinstance(dataset, (IterableDataset, TypographicStream))
-
-
-def columns_of(stream: IterableDataset, name: str) -> list[str]:
-    """The columns of a stream; those of its first row where it does not say.
-
-    Raises:
-        ValueError: It is empty.
-    """
-    columns = stream.column_names
-    if columns is None:
-        first = next(iter(stream.take(1)), None)
-        if first is None:
-            raise ValueError(f"{name} is empty; give it at least one row.")
-        columns = list(first)
-    return columns
 
 
 def checked_stream(
     preferences: IterableDataset | TypographicStream,
     regularization: Dataset | None,
-    candidate_texts: Sequence[str] | None,
+    candidate_texts: CandidateTexts,
     args: ContrastivePOConfig,
     name: str,
 ) -> StreamedPairs:
-    """Preference pairs of a stream whose columns were checked; its rows are when they come.
+    """Return the preference pairs of a stream whose columns are checked. Its rows are checked as they arrive.
 
     Args:
         preferences: As for `StreamedPairs`.
         regularization: Ordinary images, or None to take each row's `clean_image`.
-        candidate_texts: As for the trainer.
-        args: Says which columns the losses need, how many batches there are, and the seed.
-        name: What messages call the preferences.
+        candidate_texts: The candidate texts of every row, if any.
+        args: Losses, number of batches, seed, and what to do with unreadable images.
+        name: Name of the preferences in messages.
 
     Raises:
-        ValueError, TypeError: What was found, and what to do.
+        ValueError, TypeError: If the stream or an argument can't be used.
     """
     if args.max_steps <= 0:
         raise ValueError(
@@ -279,41 +176,35 @@ def checked_stream(
             f"ends, got {args.max_steps}. A pass over N rows takes about N / (batch size of all processes and "
             "accumulation steps)."
         )
-    for argument in ("precompute_ref_log_probs", "embeddings_cache", "dataloader_drop_last"):
-        if getattr(args, argument):
+    unsuited = {
+        "precompute_ref_log_probs": args.precompute_ref_log_probs,
+        "embeddings_cache": args.embeddings_cache,
+        "dataloader_drop_last": args.dataloader_drop_last,
+    }
+    for argument, value in unsuited.items():
+        if value:
             raise ValueError(
-                f"{argument}={getattr(args, argument)!r}, but {name} is streamed: its rows come by once, in whole "
-                "batches. Leave it out, or load the data without streaming=True."
+                f"{argument}={value!r}, but {name} is streamed: its rows are read once, in whole batches. Leave the "
+                "argument out, or load the data without streaming=True."
             )
     stream = preferences.stream if isinstance(preferences, TypographicStream) else preferences
-    if getattr(stream, "_distributed", None) is not None:
+    if stream._distributed is not None:
         raise ValueError(
-            f"{name} was split by split_dataset_by_node, but the trainer deals its rows to the processes itself. Give "
-            "every process the whole stream."
+            f"{name} was split by split_dataset_by_node, but the trainer distributes rows over the processes itself. "
+            "Give every process the whole stream."
         )
     if isinstance(preferences, TypographicStream):
-        check_drawn(preferences, candidate_texts, args, name)
+        preferences.check(candidate_texts, args.loss_type, name)
         columns = list(preferences.column_names)
     else:
         columns = columns_of(preferences, name)
-        if row_format(columns, name) == "class-preference" and candidate_texts is None:
-            raise ValueError(
-                f"{name} has the columns label and rejected_label, which are positions in `candidate_texts`, but no "
-                "candidate_texts were given. Pass the class prompts, such as [f'a photo of a {c}' for c in classes]."
-            )
+        check_columns(columns, candidate_texts.texts, args.loss_type, name)
         check_types(preferences, name)
-        rejected = "rejected" if "chosen" in columns else "rejected_label"
-        if rejected not in columns and not set(args.loss_type) <= WITHOUT_REJECTED:
-            raise ValueError(
-                f"{name} has no column {rejected!r} (its columns: {columns}), which loss_type={args.loss_type} needs; "
-                "only 'sft' and 'distillation' do without."
-            )
     source, targets = image_sources(columns, regularization, args, name)
-    multiple = args.train_batch_size * args.world_size
     return StreamedPairs(
         preferences,
         batches=args.max_steps * args.gradient_accumulation_steps,
-        multiple=multiple,
+        multiple=args.train_batch_size * args.world_size,
         loss_types=args.loss_type,
         regularization=source,
         candidate_texts=candidate_texts,

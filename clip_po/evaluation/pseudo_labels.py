@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Value
 from torch import Tensor
 
-from clip_po.data.class_labels import read_images
+from clip_po.data.images import read_images
 from clip_po.evaluation.zero_shot import CleanImages, class_embeddings, classify, collect_answers
 from clip_po.policy import evaluating
 

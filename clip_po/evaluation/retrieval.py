@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
-from clip_po.data.class_labels import read_images
+from clip_po.data.images import read_images
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.zero_shot import CleanImages, collect_answers
 from clip_po.policy import dual_encoder, encode_images, encode_texts, evaluating

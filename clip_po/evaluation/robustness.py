@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.class_labels import read_image, read_images, read_labels
-from clip_po.data.collator import to_pixels
+from clip_po.data.class_labels import read_labels
+from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.tables import format_table
 from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from clip_po.data.class_labels import check_class_names, read_image, read_images, read_labels
-from clip_po.data.collator import to_pixels
+from clip_po.data.class_labels import read_labels
+from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.evaluation.bootstrap import Estimate, bootstrap_interval
 from clip_po.models import check_processor
 from clip_po.policy import dual_encoder, encode_texts, evaluating
-from clip_po.validation import COUNT, COUNT_OR_NONE, check_number
+from clip_po.validation import COUNT, COUNT_OR_NONE, check_class_names, check_number
 
 
 @dataclass(frozen=True)

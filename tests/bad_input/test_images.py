@@ -13,12 +13,10 @@ from PIL import Image
 from samples import CLASSES, PROMPTS, make_labelled, make_preferences, picture
 
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.class_labels import read_image, read_images
-from clip_po.data.collator import to_pixels
 from clip_po.data.embedding_cache import image_digest
 from clip_po.data.formats import read_row
-from clip_po.data.images import MOST_ELONGATED, to_rgb
-from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.images import MOST_ELONGATED, read_image, read_images, to_pixels, to_rgb
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.evaluation.zero_shot import zero_shot_accuracy
 
 SIDE = 16
@@ -92,7 +90,7 @@ def test_every_reader_names_the_row_and_column_of_an_image_that_cannot_be_read(n
         with pytest.raises(ValueError) as error:
             reader(bench)
         message = str(error.value)
-        assert [piece for piece in (where, "'image'", says, "Mend the file") if piece not in message] == [], message
+        assert [piece for piece in (where, "'image'", says, "Fix the file") if piece not in message] == [], message
 
 
 def grey16():
@@ -191,19 +189,22 @@ CASES = {
         ValueError,
         "train_dataset row 2",
         "column 'image'",
-        "leave the row out",
+        "drop the row",
     ),
     "clean-image-alone-is-named": case(
         lambda b: read_row(unreadable("clean_image"), 2, "rows"), ValueError, "column 'clean_image' can't"
     ),
     "no-image": case(
-        lambda b: read_row([{"image": None}], 0, "rows"),
+        lambda b: read_row(datasets.Dataset.from_dict({"image": [None]}), 0, "rows"),
         ValueError,
         "rows row 0: column 'image' holds no image",
-        "Leave the row out",
+        "Drop the row",
     ),
     "a-path-in-place-of-an-image": case(
-        lambda b: read_row([{"image": "cat.jpg"}], 0, "rows"), ValueError, "holds str", "cast_column('image'"
+        lambda b: read_row(datasets.Dataset.from_dict({"image": ["cat.jpg"]}), 0, "rows"),
+        ValueError,
+        "holds str",
+        "cast_column('image'",
     ),
     "evaluation": case(
         lambda b: zero_shot_accuracy(
@@ -211,7 +212,7 @@ CASES = {
         ),
         ValueError,
         "Row 1: the image in column 'image' can't be read",
-        "filter the row out",
+        "drop the row",
     ),
     "file-is-gone": case(
         lambda b: image_digest(
@@ -221,7 +222,7 @@ CASES = {
         ValueError,
         "Row 0: the image in column 'image'",
         "gone.png",
-        "Mend the file",
+        "Fix the file",
     ),
     "no-picture-to-draw-on": case(
         lambda b: TypographicAttack(words=CLASSES).draw("cat.jpg", "dog", 0), TypeError, "PIL image, got str", "Image"

@@ -7,7 +7,7 @@ from samples import CLASSES, PROMPTS, make_labelled, make_preferences
 
 from clip_po.concept.preferences import reverse_attribute
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.zero_shot import class_embeddings, zero_shot_accuracy
 
@@ -89,13 +89,13 @@ PREFERENCES = {
     "rejected-list-is-empty": case(
         lambda b: b.trainer(preferences(chosen=[CAT] * 4, rejected=[[DOG], [], [DOG], [DOG]])),
         ValueError,
-        "row 1: column 'rejected' is empty",
+        "row 1: column 'rejected' has no rejected text",
         "fill it in",
     ),
     "several-rejected-for-ipo": case(
         lambda b: b.trainer(preferences(chosen=[CAT] * 4, rejected=[[DOG, BIRD]] * 4), loss_type="ipo"),
         ValueError,
-        "row 0: column 'rejected' has 2 entries",
+        "row 0: column 'rejected' has 2 rejected texts",
         "S-DPO",
     ),
     "text-is-no-candidate": case(
@@ -111,13 +111,13 @@ PREFERENCES = {
         lambda b: b.trainer(preferences(weight=[1.0, NAN, 1.0, 1.0])), ValueError, "row 1: column 'weight'", "nan"
     ),
     "weight-is-infinite": case(
-        lambda b: b.trainer(preferences(weight=[INF, 1.0, 1.0, 1.0])), ValueError, "row 0", "inf", "Mend it"
+        lambda b: b.trainer(preferences(weight=[INF, 1.0, 1.0, 1.0])), ValueError, "row 0", "inf", "Fix it"
     ),
     "label-is-no-class": case(
-        lambda b: b.trainer(classes([0, 1, 2, 4], [1, 2, 3, 0])), ValueError, "row 3: column 'label' is 4", "0 to 3"
+        lambda b: b.trainer(classes([0, 1, 2, 4], [1, 2, 3, 0])), ValueError, "row 3: column 'label' is 4", "0..3"
     ),
     "label-is-unknown": case(
-        lambda b: b.trainer(classes([0, 1, 2, -1], [1, 2, 3, 0])), ValueError, "row 3", "-1", "drop it"
+        lambda b: b.trainer(classes([0, 1, 2, -1], [1, 2, 3, 0])), ValueError, "row 3", "-1", "drop the row"
     ),
     "labels-without-candidates": case(
         lambda b: b.trainer(classes([0] * 4, [1] * 4), candidate_texts=None), ValueError, "no candidate_texts", "Pass"
@@ -160,10 +160,17 @@ CANDIDATES = {
 LABELLED = {
     "no-such-column": case(lambda b: drawn(label_column="class"), ValueError, "label_column='class'", "'label'"),
     "label-out-of-range": case(
-        lambda b: drawn(labelled(label=[0, 1, 9, 1]), class_names=CLASSES), ValueError, "Row 2: 'label' is 9", "0..3"
+        lambda b: drawn(labelled(label=[0, 1, 9, 1]), class_names=CLASSES),
+        ValueError,
+        "Row 2: column 'label' is 9",
+        "0..3",
     ),
     "label-missing": case(
-        lambda b: drawn(labelled(label=[0, None, 1, 1]), class_names=CLASSES), ValueError, "Row 1", "None", "Filter"
+        lambda b: drawn(labelled(label=[0, None, 1, 1]), class_names=CLASSES),
+        ValueError,
+        "Row 1",
+        "None",
+        "drop the row",
     ),
     "label-is-text": case(
         lambda b: drawn(labelled(label=["cat"] * 4)), ValueError, "without names", "class_encode_column('label')"
@@ -171,7 +178,7 @@ LABELLED = {
     "too-few-names": case(lambda b: drawn(class_names=["cat", "dog"]), ValueError, "has 4 classes", "2 names"),
     "name-is-a-number": case(lambda b: drawn(class_names=[1, 2, 3, 4]), ValueError, "class_names[0]", "got 1", "Name"),
     "template-without-place": case(lambda b: drawn(template="a photo"), ValueError, "template", "'{}'", "a photo"),
-    "template-is-a-list": case(lambda b: drawn(template=TEMPLATE), ValueError, "template", "['a photo of a {}']"),
+    "template-is-a-list": case(lambda b: drawn(template=TEMPLATE), TypeError, "template", "['a photo of a {}']"),
     "attack-is-a-list": case(
         lambda b: TypographicPreferences(make_labelled(4), CLASSES),
         TypeError,
@@ -181,10 +188,10 @@ LABELLED = {
     "weight-out-of-range": case(
         lambda b: drawn(labelled(sure=[1.0, 0.5, -1.0, 1.0]), weight_column="sure"),
         ValueError,
-        "Row 2: 'sure' is -1.0",
+        "Row 2: column 'sure' must be a finite number >= 0, got -1.0",
     ),
     "attribute-without-names": case(
-        lambda b: reverse_attribute(labelled(), "a photo", "label"), ValueError, "template must hold '{attribute}'"
+        lambda b: reverse_attribute(labelled(), "a photo", "label"), ValueError, "template must contain '{attribute}'"
     ),
 }
 
@@ -215,7 +222,7 @@ EVALUATION = {
     "labels-of-robustness": case(
         lambda b: RobustnessImages(labelled(label=[0, 1, 2, 7]), attack(), b.processor, CLASSES),
         ValueError,
-        "Row 3: 'label' is 7",
+        "Row 3: column 'label' is 7",
     ),
 }
 

@@ -212,7 +212,7 @@ def test_a_cache_that_cannot_be_written_costs_no_embeddings(bench, monkeypatch, 
     trainer = bench.trainer(embeddings_cache=str(bench.folder / "cache"), precompute_ref_log_probs=True)
     trainer.train()
     assert trainer.state.global_step == 4
-    assert "could not be kept in" in caplog.text
+    assert "could not be saved in" in caplog.text
     assert EmbeddingCache(bench.folder / "cache").get("any", 4) is None
 
 

@@ -211,7 +211,7 @@ def aligned_again(argv, callback):
         argv[argv.index("--model_name_or_path") + 1],
         args=once.args,
         train_dataset=preferences,
-        candidate_texts=preferences.texts,
+        candidate_texts=preferences.all_texts,
         callbacks=[callback],
     )
     trainer.train()
@@ -293,7 +293,7 @@ def test_other_words_and_several_words_reach_training_and_validation(command):
     assert {len(row["rejected"]) for row in rows} == {1, 2}
     assert set(rejected) & set(CLASSES)
     assert set(rejected) & set(EVERYDAY_WORDS)
-    assert list(trainer.candidates.texts) == trainer.train_dataset.preferences.texts
+    assert list(trainer.candidates.texts) == trainer.train_dataset.preferences.all_texts
 
 
 def test_words_of_the_users_own(command):

@@ -124,10 +124,10 @@ def test_the_trainer_takes_them(clip_folder, tmp_path):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: reverse_attribute(people(), "a photo of a {}", "gender"), r"must hold '\{attribute\}'"),
+        (lambda: reverse_attribute(people(), "a photo of a {}", "gender"), r"must contain '\{attribute\}'"),
         (lambda: reverse_attribute(people(), "a {attribute} at {place}", "gender"), "has a field 'place'"),
-        (lambda: reverse_attribute(people(), "a {attribute", "gender"), "no text with fields"),
-        (lambda: reverse_attribute(people(), TEMPLATE, "sex"), "'sex' is no column"),
+        (lambda: reverse_attribute(people(), "a {attribute", "gender"), "not a text with fields"),
+        (lambda: reverse_attribute(people(), TEMPLATE, "sex"), "'sex' is not a column"),
         (lambda: reverse_attribute(people(1, ("man",)), TEMPLATE, "gender"), "two attributes or more"),
         (lambda: reverse_attribute(people(), "a {attribute}", "gender", ("one", "one")), "more than once"),
         (lambda: keep_attribute(people(), "a {attribute}", "gender", other_texts=["a man"]), "already"),

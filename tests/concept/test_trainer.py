@@ -8,8 +8,8 @@ from transformers import CLIPModel
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.collator import to_pixels
-from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.images import to_pixels
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.losses import kl_regularization
 from clip_po.policy import candidate_logps, encode_images, encode_texts
 

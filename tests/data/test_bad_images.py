@@ -13,10 +13,12 @@ from streaming_worker import BROKEN, with_broken
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.collator import WithNotes
-from clip_po.data.pairs import PreferencePairs, TypographicPreferences
-from clip_po.data.skipped_rows import SkippedRows, UnreadableImage
-from clip_po.data.streamed_pairs import StreamedPairs, TypographicStream
+from clip_po.data.collator import RowMetadataCollator
+from clip_po.data.pairs import PreferencePairs
+from clip_po.data.skipped_rows import SkippedRows
+from clip_po.data.streamed_pairs import StreamedPairs
+from clip_po.data.typographic import TypographicPreferences, TypographicStream
+from clip_po.validation import UnreadableImage
 
 ATTACK = TypographicAttack(CLASSES, min_side=32)
 RUN = {"learning_rate": 1e-3, "max_steps": 4, "logging_steps": 1, "on_bad_image": "skip"}
@@ -148,7 +150,7 @@ def test_rows_are_counted_over_processes_and_the_first_are_named(caplog):
 
 
 def test_what_rows_say_goes_past_any_collator():
-    collate = WithNotes(lambda rows: {"keys": sorted({key for row in rows for key in row})})
+    collate = RowMetadataCollator(lambda rows: {"keys": sorted({key for row in rows for key in row})})
     rows = [{"image": 1, "skipped": reason} for reason in ("", None, "row 1")]
     assert collate(rows) == {"keys": ["image"], "skipped": ["", "row 1"]}
     assert collate([{"image": 1}, {"image": 2, "stream_mark": "here"}]) == {"keys": ["image"], "stream_mark": "here"}

@@ -142,19 +142,39 @@ UNUSABLE_ROWS = {
     "rejected-twice": (
         {"chosen": "a cat", "rejected": ["a dog", "a dog"]},
         None,
-        "column 'rejected' has a text twice",
+        "column 'rejected' has a repeated entry",
         "once",
     ),
-    "chosen-null": ({"chosen": None, "rejected": "a dog"}, None, "column 'chosen' must be a text", "got None"),
-    "chosen-blank": ({"chosen": "  ", "rejected": "a dog"}, None, "column 'chosen' must be a text", "'  '"),
-    "rejected-blank": ({"chosen": "a cat", "rejected": ""}, None, "column 'rejected' must be a text", "''"),
+    "chosen-null": (
+        {"chosen": None, "rejected": "a dog"},
+        None,
+        "column 'chosen' must be a non-empty string",
+        "got None",
+    ),
+    "chosen-blank": (
+        {"chosen": "  ", "rejected": "a dog"},
+        None,
+        "column 'chosen' must be a non-empty string",
+        "'  '",
+    ),
+    "rejected-blank": (
+        {"chosen": "a cat", "rejected": ""},
+        None,
+        "column 'rejected' must be a non-empty string",
+        "''",
+    ),
     "rejected-null": (
         {"chosen": "a cat", "rejected": None},
         PROMPTS,
-        "'rejected' is empty",
+        "'rejected' has no rejected text",
         "Drop the row or fill it",
     ),
-    "rejected-empty-list": ({"chosen": "a cat", "rejected": []}, PROMPTS, "'rejected' is empty", "['sigmoid']"),
+    "rejected-empty-list": (
+        {"chosen": "a cat", "rejected": []},
+        PROMPTS,
+        "'rejected' has no rejected text",
+        "['sigmoid']",
+    ),
     "chosen-no-candidate": (
         {"chosen": "a ship", "rejected": "a dog"},
         PROMPTS,
@@ -190,16 +210,16 @@ UNUSABLE_ROWS = {
         {"label": 3, "rejected_label": 1},
         PROMPTS,
         "column 'label' is 3",
-        "labels run from 0 to 2",
-        "a candidate text for every class",
+        "a class number in 0..2",
+        "give candidate_texts an entry for every class",
     ),
-    "label-unlabelled": ({"label": -1, "rejected_label": 1}, PROMPTS, "column 'label' is -1", "drop it"),
-    "label-null": ({"label": None, "rejected_label": 1}, PROMPTS, "column 'label' is None", "from 0 to 2"),
+    "label-unlabelled": ({"label": -1, "rejected_label": 1}, PROMPTS, "column 'label' is -1", "drop the row"),
+    "label-null": ({"label": None, "rejected_label": 1}, PROMPTS, "column 'label' is None", "0..2"),
     "rejected-label-too-high": (
         {"label": 0, "rejected_label": [1, 9]},
         PROMPTS,
         "column 'rejected_label' is 9",
-        "from 0 to 2",
+        "0..2",
     ),
     "equal-classes": (
         {"label": 1, "rejected_label": 1},
@@ -210,10 +230,10 @@ UNUSABLE_ROWS = {
     "rejected-class-twice": (
         {"label": 0, "rejected_label": [1, 1]},
         PROMPTS,
-        "column 'rejected_label' has a class twice",
+        "column 'rejected_label' has a repeated entry",
         "once",
     ),
-    "rejected-label-null": ({"label": 0, "rejected_label": None}, PROMPTS, "'rejected_label' is empty"),
+    "rejected-label-null": ({"label": 0, "rejected_label": None}, PROMPTS, "'rejected_label' has no rejected text"),
 }
 
 

@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from samples import CLASSES, PROMPTS, picture
 
+from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.checking import checked_pairs
-from clip_po.data.pairs import PreferencePairs, TypographicPreferences
+from clip_po.data.pairs import PreferencePairs, checked_pairs
 from clip_po.data.sampler import EpochSampler
+from clip_po.data.typographic import TypographicPreferences
 
 
 def attack(**arguments):
@@ -97,7 +98,7 @@ def test_class_names_columns_and_template_may_be_given(labelled):
         renamed, attack(words=["1", "2"]), ["one", "two", "three", "four"], "the digit {}.", "img", "fine"
     )
     assert preferences.candidate_texts == ["the digit one.", "the digit two.", "the digit three.", "the digit four."]
-    assert preferences.texts == [*preferences.candidate_texts, "the digit 1.", "the digit 2."]
+    assert preferences.all_texts == [*preferences.candidate_texts, "the digit 1.", "the digit 2."]
     assert preferences[1]["chosen"] == "the digit two."
 
 
@@ -106,28 +107,33 @@ def without_names(labelled):
 
 
 WRONG_LABELLED = {
-    "template-without-place": (lambda d: d, {"template": "a photo"}, "template must hold one '{}'", "'a photo'"),
-    "template-with-two-places": (lambda d: d, {"template": "{} {}"}, "template must hold one '{}'"),
+    "template-without-place": (
+        lambda d: d,
+        {"template": "a photo"},
+        "template must contain exactly one '{}'",
+        "'a photo'",
+    ),
+    "template-with-two-places": (lambda d: d, {"template": "{} {}"}, "template must contain exactly one '{}'"),
     "no-image-column": (
         lambda d: d.rename_column("image", "img"),
         {},
-        "image_column='image' is no column",
+        "image_column='image' is not a column",
         "['img', 'label']",
     ),
-    "no-label-column": (lambda d: d, {"label_column": "fine"}, "label_column='fine' is no column"),
+    "no-label-column": (lambda d: d, {"label_column": "fine"}, "label_column='fine' is not a column"),
     "no-class-names": (without_names, {}, "Column 'label'", "without names", "pass class_names"),
     "label-too-high": (
         without_names,
         {"class_names": CLASSES[:2]},
-        "Row 2: 'label' is 2",
+        "Row 2: column 'label' is 2",
         "a class number in 0..1",
-        "mend class_names",
+        "give class_names an entry",
     ),
     "label-missing": (
         lambda d: without_names(d).map(lambda row, i: {"label": None if i == 5 else 0}, with_indices=True),
         {"class_names": CLASSES},
-        "Row 5: 'label' is None",
-        "Filter such rows out",
+        "Row 5: column 'label' is None",
+        "drop the row",
     ),
 }
 
@@ -163,7 +169,7 @@ def test_every_written_word_is_rejected_and_rows_keep_their_weight(labelled):
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_a_weight_that_cannot_weigh_is_named_by_its_row(labelled, value):
     weighted = labelled.add_column("weight", [1.0] * 15 + [value])
-    with pytest.raises(ValueError, match="Row 15: 'weight' is"):
+    with pytest.raises(ValueError, match="Row 15: column 'weight' must be a finite number >= 0, got"):
         TypographicPreferences(weighted, attack(), weight_column="weight")
 
 
@@ -171,7 +177,7 @@ def test_words_that_are_no_class_are_rejected_as_they_are_read(labelled):
     words = attack(other_words=["moon", "Cat"], other_share=1.0)
     preferences = TypographicPreferences(labelled, words)
     assert preferences.row(0, 0)["rejected"] == ["a photo of a moon"]
-    assert preferences.texts == [*PROMPTS, "a photo of a moon"]
+    assert preferences.all_texts == [*PROMPTS, "a photo of a moon"]
 
 
 # ---- Pairs with regularization images
@@ -239,7 +245,7 @@ def test_regularization_images_do_not_depend_on_the_rows_number(preferences):
 
 def test_classes_become_texts(labelled):
     table = labelled.add_column("rejected_label", [(label + 1) % 4 for label in labelled["label"]])
-    row = PreferencePairs(table, candidate_texts=PROMPTS)[2]
+    row = PreferencePairs(table, candidate_texts=CandidateTexts(PROMPTS))[2]
     assert (row["chosen"], row["rejected"]) == (PROMPTS[2], [PROMPTS[3]])
 
 
@@ -273,7 +279,7 @@ def test_an_unreadable_regularization_image_is_named_by_its_row(preferences):
     images = datasets.Dataset.from_dict(
         {"image": [{"bytes": b"junk", "path": None}]}, features=datasets.Features({"image": datasets.Image()})
     )
-    with pytest.raises(ValueError, match="reg_dataset row 0: an image in column 'image' can't be read"):
+    with pytest.raises(ValueError, match="reg_dataset row 0: the image in column 'image' can't be read"):
         PreferencePairs(preferences, images)[3]
 
 
@@ -282,7 +288,7 @@ def test_an_unreadable_regularization_image_is_named_by_its_row(preferences):
 
 def checked(folder, preferences, regularization=None, candidate_texts=None, **arguments):
     args = ContrastivePOConfig(str(folder), **arguments)
-    return checked_pairs(preferences, regularization, candidate_texts, args, "train_dataset")
+    return checked_pairs(preferences, regularization, CandidateTexts(candidate_texts), args, "train_dataset")
 
 
 def test_streamed_rows_are_refused(preferences, tmp_path):
@@ -321,15 +327,15 @@ def test_regularization_without_ordinary_images_is_refused(arguments, preference
 
 def test_no_ordinary_images_are_needed_where_nothing_asks_for_them(preferences, tmp_path):
     pairs = checked(tmp_path, preferences.remove_columns("clean_image"), reg_weight=0.0)
-    assert pairs.regularization is None
-    assert checked(tmp_path, preferences, numbered(2), reg_weight=0.0).regularization is None
+    assert pairs.completion.regularization is None
+    assert checked(tmp_path, preferences, numbered(2), reg_weight=0.0).completion.regularization is None
 
 
 def test_distillation_needs_clean_images(preferences, tmp_path):
     with pytest.raises(ValueError, match="no column 'clean_image'"):
         checked(tmp_path, preferences.remove_columns("clean_image"), numbered(2), loss_type=["distillation"])
-    assert checked(tmp_path, preferences, numbered(2), loss_type=["distillation"]).targets == "clean_image"
-    assert checked(tmp_path, preferences, numbered(2), loss_type=["sft"]).targets is None
+    assert checked(tmp_path, preferences, numbered(2), loss_type=["distillation"]).completion.targets == "clean_image"
+    assert checked(tmp_path, preferences, numbered(2), loss_type=["sft"]).completion.targets is None
 
 
 def test_pairwise_losses_refuse_rows_that_may_reject_several_texts(labelled, tmp_path):
@@ -344,8 +350,8 @@ def test_pairwise_losses_refuse_rows_that_may_reject_several_texts(labelled, tmp
 
 def test_clean_images_are_taken_where_no_others_are_given(preferences, tmp_path):
     images = numbered(2)
-    assert checked(tmp_path, preferences).regularization == "clean_image"
-    assert checked(tmp_path, preferences, images).regularization is images
+    assert checked(tmp_path, preferences).completion.regularization == "clean_image"
+    assert checked(tmp_path, preferences, images).completion.regularization is images
 
 
 def test_unusable_regularization_images_are_refused(preferences, tmp_path):
@@ -361,8 +367,8 @@ def test_images_drawn_anew_cannot_be_seen_once(labelled, tmp_path):
 
 
 def test_the_data_seed_orders_regularization_images_where_it_is_given(preferences, tmp_path):
-    assert checked(tmp_path, preferences, seed=7).seed == 7
-    assert checked(tmp_path, preferences, seed=7, data_seed=8).seed == 8
+    assert checked(tmp_path, preferences, seed=7).completion.seed == 7
+    assert checked(tmp_path, preferences, seed=7, data_seed=8).completion.seed == 8
 
 
 def test_checks_leave_pixels_as_they_are(preferences):

@@ -9,15 +9,16 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from samples import CLASSES, PROMPTS, make_labelled, make_preferences, picture
 
+from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
 from clip_po.data import stream_reader
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.checking import checked_pairs
-from clip_po.data.pairs import PreferencePairs, TypographicPreferences
+from clip_po.data.pairs import PreferencePairs, checked_pairs
 from clip_po.data.sampler import EpochSampler
-from clip_po.data.skipped_rows import UnreadableImage
 from clip_po.data.stream_reader import StreamMark, StreamReader, digest
-from clip_po.data.streamed_pairs import StreamedPairs, TypographicStream, checked_stream
+from clip_po.data.streamed_pairs import StreamedPairs, checked_stream
+from clip_po.data.typographic import TypographicPreferences, TypographicStream
+from clip_po.validation import UnreadableImage
 
 
 def attack(**arguments):
@@ -69,7 +70,7 @@ def test_shuffling_differs_from_pass_to_pass_and_repeats_with_its_seed():
 @pytest.mark.parametrize("batches", [1, 3, 5, 6])
 @pytest.mark.parametrize("sure", [3, 64])
 def test_a_reader_goes_on_after_the_batch_of_a_mark(kind, batches, sure, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream_reader, "SURE", sure)  # with few rows a pass begins less long ago than that
+    monkeypatch.setattr(stream_reader, "MATCHING_ROWS", sure)  # with few rows a pass begins less long ago than that
     undisturbed = StreamReader(STREAMS[kind](), 4, "data")
     walk(undisturbed, 4 * batches - 2)  # the share of the first of two processes in the last batch
     undisturbed.mark().save(tmp_path)
@@ -180,17 +181,29 @@ def test_batches_are_the_same_whoever_reads_them(workers):
 def test_classes_become_texts_and_images_keep_the_mode_of_their_column():
     rows = make_labelled(4).add_column("rejected_label", [1, 2, 3, 0])
     rows = rows.cast_column("image", datasets.Image(mode="L"))
-    row = streamed(rows.to_iterable_dataset(), candidate_texts=PROMPTS)[0]
+    row = streamed(rows.to_iterable_dataset(), candidate_texts=CandidateTexts(PROMPTS))[0]
     assert (row["chosen"], row["rejected"]) == (PROMPTS[0], [PROMPTS[1]])
     assert row["image"].tobytes() == picture(0).convert("L").convert("RGB").tobytes()
 
 
 WRONG_ROWS = {
     "same texts": ({"chosen": "a", "rejected": "a"}, {}, ["row 2 of the stream", "'chosen' and 'rejected' are both"]),
-    "no rejected": ({"rejected": None}, {"candidate_texts": ["x", "y"]}, ["row 2 of the stream", "no rejected text"]),
-    "several": ({"rejected": ["a", "b"]}, {"loss_types": ["ipo"]}, ["row 2 of the stream", "2 rejected texts", "map"]),
+    "no rejected": (
+        {"rejected": None},
+        {"candidate_texts": CandidateTexts(["x", "y"])},
+        ["row 2 of the stream", "no rejected text"],
+    ),
+    "several": (
+        {"rejected": ["a", "b"]},
+        {"loss_types": ["ipo"]},
+        ["row 2 of the stream", "2 rejected texts", "one per row"],
+    ),
     "weight": ({"weight": -1.0}, {}, ["row 2 of the stream", "'weight' must be"]),
-    "unknown text": ({"chosen": "z"}, {"candidate_texts": ["x", "y"]}, ["row 2 of the stream", "not among"]),
+    "unknown text": (
+        {"chosen": "z"},
+        {"candidate_texts": CandidateTexts(["x", "y"])},
+        ["row 2 of the stream", "not among"],
+    ),
     "broken image": ({"image": {"bytes": b"no", "path": None}}, {}, ["row 2 of the stream", "column 'image'"]),
     "no image": ({"image": None}, {}, ["row 2 of the stream", "column 'image'", "there is none"]),
 }
@@ -213,7 +226,10 @@ def test_rows_are_checked_as_they_come(case):
 
 @pytest.mark.parametrize(
     ("column", "value", "part"),
-    [("label", 4, "'label' is 4, expected a class number in 0..3"), ("confidence", -1.0, "'confidence' is -1.0")],
+    [
+        ("label", 4, "column 'label' is 4, expected a class number in 0..3"),
+        ("confidence", -1.0, "column 'confidence' must be a finite number >= 0, got -1.0"),
+    ],
 )
 def test_labels_and_weights_of_a_stream_are_checked_as_they_come(column, value, part):
     rows = make_labelled(3).cast_column("label", datasets.Value("int64")).add_column("confidence", [0.5] * 3)
@@ -245,7 +261,9 @@ def test_unusable_streams_are_refused_at_the_start(case, tmp_path):
     change, arguments, parts = case
     args = ContrastivePOConfig(str(tmp_path), **{"max_steps": 2, **arguments})
     with pytest.raises(ValueError) as error:
-        checked_stream(change(make_preferences(3).to_iterable_dataset()), None, None, args, "train_dataset")
+        checked_stream(
+            change(make_preferences(3).to_iterable_dataset()), None, CandidateTexts(), args, "train_dataset"
+        )
     assert [part for part in [*parts, "train_dataset"] if part not in str(error.value)] == []
 
 
@@ -255,7 +273,7 @@ def test_unusable_streams_are_refused_at_the_start(case, tmp_path):
         (make_labelled(3), {}, "must be a datasets.IterableDataset, got Dataset"),
         (make_labelled(3).to_iterable_dataset(), {"label_column": "y"}, "no column 'y'"),
         (make_labelled(3).to_iterable_dataset(), {"class_names": ["a"]}, "has 4 classes, class_names has 1"),
-        (make_labelled(3).to_iterable_dataset(), {"template": "x"}, "template must hold one"),
+        (make_labelled(3).to_iterable_dataset(), {"template": "x"}, "template must contain exactly one"),
         (make_labelled(3).cast_column("label", datasets.Value("int64")).to_iterable_dataset(), {}, "pass class_names"),
     ],
 )
@@ -273,4 +291,4 @@ def test_the_class_for_rows_by_number_names_the_one_for_streams():
 def test_an_evaluation_is_not_streamed(wrap, tmp_path):
     args, stream = ContrastivePOConfig(str(tmp_path)), wrap(make_labelled(3).to_iterable_dataset())
     with pytest.raises(TypeError, match=r"eval_dataset is streamed, .*stream.take\(1000\)"):
-        checked_pairs(stream, None, None, args, "eval_dataset")
+        checked_pairs(stream, None, CandidateTexts(), args, "eval_dataset")

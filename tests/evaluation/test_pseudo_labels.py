@@ -6,7 +6,7 @@ import torch
 from samples import CLASSES
 
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.evaluation.pseudo_labels import pseudo_labels
 from clip_po.evaluation.zero_shot import class_embeddings, zero_shot_accuracy
 from clip_po.policy import candidate_logps, encode_images

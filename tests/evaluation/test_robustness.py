@@ -126,7 +126,7 @@ def test_clusters_come_from_their_column(dataset, attack, processor):
     [
         ({"renderings": 0}, "at least 1, got 0"),
         ({"cluster_column": "place"}, "cluster_column='place' is no column"),
-        ({"image_column": "photo"}, "image_column='photo' is no column"),
+        ({"image_column": "photo"}, "image_column='photo' is not a column"),
         ({"class_names": ["cat", "dog"]}, "has 3 classes, class_names has 2"),
     ],
 )

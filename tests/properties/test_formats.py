@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import picture
 
+from clip_po.candidates import CandidateTexts
 from clip_po.data.formats import as_list, check_preferences, check_row, row_format, to_texts
 from clip_po.data.loading import load_split
 from clip_po.data.pairs import PreferencePairs
@@ -40,10 +41,10 @@ def in_texts(texts, row):
 def test_classes_and_texts_say_the_same(drawn):
     texts, rows = drawn
     for row in rows:
-        check_row(row, texts, "row")
+        check_row(row, texts, ["sigmoid"], "row")
         said = to_texts(row, texts)
         expected = in_texts(texts, row)
-        check_row(expected, texts, "row")
+        check_row(expected, texts, ["sigmoid"], "row")
         assert {name: said[name] for name in expected} == to_texts(expected, texts) == expected
         assert to_texts(said, texts) == said  # once in texts, a row stays as it is
         alone = {**row, "rejected_label": row["rejected_label"][0]}
@@ -57,10 +58,10 @@ def test_a_row_that_contradicts_itself_is_refused_in_either_format(drawn, data):
     wrong = {**row, "rejected_label": [*row["rejected_label"], row["label"]]}
     for refused in (wrong, in_texts(texts, wrong)):
         with pytest.raises(ValueError, match=r"row: columns .* are both"):
-            check_row(refused, texts, "row")
+            check_row(refused, texts, ["sigmoid"], "row")
     outside = data.draw(st.one_of(st.integers(max_value=-1), st.integers(min_value=len(texts))))
     with pytest.raises(ValueError, match="row: column 'label' is"):
-        check_row({**row, "label": outside}, texts, "row")
+        check_row({**row, "label": outside}, texts, ["sigmoid"], "row")
 
 
 def dataset(texts, rows, kind):
@@ -95,7 +96,7 @@ def test_files_keep_rows_and_pixels(drawn, kind, storage):
         assert row_format(read.column_names) == kind
         check_preferences(read, texts, ["sigmoid"])
         assert read.features == written.features
-        found = PreferencePairs(read, "clean_image", texts)
+        found = PreferencePairs(read, "clean_image", CandidateTexts(texts))
         for index, row in enumerate(rows):
             expected, back = in_texts(texts, row), found[index]
             assert {name: back[name] for name in expected} == expected

@@ -7,7 +7,7 @@ from samples import CLASSES, StopAt, logged, make_labelled, make_preferences
 from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback
 
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.pairs import TypographicPreferences
+from clip_po.data.typographic import TypographicPreferences
 from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness, robustness_report
 from clip_po.training.callbacks import RobustnessCallback, trade_off
 

@@ -13,9 +13,8 @@ from samples import CLASSES, StopAt, make_labelled, make_preferences, same
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.pairs import TypographicPreferences
 from clip_po.data.stream_reader import STREAM_FILE, StreamMark
-from clip_po.data.streamed_pairs import TypographicStream
+from clip_po.data.typographic import TypographicPreferences, TypographicStream
 from clip_po.training.stream_position import StreamPositionCallback
 
 ATTACK = TypographicAttack(CLASSES, min_side=32)
@@ -128,4 +127,4 @@ def test_two_processes_train_as_one_on_streams_and_around_broken_images(name, ru
 @pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 def test_what_two_processes_skip_is_said_by_the_one_that_read_it(runs):
-    assert "Skipped, by on_bad_image='skip': train_dataset row 1: an image in column 'image' can't be read" in runs[2]
+    assert "Skipped, by on_bad_image='skip': train_dataset row 1: the image in column 'image' can't be read" in runs[2]

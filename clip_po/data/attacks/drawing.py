@@ -1,4 +1,4 @@
-"""Words drawn on images: fonts, legible colours, sizes that fit."""
+"""Draw words on images: fonts, legible colours, and sizes that fit."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PILLOW_FONT = "pillow"
-"""The name of the font that Pillow carries itself."""
+"""Name of the default font of Pillow."""
 
-SMALLEST_TEXT = 6  # pixels of height; below it no font is legible
-_MEASURED_AT = 24  # pixels of height at which inks are compared
+SMALLEST_TEXT = 6  # pixels of height; smaller text is illegible in any font
+_MEASURED_AT = 24  # pixels of height at which ink is compared
 
 
 @functools.lru_cache(maxsize=4096)
 def relative_luminance(colour: Colour) -> float:
-    """Brightness of a colour as an eye sees it.
+    """Return the perceived brightness of a colour.
 
     Args:
         colour: Red, green, blue in 0..255.
@@ -40,7 +40,7 @@ def relative_luminance(colour: Colour) -> float:
 
 
 def contrast_ratio(first: Colour, second: Colour) -> float:
-    """Contrast of two colours, 1 (equal) to 21 (black on white).
+    """Return the contrast ratio of two colours, 1 (equal) to 21 (black on white).
 
     Source: WCAG 2.2, "contrast ratio".
     """
@@ -50,14 +50,14 @@ def contrast_ratio(first: Colour, second: Colour) -> float:
 
 @functools.lru_cache(maxsize=512)
 def load_font(name: str, pixels: int) -> Font:
-    """The font `name` at a size in pixels.
+    """Load a font at a size in pixels.
 
     Args:
-        name: "pillow" for the font that Pillow carries, else the path of a TrueType or OpenType file.
+        name: "pillow" for the default font of Pillow, or the path of a TrueType or OpenType file.
         pixels: Size of the font's em square, >= 1.
 
     Raises:
-        ValueError: The file is no font that Pillow can read.
+        ValueError: If Pillow can't read the file as a font.
     """
     if name == PILLOW_FONT:
         return ImageFont.load_default(pixels)
@@ -66,12 +66,12 @@ def load_font(name: str, pixels: int) -> Font:
     except OSError as error:
         raise ValueError(
             f"fonts: {name!r} can't be read as a font ({error}). Give the path of a .ttf or .otf file, "
-            f"or {PILLOW_FONT!r} for the font that Pillow carries."
+            f"or {PILLOW_FONT!r} for the default font of Pillow."
         ) from error
 
 
 def enlarge(image: Image.Image, min_side: int) -> Image.Image:
-    """The image with a short side of at least `min_side` pixels, in RGB; a larger one is given back as it is."""
+    """Return an image in RGB, enlarged if needed so that its short side has at least `min_side` pixels."""
     image = to_rgb(image)
     short = min(image.size)
     if short >= min_side:
@@ -83,14 +83,14 @@ def enlarge(image: Image.Image, min_side: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class TextStyle:
-    """How one word is drawn; drawn by `TypographicAttack.style`, the same for any word.
+    """The style of one attack, drawn by `TypographicAttack.style` and independent of the word.
 
     Attributes:
-        font: As for `load_font`.
+        font: Name of the font, as for `load_font`.
         size: Height of the text as a share of the image's short side.
-        place: Shares (x, y) of the free width and height to the left of and above the text, each 0..1.
-        colours: Colours of the fill in order of preference; the first legible one is taken.
-        outline: Width of the outline as a share of the text's height.
+        place: Position (x, y) of the text within the free width and height, each 0 (left, top) to 1 (right, bottom).
+        colours: Fill colours in order of preference; the first legible one is used.
+        outline: Width of the outline as a share of the text height.
         rotation: Degrees, counter-clockwise.
         opacity: 0 (invisible) to 1.
         sticker: Colour of the box behind the text, or None for bare text.
@@ -107,9 +107,9 @@ class TextStyle:
 
 
 def _fit(text: str, style: TextStyle, width: int, height: int, padding: int) -> tuple[int, int, int] | None:
-    """How many lines the text needs, the largest font at which it fits and its outline, both in pixels.
+    """Return the number of lines, the largest font size and the outline width, both in pixels, at which a text fits.
 
-    None where it does not fit at the smallest legible size either, whatever its lines.
+    None if it does not fit even at the smallest legible size, whatever the number of lines.
     """
 
     def measure(lines: str, pixels: int) -> tuple[float, float, int]:
@@ -119,13 +119,13 @@ def _fit(text: str, style: TextStyle, width: int, height: int, padding: int) -> 
 
     cosine, sine = _turned(1, 0, style)
     wanted = max(SMALLEST_TEXT, round(style.size * min(width, height)))
-    # What no turned line can be longer than, and no turned block higher.
+    # Upper bounds of the length of a rotated line and the height of a rotated block.
     longest, highest = (
         min(side / max(cosine, 1e-9), other / max(sine, 1e-9)) for side, other in ((width, height), (height, width))
     )
     while True:
         least = max(SMALLEST_TEXT, wanted // 2)
-        # A text of thousands of letters is not tried in numbers of lines that are sure to be too few or too many.
+        # For a text of thousands of letters, skip numbers of lines that are certainly too few or too many.
         left, _, right, _ = _box("".join(text.split()), style.font, least, 0)
         fewest, most = int(0.9 * (right - left) / max(longest, 1)), int(highest / (least / 2 + _LEADING)) + 1
         for count in range(max(1, fewest), min(len(text), most) + 1):
@@ -144,23 +144,23 @@ def _fit(text: str, style: TextStyle, width: int, height: int, padding: int) -> 
 
 
 def _turned(across: float, down: float, style: TextStyle) -> tuple[float, float]:
-    """Width and height of what a box takes up when it is rotated."""
+    """Return the width and height of the bounding box of a rotated box."""
     sine, cosine = abs(math.sin(math.radians(style.rotation))), abs(math.cos(math.radians(style.rotation)))
     return across * cosine + down * sine, across * sine + down * cosine
 
 
 _CANVAS = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-_LEADING = 4  # pixels that Pillow puts between lines
+_LEADING = 4  # pixels between lines in Pillow
 
 
 @functools.lru_cache(maxsize=4096)
 def _box(lines: str, font: str, pixels: int, stroke: int) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of lines set at the origin, asked for to choose a size and again to draw."""
+    """Return left, top, right and bottom of lines set at the origin. Cached for choosing a size and drawing."""
     return _CANVAS.multiline_textbbox((0, 0), lines, font=load_font(font, pixels), stroke_width=stroke)
 
 
 def _break(text: str, count: int) -> str:
-    """The text in `count` lines of about equal length, at spaces where it has enough of them."""
+    """Break a text into `count` lines of about equal length, at spaces if it has enough of them."""
     words = text.split()
     if 1 < count <= len(words):
         target, lines = len(text) / count, [""]
@@ -181,22 +181,22 @@ def draw_text(
 ) -> Image.Image:
     """Write a text on a copy of an image.
 
-    A text that is too wide first shrinks to half its size, then breaks into lines, and so on until it fits. One that
-    is too long for any legible size ends where the image does.
+    A text that is too wide first shrinks to half its size, then breaks into lines, and so on until it fits. A text
+    that is too long for any legible size is cut off.
 
     Args:
         image: Any PIL image; the result is RGB of the same size.
-        text: What is written; not empty.
+        text: The text to write; not empty.
         style: Font, size, place, colours, outline, rotation, opacity, sticker.
-        min_contrast: Contrast ratio (1..21) that the fill must have to what lies behind it; black or white
-            stands in where no colour of the style reaches it. The outline is black or white.
-        sized_for: The text that font size and number of lines are chosen for; `text` itself by default.
+        min_contrast: Contrast ratio (1..21) that the fill must have to its background. If no colour of the style
+            reaches it, the fill is black or white. The outline is black or white.
+        sized_for: The text for which font size and number of lines are chosen; `text` by default.
 
     Returns:
         The image with the text.
 
     Raises:
-        ValueError: The text is empty, or the font has none of its letters.
+        ValueError: If the text is empty, or the font has none of its letters.
     """
     check_visible(text, style.font)
     image = to_rgb(image)
@@ -219,12 +219,12 @@ def draw_text(
 
 
 def draw_blank(image: Image.Image, text: str, style: TextStyle) -> Image.Image:
-    """Put a box without a word where `draw_text` writes the text, as large as the text with its sticker.
+    """Draw an empty box in place of a text, where `draw_text` writes it and as large as the text with its sticker.
 
     Args:
         image: Any PIL image; the result is RGB of the same size.
-        text: The text whose place is covered; not empty.
-        style: As for `draw_text`; bare text is covered by a box of the style's first colour.
+        text: The text to cover; not empty.
+        style: As for `draw_text`. Without a sticker, the box has the first colour of the style.
     """
     image = to_rgb(image)
     style = replace(style, sticker=style.sticker or style.colours[0])
@@ -234,7 +234,7 @@ def draw_blank(image: Image.Image, text: str, style: TextStyle) -> Image.Image:
 
 @dataclass(frozen=True)
 class _Block:
-    """A text as it is set: its lines, font and outline, where it starts in its box, and the size of the box."""
+    """A typeset text: lines, font, outline, origin in its box, and size of the box."""
 
     lines: str
     font: Font
@@ -252,7 +252,7 @@ def _set(text: str, style: TextStyle, image_size: tuple[int, int], sized_for: st
     if fitted is None:
         text, sized_for = text.strip(), sized_for.strip()
         style = replace(style, size=0.0)
-        # Its beginning, as much of it as fits; where not even a letter does, the image's edge cuts that.
+        # As much of its beginning as fits. If not even one letter does, the edge of the image cuts it off.
         letters = bisect.bisect_left(
             range(2, len(sized_for)), True, key=lambda n: _fit(sized_for[:n], style, width, height, padding) is None
         )
@@ -264,7 +264,7 @@ def _set(text: str, style: TextStyle, image_size: tuple[int, int], sized_for: st
     while True:
         left, top, right, bottom = _box(lines, style.font, pixels, stroke)
         size = (round(right - left) + 2 * padding, round(bottom - top) + 2 * padding)
-        # Sized for another text, this one may be a little wider, and would lose its last letter at the edge.
+        # Sized for another text, this one may be slightly wider and would lose its last letter at the edge.
         inside = all(taken < side - 2 for taken, side in zip(_turned(*size, style), image_size, strict=True))
         if inside or pixels <= SMALLEST_TEXT:
             break
@@ -277,7 +277,7 @@ def _margin(image_size: tuple[int, int]) -> int:
 
 
 def _corner(size: tuple[int, int], image_size: tuple[int, int], style: TextStyle) -> tuple[int, int]:
-    """Where the upper left corner of a box stands in the image."""
+    """Return the position of the upper left corner of a box in the image."""
     margin = _margin(image_size)
     free = (side - 2 * margin - box for side, box in zip(image_size, size, strict=True))
     x, y = (
@@ -288,22 +288,22 @@ def _corner(size: tuple[int, int], image_size: tuple[int, int], style: TextStyle
 
 
 def _colour_behind(image: Image.Image, size: tuple[int, int], style: TextStyle) -> Colour:
-    """The mean colour of what a box will cover."""
+    """Return the mean colour of the area that a box will cover."""
     covered = Image.new("L", size, 255).rotate(style.rotation, expand=True)
     x, y = _corner(covered.size, image.size, style)
     inside = (min(covered.width, image.width - x), min(covered.height, image.height - y))
     seen = image.crop((x, y, x + inside[0], y + inside[1]))
     histogram = np.array(seen.histogram(covered.crop((0, 0, *inside)))).reshape(3, 256)
-    means = histogram @ np.arange(256) / histogram.sum(axis=1).clip(min=1)  # a tiny image may have nothing behind
+    means = histogram @ np.arange(256) / histogram.sum(axis=1).clip(min=1)  # a tiny image may have no pixel behind it
     red, green, blue = (round(mean) for mean in means.tolist())
     return red, green, blue
 
 
 def _stick(image: Image.Image, layer: Image.Image, style: TextStyle) -> Image.Image:
-    """A copy of the image with a layer on it, turned and placed as the style says."""
+    """Return a copy of the image with a layer pasted on it, rotated and placed by the style."""
     if style.rotation:
         *colours, alpha = layer.split()
-        if len({band.tobytes() for band in colours}) == 1:  # black and white: two bands to turn and not four
+        if len({band.tobytes() for band in colours}) == 1:  # black and white: rotate two bands instead of four
             layer = Image.merge("LA", (colours[0], alpha))
         layer = layer.rotate(style.rotation, Image.Resampling.BICUBIC, expand=True)
     if style.opacity < 1:
@@ -322,36 +322,36 @@ def _legible(colours: Sequence[Colour], behind: Colour, min_contrast: float) -> 
 
 @functools.lru_cache(maxsize=4096)
 def _letter_ink(letter: str, font: str) -> tuple[float, float]:
-    """Ink in pixels, and width, of a letter."""
+    """Return the ink and the width of a letter, in pixels."""
     loaded = load_font(font, _MEASURED_AT)
     return sum(loaded.getmask(letter)) / 255, loaded.getlength(letter)
 
 
 def check_visible(text: str, font: str) -> None:
-    """Refuse a text of which nothing would be seen, so that an image without a word never passes for an attack.
+    """Raise if a text would be invisible, so that an image without a word is never taken for an attack.
 
     Args:
-        text: What is to be written.
-        font: As for `load_font`.
+        text: The text to write.
+        font: Name of the font, as for `load_font`.
 
     Raises:
-        ValueError: The text is empty, or the font draws none of its letters.
+        ValueError: If the text is empty, or the font draws none of its letters.
     """
     if not text.strip():
-        raise ValueError(f"A word to write must not be empty, got {text!r}.")
+        raise ValueError(f"An attack word must not be empty, got {text!r}.")
     if not ink_and_width(text, font)[0]:
         raise ValueError(
-            f"The font {font!r} draws nothing for the word {text!r}: it has none of its letters. Give fonts that have "
-            "them, or another word."
+            f"The font {font!r} draws nothing for the word {text!r}: it has none of its letters. Choose a font that "
+            "has them, or another word."
         )
 
 
 def ink_and_width(text: str, font: str) -> tuple[float, float]:
-    """How much ink a text has and how wide it is, in pixels, at one size for all texts.
+    """Return the ink and the width of a text, in pixels, at one size for all texts.
 
     Args:
-        text: Not empty.
-        font: As for `load_font`.
+        text: The text; not empty.
+        font: Name of the font, as for `load_font`.
     """
     inks, widths = zip(*(_letter_ink(letter, font) for letter in text), strict=True)
     return sum(inks), sum(widths)

@@ -1,4 +1,4 @@
-"""Fonts that are installed with the package: Pillow's own, and those that matplotlib carries."""
+"""Fonts that are installed with the package: Pillow's default font and the fonts of matplotlib."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def _folder() -> Path:
 
 
 def font_files(names: Sequence[str]) -> tuple[str, ...]:
-    """Paths of fonts that matplotlib carries.
+    """Return the paths of fonts that come with matplotlib.
 
     Args:
-        names: Their files' names without ".ttf", such as "DejaVuSerif-Bold".
+        names: File names without ".ttf", such as "DejaVuSerif-Bold".
     """
     return tuple(str(_folder() / f"{name}.ttf") for name in names)
 
 
 def training_fonts() -> tuple[str, ...]:
-    """Fonts of attacks in training: every family that `unseen_fonts` does not hold."""
+    """Return the fonts of training attacks: every family that is not in `unseen_fonts`."""
     names = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "STIXGeneral", "STIXGeneralBol", "cmss10", "cmr10")
     return (PILLOW_FONT, *font_files(names))
 
 
 def unseen_fonts() -> tuple[str, ...]:
-    """Fonts of attacks in evaluation, which `training_fonts` does not hold."""
+    """Return the fonts of evaluation attacks, none of them in `training_fonts`."""
     return font_files(("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold"))

@@ -38,15 +38,15 @@ PLACES = {
     "bottom-left": (0.0, 1.0),
     "bottom-right": (1.0, 1.0),
 }
-"""Where a word may stand: shares of the free width and height to its left and above it."""
+"""Positions of a word within the free width and height: (0, 0) is top left, None is anywhere."""
 
 _CONSONANTS = "bcdfghjklmnpqrstvwxz"
-_CONTROLS = 64  # strings of which the one most like the word is the control
+_CONTROLS = 64  # candidate strings, of which the most similar to the word becomes the control
 _MOST_TRIES = 1000
 
 
 def _consonant(letter: str, rng: random.Random) -> str:
-    """A consonant in the letter's case; what is no letter or digit stays."""
+    """Return a consonant in the case of a letter or digit; any other character unchanged."""
     if not letter.isalnum():
         return letter
     consonant = rng.choice(_CONSONANTS)
@@ -58,43 +58,42 @@ def _check_colour(colour: str, name: str) -> None:
         ImageColor.getrgb(colour)
     except ValueError as error:
         raise ValueError(
-            f"{name}: {colour!r} is no colour; give a name such as 'red' or a code such as '#ff0000'."
+            f"{name}: {colour!r} is not a colour; give a name such as 'red' or a code such as '#ff0000'."
         ) from error
 
 
 @dataclass(frozen=True)
 class TypographicAttack:
-    """Writes attack words on images, the same pixels for the same (seed, epoch, index) in any process.
+    """Typographic attack: writes words on images, with the same pixels for the same (seed, epoch, index) anywhere.
 
-    The style (font, size, place, ...) does not depend on the word, so that `draw_control` can put a meaningless
-    string in its place: same font, size and lines, about as much ink.
+    The style (font, size, place, ...) does not depend on the word, so that `draw_control` can replace the word by a
+    meaningless string in the same font, size and number of lines, with about as much ink.
 
     Args:
         words: Attack words, at least two; usually the class names.
-        other_words: Words that are no class, such as `words.EVERYDAY_WORDS`, for `other_share` of the written words.
-            A text that names a class in upper or lower case is never among them.
+        other_words: Words that are not classes, such as `EVERYDAY_WORDS`, for `other_share` of the written words.
+            Words that name a class, in upper or lower case, are left out.
         other_share: Share of the written words that are drawn from `other_words`, 0..1.
-        count: Lowest and highest number of words on an image, >= 1; they are different ones.
-        fonts: Names as for `load_font`.
+        count: Lowest and highest number of different words on an image, >= 1.
+        fonts: Names of fonts, as for `load_font`.
         size: Lowest and highest height of the text as a share of the image's short side, in (0, 1].
         places: Names of `PLACES`.
-        colours: Names or hex codes of colours of the fill, as Pillow reads them.
-        outline: Lowest and highest width of the outline as a share of the text's height.
-        rotation: Lowest and highest angle in degrees.
-        opacity: Lowest and highest opacity in (0, 1].
-        sticker: Share of the attacks that stand on a sticker, a box of its own colour, 0..1.
+        colours: Fill colours, names or hex codes as Pillow reads them.
+        outline: Lowest and highest width of the outline as a share of the text height.
+        rotation: Lowest and highest angle in degrees, counter-clockwise.
+        opacity: Lowest and highest opacity, in (0, 1].
+        sticker: Share of the attacks on a sticker, a box of its own colour, 0..1.
         sticker_colours: Colours of stickers.
-        min_contrast: As for `draw_text`.
-        min_side: An image with a shorter side is enlarged to it first: give the model's input size.
-        crop: Side of the square in the middle that the model sees of an image: where it is given, the image is resized
-            and cut to it first, so that no word is cut off later, and less has to be drawn on. None writes on the
-            whole image.
-        redraw: "every_epoch" draws word and style anew each epoch; "never" keeps those of epoch 0, which lets
-            the reference policy see each image only once.
+        min_contrast: Contrast ratio of the text to its background, 1..21, as for `draw_text`.
+        min_side: Images with a shorter side, in pixels, are enlarged to it first. Give the model's input size.
+        crop: Side of the central square that the model sees, in pixels. The image is resized and cropped to it first,
+            so that no word is cut off later and drawing is faster. None writes on the whole image.
+        redraw: "every_epoch" draws words and styles again each epoch; "never" keeps those of epoch 0, so that the
+            reference policy sees each image only once.
         seed: Seed of all draws.
 
     Raises:
-        ValueError, TypeError: An argument is out of range or of another type; the message says which.
+        ValueError, TypeError: If an argument is out of range or of the wrong type; the message names it.
 
     Source: the attack of Afzali et al. 2025, arXiv 2411.08923, with its parameters opened.
     """
@@ -119,12 +118,12 @@ class TypographicAttack:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check every argument before the first image is drawn."""
+        """Check every argument."""
         self._check_types()
         if isinstance(self.words, str) or len(set(self.words)) < 2 or not all(w.strip() for w in self.words):
             raise ValueError(
-                f"words must be a list of at least two different words, none empty, got {self.words!r}: "
-                "with a single one no wrong word is left for the images of its class."
+                f"words must be a list of at least two different words, none empty, got {self.words!r}. "
+                "With a single word, no wrong word is left for the images of its class."
             )
         for name, low, high in (
             ("size", 0, 1),
@@ -139,8 +138,8 @@ class TypographicAttack:
                 )
         if not 0 <= self.other_share <= 1 or (self.other_share > 0 and not self.other_words):
             raise ValueError(
-                f"other_share is the share of the {len(self.other_words)} other_words among written words, 0 to 1, "
-                f"got {self.other_share!r}; above 0 it needs other_words."
+                f"other_share must be the share of the {len(self.other_words)} other_words among written words, 0 to "
+                f"1, got {self.other_share!r}; above 0 it needs other_words."
             )
         if not 1 <= self.count[0] <= self.count[1] <= len(set(self.words)) - 1:
             raise ValueError(
@@ -148,11 +147,11 @@ class TypographicAttack:
                 f"one less than there are words, got {self.count!r}."
             )
         if not 0 <= self.sticker <= 1:
-            raise ValueError(f"sticker is the share of attacks on a sticker, 0 to 1, got {self.sticker!r}.")
+            raise ValueError(f"sticker must be the share of attacks on a sticker, 0 to 1, got {self.sticker!r}.")
         if self.redraw not in ("every_epoch", "never"):
             raise ValueError(f"redraw must be 'every_epoch' or 'never', got {self.redraw!r}.")
         if not 1 <= self.min_contrast <= 21:
-            raise ValueError(f"min_contrast is a contrast ratio, 1 to 21, got {self.min_contrast!r}.")
+            raise ValueError(f"min_contrast must be a contrast ratio, 1 to 21, got {self.min_contrast!r}.")
         for name in ("places", "fonts", "colours", "sticker_colours"):
             values = getattr(self, name)
             if isinstance(values, str) or not values:
@@ -186,14 +185,14 @@ class TypographicAttack:
             check_number(name, getattr(self, name), FINITE)
         check_number("min_side", self.min_side, COUNT, "Give the model's input size in pixels.")
         if self.crop is not None:
-            check_number("crop", self.crop, COUNT, "Give the side of what the model sees in pixels, or None.")
+            check_number("crop", self.crop, COUNT, "Give the side of the model's input in pixels, or None.")
 
     def _random(self, purpose: str, index: int, epoch: int) -> random.Random:
         return random.Random(f"{purpose}/{self.seed}/{0 if self.redraw == 'never' else epoch}/{index}")
 
     @property
     def vocabulary(self) -> list[str]:
-        """Every word that may be written, each once."""
+        """Every word that may be written, without repetition."""
         if not self.other_share:
             return list(dict.fromkeys(self.words))
         known = {word.casefold() for word in self.words}
@@ -201,7 +200,7 @@ class TypographicAttack:
 
     @functools.cached_property
     def _pools(self) -> tuple[tuple[list[str], dict[str, list[int]]], ...]:
-        """Attack words and other words, each with the places of a word in lower case: there may be thousands."""
+        """Attack words and other words, each with the positions of a word in lower case. There may be thousands."""
         pools = []
         for words in (list(self.words), self.vocabulary[len(set(self.words)) :]):
             places: dict[str, list[int]] = {}
@@ -211,27 +210,27 @@ class TypographicAttack:
         return tuple(pools)
 
     def written(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> tuple[str, ...]:
-        """The attack words of a row.
+        """Draw the attack words of a row.
 
         Args:
-            index: Row of the data set.
+            index: Row of the dataset.
             epoch: Epoch, counted from 0.
-            exclude: Words that must not be written, in upper or lower case: the row's true class.
+            exclude: Words that must not be written, in upper or lower case, such as the row's true class.
 
         Raises:
-            ValueError: No word is left.
+            ValueError: If no word is left.
         """
         excluded = {word.casefold() for word in exclude}
         rng = self._random("word", index, epoch)
         chosen: list[str] = []
-        # The number is drawn last, so that an attack of one word draws the same word whatever `count` says.
+        # The number is drawn last, so that the first word is the same for any `count`.
         while len(chosen) < self.count[1]:
             others = self.other_share > 0 and rng.random() < self.other_share
             pool, places = self._pools[others]
             gone = sorted(place for word in excluded for place in places.get(word, ()))
             if len(gone) == len(pool):
                 raise ValueError(f"words: all of {pool!r} are excluded for row {index}; give more words.")
-            place = rng.choice(range(len(pool) - len(gone)))  # of the words that are left, counted without a list
+            place = rng.choice(range(len(pool) - len(gone)))  # among the remaining words, without listing them
             for missing in gone:
                 place += missing <= place
             chosen.append(pool[place])
@@ -239,22 +238,27 @@ class TypographicAttack:
         return tuple(chosen[: rng.randint(*self.count)])
 
     def word(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> str:
-        """The attack words of a row as they are written: with spaces between them.
+        """Return the attack words of a row as one text, separated by spaces.
 
         Args:
-            index: As for `written`.
-            epoch: As for `written`.
-            exclude: As for `written`.
+            index: Row of the dataset.
+            epoch: Epoch, counted from 0.
+            exclude: Words that must not be written, as for `written`.
         """
         return " ".join(self.written(index, epoch, exclude))
 
     def meaningless(self, word: str, index: int, epoch: int = 0) -> str:
-        """Consonants, as many as `word` has letters, that spell no attack word: the control of occlusion.
+        """Return a string of consonants as long as a word that spells no attack word: the control for occlusion.
 
-        Of several strings it is the one whose ink and width come nearest to the word's in the row's font.
+        Of several strings, it is the one whose ink and width in the row's font are closest to the word's.
+
+        Args:
+            word: The attack word.
+            index: Row of the dataset.
+            epoch: Epoch, counted from 0.
 
         Raises:
-            ValueError: Every such string is an attack word.
+            ValueError: If every such string is an attack word.
         """
         rng = self._random("meaningless", index, epoch)
         known = {known.lower() for known in self.vocabulary}
@@ -262,8 +266,8 @@ class TypographicAttack:
         strings = list(itertools.islice((string for string in drawn if string.lower() not in known), _CONTROLS))
         if not strings:
             raise ValueError(
-                f"No string of consonants as long as {word!r} was found that is none of the {len(known)} attack "
-                "words: give longer words, or measure without the control."
+                f"Every string of consonants as long as {word!r} that was tried is one of the {len(known)} attack "
+                "words. Give longer words, or measure without the control."
             )
         font = self.style(index, epoch).font
         ink, width = ink_and_width(word, font)
@@ -275,7 +279,7 @@ class TypographicAttack:
         return min(strings, key=distance)
 
     def style(self, index: int, epoch: int = 0) -> TextStyle:
-        """The style in which the row's word is drawn."""
+        """Draw the style of a row."""
         rng = self._random("style", index, epoch)
         place = PLACES[rng.choice(list(self.places))]
         anywhere = (rng.random(), rng.random())
@@ -294,16 +298,16 @@ class TypographicAttack:
         )
 
     def canvas(self, image: Image.Image) -> Image.Image:
-        """What words are written on, RGB: the middle of the image where `crop` is given, else the image, enlarged."""
+        """Return the image that words are written on, in RGB: cropped to `crop`, or enlarged to `min_side`."""
         return enlarge(image, self.min_side) if self.crop is None else middle(to_rgb(image), self.crop)
 
     def draw(self, image: Image.Image, text: str, index: int, epoch: int = 0) -> Image.Image:
-        """Write `text` on the image in the row's style.
+        """Write a text on an image in the row's style.
 
         Args:
-            image: The clean image; its `canvas` is drawn on.
-            text: What is written.
-            index: Row of the data set.
+            image: The clean image; the text is written on its `canvas`.
+            text: The text to write.
+            index: Row of the dataset.
             epoch: Epoch, counted from 0.
 
         Returns:
@@ -312,12 +316,12 @@ class TypographicAttack:
         return draw_text(self.canvas(image), text, self.style(index, epoch), self.min_contrast)
 
     def draw_control(self, image: Image.Image, word: str, index: int, epoch: int = 0) -> Image.Image:
-        """Write `meaningless(word)` on the image as `draw` writes the word: same style, font size and lines.
+        """Write `meaningless(word)` on an image as `draw` writes the word, with the same style, font size and lines.
 
         Args:
-            image: The clean image; its `canvas` is drawn on.
-            word: The attack word whose control it is.
-            index: Row of the data set.
+            image: The clean image; the string is written on its `canvas`.
+            word: The attack word that the string replaces.
+            index: Row of the dataset.
             epoch: Epoch, counted from 0.
 
         Returns:
@@ -327,12 +331,12 @@ class TypographicAttack:
         return draw_text(self.canvas(image), text, style, self.min_contrast, sized_for=word)
 
     def draw_blank(self, image: Image.Image, word: str, index: int, epoch: int = 0) -> Image.Image:
-        """Cover the place where `draw` writes the word with a box without a word: pure occlusion, its ceiling.
+        """Cover the place where `draw` writes a word with an empty box: pure occlusion, an upper bound.
 
         Args:
-            image: The clean image; its `canvas` is drawn on.
-            word: The attack word whose place is covered.
-            index: Row of the data set.
+            image: The clean image; the box is drawn on its `canvas`.
+            word: The attack word to cover.
+            index: Row of the dataset.
             epoch: Epoch, counted from 0.
 
         Returns:

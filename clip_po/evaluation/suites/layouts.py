@@ -15,9 +15,9 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from clip_po.data.class_labels import check_class_names
 from clip_po.data.loading import load_split
 from clip_po.data.paths import IMAGE_SUFFIXES, check_inside, check_links
+from clip_po.validation import check_class_names
 
 ANNOTATION_FILES = ("annotations.json", "annotation.json")
 CLASSES_FILE = "classes.json"

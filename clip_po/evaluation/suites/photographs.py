@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
-from clip_po.data.class_labels import read_image, read_images
-from clip_po.data.collator import to_pixels
+from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.robustness import Answers
 from clip_po.evaluation.suites.layouts import column_texts

@@ -116,7 +116,7 @@ def test_control_is_no_attack_word():
 
 @pytest.mark.parametrize("words", [["!!", "dog"], [*"bcdfghjklmnpqrstvwxz"]])
 def test_word_without_a_control_is_refused(words):
-    with pytest.raises(ValueError, match=f"as long as '{words[0]}'.*give longer words"):
+    with pytest.raises(ValueError, match=f"as long as '{words[0]}'.*Give longer words"):
         attack(words=words).meaningless(words[0], 0)
 
 

@@ -1,0 +1,136 @@
+"""What completes a preference, numbered or streamed: weights, regularization image, target and reason to skip it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from typing import Literal
+
+from datasets import Dataset
+from PIL import Image
+
+from clip_po.config import ContrastivePOConfig
+from clip_po.data.formats import Row, check_regularization, read_row
+from clip_po.data.sampler import permutation
+from clip_po.data.skipped_rows import OnBadImage, read_or_blank
+from clip_po.losses import TARGETED
+
+
+class RowCompletion:
+    """Completes preferences.
+
+    Args:
+        regularization: Ordinary images in a column `image`, "clean_image" for that column of each row, or None.
+        targets: "clean_image" where a loss compares with the reference on each row's clean image.
+        seed: Seed of the order of the regularization images.
+        on_bad_image: "raise", or "skip" to give rows with an unreadable image the weight 0.
+
+    Attributes:
+        targets: The argument; None where the regularization image of a row is its clean image, and so its target.
+    """
+
+    def __init__(
+        self,
+        regularization: Dataset | Literal["clean_image"] | None,
+        targets: Literal["clean_image"] | None,
+        seed: int,
+        on_bad_image: OnBadImage,
+    ) -> None:
+        self.regularization = regularization
+        self.targets = None if regularization == "clean_image" else targets
+        self.seed = seed
+        self.on_bad_image = on_bad_image
+        clean = ["weight"] * (targets is not None) + ["reg_row_weight"] * (regularization == "clean_image")
+        # Weights that mean nothing without an image, by its column.
+        self._weights = {"image": ["weight"], "clean_image": clean, "reg_image": ["reg_row_weight"]}
+
+    @property
+    def needs_clean_image(self) -> bool:
+        """Whether the clean image of a row is used."""
+        return bool(self._weights["clean_image"])
+
+    def regularization_index(self, images: Dataset, turn: int) -> int:
+        """Return the number of a row's regularization image. All images come once, then again in a new random order.
+
+        Args:
+            images: The regularization dataset.
+            turn: Number of rows before this one in all epochs.
+        """
+        cycle, offset = divmod(turn, len(images))
+        return permutation(len(images), self.seed, cycle)[offset]
+
+    def complete(self, row: Row, reasons: dict[str, str], turn: int, padding: bool) -> Row:
+        """Add weights, regularization image and target to a row, and under "skip" in `skipped` why it is skipped.
+
+        Args:
+            row: The preference; without `image` if embeddings of all its images are known.
+            reasons: By image column, why the image can't be read.
+            turn: Number of rows before this one in all epochs.
+            padding: Whether the row only fills up a batch. Its weights are 0 and `skipped` is None.
+
+        Raises:
+            UnreadableImage: If the regularization image can't be read and `on_bad_image` is "raise".
+        """
+        row.setdefault("weight", 1.0)
+        row["reg_row_weight"] = 0.0 if self.regularization is None else 1.0
+        if "image" in row:
+            if self.targets is not None and "ref_target_image_embeds" not in row:
+                row["target_image"] = row["clean_image"]
+            if isinstance(self.regularization, Dataset):
+                index = self.regularization_index(self.regularization, turn)
+                read = functools.partial(regularization_image, self.regularization, index)
+                row["reg_image"], reason = read_or_blank(read, self.on_bad_image)
+                if reason:
+                    reasons["reg_image"] = reason
+            elif self.regularization is not None:
+                row["reg_image"] = row["clean_image"]
+        for name in {name for column in reasons for name in self._weights[column]}:
+            row[name] = 0.0
+        if self.on_bad_image == "skip":
+            counted = dict.fromkeys(reason for column, reason in reasons.items() if self._weights[column])
+            row["skipped"] = None if padding else "; ".join(counted)
+        if padding:
+            row["weight"] = row["reg_row_weight"] = 0.0
+        return row
+
+
+def regularization_image(dataset: Dataset, index: int) -> Image.Image:
+    """Return an image of the regularization dataset. Raise `UnreadableImage` if it can't be read."""
+    return read_row(dataset, index, "reg_dataset")["image"]
+
+
+def image_sources(
+    columns: Collection[str], regularization: Dataset | None, args: ContrastivePOConfig, name: str
+) -> tuple[Dataset | Literal["clean_image"] | None, Literal["clean_image"] | None]:
+    """Return where regularization images and targets come from.
+
+    Args:
+        columns: Columns of the preferences.
+        regularization: Ordinary images, or None to take each row's `clean_image`.
+        args: Losses and `reg_weight`.
+        name: Name of the preferences in messages.
+
+    Returns:
+        `regularization` and `targets`, as for `RowCompletion`.
+
+    Raises:
+        ValueError, TypeError: If the losses need images that are missing, or `regularization` can't be used.
+    """
+    source: Dataset | Literal["clean_image"] | None = None
+    if args.reg_weight > 0 or "kto_pair" in args.loss_type:
+        if regularization is None and "clean_image" not in columns:
+            raise ValueError(
+                f"reg_weight={args.reg_weight} and loss_type={args.loss_type} need ordinary images, but there is no "
+                f"reg_dataset and {name} has no column 'clean_image'. Pass reg_dataset=..., or set reg_weight=0 "
+                "(except with kto_pair, whose reference point is the KL on these images)."
+            )
+        if regularization is not None:
+            check_regularization(regularization)
+        source = regularization if regularization is not None else "clean_image"
+    targeted = sorted(TARGETED & set(args.loss_type))
+    if targeted and "clean_image" not in columns:
+        raise ValueError(
+            f"loss_type={targeted} compares with the reference on each row's clean image, but {name} has no column "
+            "'clean_image'. Add the images before the attack, or leave the loss out."
+        )
+    return source, "clean_image" if targeted else None

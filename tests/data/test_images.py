@@ -1,0 +1,85 @@
+"""Images of a column in RGB; pixel values bit for bit those of the processor, by the fast path too."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from samples import make_scenes, tiny_processor
+from transformers import CLIPImageProcessorPil
+
+from clip_po.data.images import read_image, read_images, to_pixels
+from clip_po.evaluation.zero_shot import zero_shot_accuracy
+
+
+class Mirrored(CLIPImageProcessorPil):
+    """A processor of a user's own."""
+
+    def resize(self, image, *args, **kwargs):
+        return super().resize(image[..., ::-1], *args, **kwargs)
+
+
+def noise(*size: int, mode: str = "RGB") -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"size": {"shortest_edge": 40}, "crop_size": {"height": 31, "width": 24}},
+        {"resample": 2, "image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 0.5, 0.25]},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"size": {"height": 32, "width": 48}},
+        {"size": {"shortest_edge": 24, "longest_edge": 60}},
+        {"size": {"shortest_edge": 20}},  # smaller than what is cut out: padded
+        {"do_center_crop": False, "size": {"height": 32, "width": 32}},
+        {"do_resize": False},
+    ],
+)
+@pytest.mark.parametrize("kind", [CLIPImageProcessorPil, Mirrored])
+def test_pixels_are_those_of_the_processor(kind, settings):
+    given = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, **settings}
+    processor = tiny_processor()
+    processor.image_processor = kind(**given)
+    images = [noise(50, 33), noise(33, 50), noise(32, 32), noise(97, 41), noise(12, 9)]
+    for some in (images, images[:1], [*images, noise(40, 40, mode="L")]):
+        expected = processor.image_processor(some, return_tensors="pt")["pixel_values"]
+        found = to_pixels(processor, some)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+# ---- A column of a dataset
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return make_scenes()
+
+
+def test_an_unreadable_image_names_row_and_column(dataset, model, processor):
+    rows = [{"path": None, "bytes": b"no image"} if row == 2 else image for row, image in enumerate(dataset["image"])]
+    broken = datasets.Dataset.from_dict(
+        {"image": rows[:4], "label": [0, 1, 2, 0]}, features=dataset.select_columns(["image", "label"]).features
+    )
+    assert read_image(read_images(broken, "image"), "image", 0).size == (28, 20)
+    with pytest.raises(ValueError, match=r"Row 2: the image in column 'image' can't be read \(UnidentifiedImageError"):
+        zero_shot_accuracy(model, processor, broken, ["a photo of a {}"], disable_tqdm=True)
+
+
+def test_a_gap_and_a_path_are_no_images(dataset):
+    gap = datasets.Dataset.from_dict({"image": [None]}, features=datasets.Features({"image": datasets.Image()}))
+    with pytest.raises(ValueError, match="Row 0: column 'image' holds no image"):
+        read_image(read_images(gap, "image"), "image", 0)
+    paths = datasets.Dataset.from_dict({"image": ["a.png"]})
+    with pytest.raises(ValueError, match=r"holds str, expected an image.*cast_column"):
+        read_image(read_images(paths, "image"), "image", 0)
+
+
+def test_images_are_rgb():
+    grey = datasets.Dataset.from_dict(
+        {"image": [Image.new("L", (4, 4))]}, features=datasets.Features({"image": datasets.Image()})
+    )
+    assert read_image(read_images(grey, "image"), "image", 0).mode == "RGB"
