@@ -66,7 +66,7 @@ def test_the_reference_takes_no_gradients(pairs, collate, model, processor):
 
 def test_fixed_candidates_are_those_of_the_reference_too(model, processor, preferences):
     batch = DataCollatorForContrastivePreference(processor, PROMPTS)(
-        first_rows(PreferencePairs(preferences, "clean_image", PROMPTS))
+        first_rows(PreferencePairs(preferences, "clean_image", CandidateTexts(PROMPTS)))
     )
     found = ReferencePolicy(model, processor, CandidateTexts(PROMPTS))(batch).preference
     images, texts = encode_images(model, batch["pixel_values"]), encode_texts(model, processor, PROMPTS)

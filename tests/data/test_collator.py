@@ -4,7 +4,7 @@ import pytest
 import torch
 from samples import PROMPTS, picture
 
-from clip_po.data.collator import DataCollatorForContrastivePreference, row_weights
+from clip_po.data.collator import DataCollatorForContrastivePreference, total_weights
 
 
 def row(chosen, rejected, number=0, **more):
@@ -91,7 +91,7 @@ def test_without_regularization_images_there_are_no_pixels_of_them(own):
 def test_weights_are_carried_and_summed(own):
     batch = own([row("a", ["b"], weight=2.0), row("a", ["b"], weight=0.0, reg_row_weight=0.0)])
     assert batch["weight"].tolist() == [2.0, 0.0]
-    assert row_weights(batch).tolist() == [2.0, 1.0]
+    assert total_weights(batch).tolist() == [2.0, 1.0]
 
 
 def test_known_embeddings_are_stacked(own):
