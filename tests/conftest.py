@@ -17,8 +17,19 @@ from samples import make_labelled, make_preferences, tiny_config, tiny_processor
 from transformers import CLIPModel, CLIPProcessor
 from two_processes import TwoProcesses
 
-# Tiny matrices are faster on one thread. .ci/run sets other numbers, which sum in another order.
-torch.set_num_threads(int(os.environ.get("CLIP_PO_TEST_THREADS", "1")))
+# Tiny matrices are faster on one thread. Other numbers of threads sum in another order: make test-numeric tries them.
+THREADS = [int(number) for number in os.environ.get("CLIP_PO_TEST_THREADS", "1").split()]
+torch.set_num_threads(THREADS[0])
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    torch.set_num_threads(getattr(request, "param", THREADS[0]))
+
+
+def pytest_generate_tests(metafunc):
+    if len(THREADS) > 1 and metafunc.definition.get_closest_marker("numeric"):
+        metafunc.parametrize("threads", THREADS, indirect=True)
 
 
 def pytest_collection_finish():

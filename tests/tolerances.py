@@ -29,3 +29,14 @@ def rounding(scale=1.0, depth=TINY_CLIP, dtype=torch.float32):
         dtype: Of the computation.
     """
     return depth * torch.finfo(dtype).eps * scale
+
+
+LOGPS = rounding(scale=LOGIT_SCALE)
+"""Of log-probabilities of the tiny CLIP, and of losses and metrics made of them."""
+RUNS = rounding(depth=TINY_CLIP * TRAINING)
+"""Relative, of what a short run added to weights, and of its gradients."""
+
+
+def largest(tensors):
+    """The largest magnitude in some tensors."""
+    return max(tensor.abs().max().item() for tensor in tensors)

@@ -8,17 +8,15 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from samples import PROMPTS, make_preferences
-from tolerances import LOGIT_SCALE, TINY_CLIP, TRAINING, rounding
+from tolerances import LOGPS, RUNS, TRAINING, rounding
 from torch._dynamo.utils import counters
 from transformers import CLIPModel
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.policy import tokenize
 
-FLOAT32 = rounding(depth=TINY_CLIP * TRAINING)
 BFLOAT16 = rounding(depth=TRAINING, dtype=torch.bfloat16)
 """Relative. Sums are in float32 here too and each result is rounded once; a wrong gradient is off by its own size."""
-LOGPS = rounding(scale=LOGIT_SCALE)
 COMPILED = {"torch_compile_backend": "eager"}  # traces as inductor does, without its C++
 RUN = {
     "per_device_eval_batch_size": 5,
@@ -68,7 +66,7 @@ def distances(found, plain):
 
 
 def error_of(arguments):
-    return BFLOAT16 if "bf16" in arguments else FLOAT32
+    return BFLOAT16 if "bf16" in arguments else RUNS
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +81,7 @@ BF16 = {"bf16": True}
 CHECKPOINTED = {"activation_checkpointing": True}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
@@ -104,9 +103,10 @@ def test_a_run_stays_the_plain_one_within_its_dtypes_error(make_trainer, plain, 
     found = trained(make_trainer(**KINDS[kind](), **arguments))
     far = distances(found, plain[kind])
     assert max(far.values()) < error_of(arguments)
-    assert ("bf16" in arguments) == (far["added"] > FLOAT32)  # it was in bfloat16 indeed
+    assert ("bf16" in arguments) == (far["added"] > RUNS)  # it was in bfloat16 indeed
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_bfloat16_too_the_policy_starts_as_its_reference(make_trainer, kind):
     trainer = make_trainer(**KINDS[kind](), bf16=True, max_steps=1)
@@ -115,6 +115,7 @@ def test_in_bfloat16_too_the_policy_starts_as_its_reference(make_trainer, kind):
     assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.0, abs=LOGPS)
 
 
+@pytest.mark.numeric
 def test_in_full_precision_the_policys_answers_are_the_models_own(make_trainer, processor):
     trainer = make_trainer(train_text_model=True)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
@@ -126,6 +127,7 @@ def test_in_full_precision_the_policys_answers_are_the_models_own(make_trainer, 
     torch.testing.assert_close(found, logits.log_softmax(-1), rtol=0, atol=LOGPS)
 
 
+@pytest.mark.numeric
 def test_embeddings_kept_between_runs_are_not_taken_for_those_of_another_precision(make_trainer, tmp_path):
     for precision in ({}, BF16):
         trainer = make_trainer(**precision, max_steps=1, precompute_ref_log_probs=True, embeddings_cache=str(tmp_path))
@@ -143,7 +145,7 @@ def test_blocks_run_once_more_where_their_activations_are_checkpointed(make_trai
     calls = []
     trainer.encoder.vision_model.encoder.layers[1].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
     found = trained(trainer)
-    assert max(distances(found, plain["lora"]).values()) < FLOAT32
+    assert max(distances(found, plain["lora"]).values()) < RUNS
     evaluated = 2  # batches
     assert len(calls) == 2 * 5 + evaluated
 
@@ -167,7 +169,7 @@ def test_one_graph_serves_all_steps_and_its_checkpoints_are_plain_and_resume(mak
     arguments = {**KINDS[kind](), **COMPILED, **CHECKPOINTED, "save_strategy": "steps", "save_steps": 2}
     # The fourth batch of 13 rows is a ragged one, and evaluations have other batches.
     whole = make_trainer(folder="whole", eval_strategy="steps", eval_steps=2, **arguments)
-    assert max(distances(trained(whole), plain[kind]).values()) < FLOAT32
+    assert max(distances(trained(whole), plain[kind]).values()) < RUNS
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
@@ -185,7 +187,7 @@ def test_one_graph_serves_all_steps_and_its_checkpoints_are_plain_and_resume(mak
 
 def test_other_numbers_of_texts_are_compiled_for_once_more_and_then_never(make_trainer, plain):
     found = trained(make_trainer(**KINDS["text"](), **COMPILED))
-    assert max(distances(found, plain["text"]).values()) < FLOAT32
+    assert max(distances(found, plain["text"]).values()) < RUNS
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
 
@@ -193,7 +195,7 @@ def test_other_numbers_of_texts_are_compiled_for_once_more_and_then_never(make_t
 def test_all_together_and_an_evaluation_before_training_changes_nothing(make_trainer, plain):
     trainer = make_trainer(**COMPILED, **CHECKPOINTED, **BF16)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=LOGPS)
-    assert FLOAT32 < max(distances(trained(trainer), plain["full"]).values()) < BFLOAT16
+    assert RUNS < max(distances(trained(trainer), plain["full"]).values()) < BFLOAT16
 
 
 @pytest.mark.long

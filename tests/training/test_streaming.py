@@ -10,6 +10,7 @@ import pytest
 import streaming_worker
 import torch
 from samples import CLASSES, StopAt, make_labelled, make_preferences, same
+from tolerances import LOGPS, RUNS
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.data.attacks.typographic import TypographicAttack
@@ -118,7 +119,7 @@ def test_two_processes_train_as_one_on_streams_and_around_broken_images(name, ru
         assert first.keys() == second.keys()
         for key, value in first.items():
             if "accuracies" not in key and not any(part in key for part in ("runtime", "per_second", "preparation")):
-                assert second[key] == pytest.approx(value, rel=1e-5, abs=2e-5), key
+                assert second[key] == pytest.approx(value, rel=RUNS, abs=LOGPS), key
     counts = [log["skipped_rows"] for log in two[name] if "skipped_rows" in log]
     broken = {"stream": (3, 3), "rows": (3, 3), "apart": (5, 5)}[name]
     assert (sum(counts[:3]), sum(counts[3:])) == broken
