@@ -4,6 +4,7 @@ from .data.attacks.typographic import TypographicAttack as TypographicAttack
 from .data.collator import DataCollatorForContrastivePreference as DataCollatorForContrastivePreference
 from .data.pairs import TypographicPreferences as TypographicPreferences
 from .data.streamed_pairs import TypographicStream as TypographicStream
+from .evaluation.evaluator import RobustnessEvaluator as RobustnessEvaluator
 from .evaluation.interpolation import choose_alpha as choose_alpha
 from .evaluation.interpolation import interpolate as interpolate
 from .evaluation.interpolation import interpolation_table as interpolation_table
@@ -16,6 +17,6 @@ from .evaluation.robustness import robustness_table as robustness_table
 from .evaluation.zero_shot import zero_shot_accuracy as zero_shot_accuracy
 from .trainer import ContrastivePOTrainer as ContrastivePOTrainer
 from .training.averaging import BetaMovingAverageCallback as BetaMovingAverageCallback
-from .training.callbacks import RobustnessCallback as RobustnessCallback
+from .training.callbacks import EvaluatorCallback as EvaluatorCallback
 
 __version__: str

@@ -16,7 +16,8 @@ from trl import TrlParser
 from clip_po import (
     ContrastivePOConfig,
     ContrastivePOTrainer,
-    RobustnessCallback,
+    EvaluatorCallback,
+    RobustnessEvaluator,
     RobustnessImages,
     TypographicAttack,
     TypographicPreferences,
@@ -64,7 +65,8 @@ if __name__ == "__main__":
     )
     # "Right" is here what the model answered before alignment, so that its own clean accuracy is 1.
     unseen = TypographicAttack(words=names, fonts=unseen_fonts(), seed=1)
-    trainer.add_callback(RobustnessCallback(trainer, RobustnessImages(parts["test"], unseen, processor), [TEMPLATE]))
+    evaluator = RobustnessEvaluator(RobustnessImages(parts["test"], unseen, processor), [TEMPLATE])
+    trainer.add_callback(EvaluatorCallback(trainer, evaluator))
     trainer.train()
     trainer.save_model()
 

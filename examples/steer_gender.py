@@ -17,8 +17,8 @@ from trl import TrlParser
 from clip_po import ConceptTransform, ContrastivePOConfig, ContrastivePOTrainer, zero_shot_accuracy
 from clip_po.concept.preferences import reverse_attribute
 from clip_po.data.loading import load_split
+from clip_po.evaluation.fairness import evaluate_fairness
 from clip_po.evaluation.fairness.queries import load_queries
-from clip_po.evaluation.fairness.report import evaluate_fairness
 from clip_po.evaluation.tables import format_table
 
 TEMPLATE = "a photo of a {}"

@@ -192,7 +192,7 @@ def judge(
     answers = {}
     for attack, seen in images.items():
         if contestant.processor is not seen.processor:
-            seen = seen.through(contestant.processor)
+            seen = seen.with_processor(contestant.processor)
         embeds = None if contestant.class_embeds is None else {"it": contestant.class_embeds}
         found = evaluate_robustness(
             {"it": contestant.model},
@@ -202,7 +202,7 @@ def judge(
             batch_size=contest.batch_size,
             disable_tqdm=True,
         )
-        answers[attack] = dict(found.of("it"))
+        answers[attack] = dict(found.predictions_of("it"))
     return answers
 
 

@@ -1,5 +1,10 @@
 from .bootstrap import Estimate as Estimate
 from .bootstrap import bootstrap_interval as bootstrap_interval
+from .evaluator import Evaluator as Evaluator
+from .evaluator import RetrievalEvaluator as RetrievalEvaluator
+from .evaluator import RobustnessEvaluator as RobustnessEvaluator
+from .evaluator import ZeroShotEvaluator as ZeroShotEvaluator
+from .evaluator import trade_off as trade_off
 from .interpolation import choose_alpha as choose_alpha
 from .interpolation import interpolate as interpolate
 from .interpolation import interpolation_table as interpolation_table
@@ -13,3 +18,4 @@ from .robustness import robustness_report as robustness_report
 from .robustness import robustness_table as robustness_table
 from .zero_shot import class_embeddings as class_embeddings
 from .zero_shot import zero_shot_accuracy as zero_shot_accuracy
+from .zero_shot import zero_shot_report as zero_shot_report

@@ -232,7 +232,7 @@ def sweep_interpolation(
     points = []
     for alpha in alphas:
         found = of_base if alpha == 0 else answers(interpolate(base, aligned, alpha))
-        both = replace(found, predicted={**found.predicted, "base": of_base.of("interpolated")})
+        both = replace(found, predicted={**found.predicted, "base": of_base.predictions_of("interpolated")})
         report = robustness_report(both, "interpolated", "base", resamples=resamples, seed=seed)
         # Both ends of the 90 % interval leave out 5 %: its upper one is the end of the one-sided 95 % interval.
         one_sided = robustness_report(both, "interpolated", "base", confidence=0.9, resamples=resamples, seed=seed)

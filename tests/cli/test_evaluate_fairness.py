@@ -12,8 +12,7 @@ from samples import CLASSES, make_labelled
 from transformers import CLIPModel, CLIPProcessor
 
 from clip_po.cli.main import main
-from clip_po.evaluation.fairness.queries import load_queries
-from clip_po.evaluation.fairness.report import evaluate_fairness
+from clip_po.evaluation.fairness import evaluate_fairness, load_queries
 from clip_po.evaluation.suites.suite import load_suite
 
 

@@ -62,8 +62,8 @@ def changes(answers: Answers, before: str, after: str) -> dict[str, np.ndarray]:
     Raises:
         ValueError: A model of that name was not asked.
     """
-    was = answers.of(before)["typographic"] == answers.label
-    now = answers.of(after)["typographic"] == answers.label
+    was = answers.predictions_of(before)["typographic"] == answers.label
+    now = answers.predictions_of(after)["typographic"] == answers.label
     kinds = {"mended": ~was & now, "still wrong": ~was & ~now, "newly broken": was & ~now}
     return {name: np.flatnonzero(chosen) for name, chosen in kinds.items()}
 
@@ -111,7 +111,7 @@ def choose_examples(answers: Answers, before: str, after: str, count: int = 12, 
     for name in CHANGES:
         taken[name] += min(count - sum(taken.values()), len(pools[name]) - taken[name])
     names = answers.class_names
-    said = {model: answers.of(model)["typographic"] for model in (before, after)}
+    said = {model: answers.predictions_of(model)["typographic"] for model in (before, after)}
     return [
         Example(
             index=int(index),

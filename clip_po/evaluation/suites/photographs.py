@@ -177,14 +177,14 @@ def accuracy_report(
     Raises:
         ValueError: A model of that name was not asked.
     """
-    got = answers.of(model)[variant]
+    got = answers.predictions_of(model)[variant]
     attacked = (answers.word >= 0) & (answers.word != answers.label)
     columns = {"right": got == answers.label, "attacked": attacked, "fooled": attacked & (got == answers.word)}
     metrics: dict[str, Statistic] = {f"{variant}_accuracy": lambda means: means["right"]}
     if variant == "typographic":
         metrics["fooled"] = lambda means: means["fooled"] / means["attacked"]
     if base is not None and base != model:
-        columns["base"] = answers.of(base)[variant] == answers.label
+        columns["base"] = answers.predictions_of(base)[variant] == answers.label
         metrics["difference"] = lambda means: 100 * (means["right"] - means["base"])
     return {
         name: bootstrap_interval(statistic, columns, answers.cluster, confidence, resamples, seed)
@@ -229,7 +229,7 @@ def mean_report(
     columns = {f"member {number}": member == number for number in range(len(answers))}
     compared = [model] if base is None or base == model else [model, base]
     for name in compared:
-        right = np.concatenate([found.of(name)[variant] == found.label for found in answers])
+        right = np.concatenate([found.predictions_of(name)[variant] == found.label for found in answers])
         columns |= {f"{name} {number}": (member == number) & right for number in range(len(answers))}
     mean = partial(_mean_of_sets, sets=len(answers))
     metrics: dict[str, Statistic] = {"mean_accuracy": partial(mean, model=model)}
