@@ -192,7 +192,7 @@ class Answers:
             ValueError: If there are no answers of this model.
         """
         if model not in self.predicted:
-            raise ValueError(f"There are no answers of model {model!r}, only of {list(self.predicted)}.")
+            raise ValueError(f"No answers of model {model!r}. The models with answers are {list(self.predicted)}.")
         return self.predicted[model]
 
 

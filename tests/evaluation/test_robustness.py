@@ -230,7 +230,9 @@ def test_metrics_against_a_base_by_hand(answers):
 
 def test_a_base_is_compared_with_others_only(answers):
     assert "recovery" not in robustness_report(answers, "before", "before")
-    with pytest.raises(ValueError, match=r"no answers of model 'x', only of \['before', 'after'\]"):
+    with pytest.raises(
+        ValueError, match=r"No answers of model 'x'\. The models with answers are \['before', 'after'\]"
+    ):
         robustness_report(answers, "before", "x")
 
 
