@@ -41,7 +41,8 @@ from clip_po.data.class_labels import read_labels
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.loading import load_split
 from clip_po.data.typographic import TypographicPreferences
-from clip_po.evaluation.fairness.written_word import (
+from clip_po.evaluation.fairness import (
+    WrittenWordEvaluator,
     class_size,
     least_biased,
     written_word_report,
@@ -309,10 +310,11 @@ def main() -> None:
     case = digits(args) if args.data == "digits" else photographs(args)
     models = contestants(case, args)
     told("measuring")
-    scores = written_word_scores(models, case.test, [case.template], batch_size=args.batch_size, disable_tqdm=True)
     k = class_size(case.test)
-    told("resampling")
-    found = written_word_report(scores, case.test, BEFORE, k, resamples=args.resamples, seed=args.seed)
+    evaluator = WrittenWordEvaluator(
+        case.test, [case.template], k, batch_size=args.batch_size, resamples=args.resamples, seed=args.seed
+    )
+    found = evaluator(models, BEFORE, disable_tqdm=True)
     print(written_word_table(found, k))
     images = len(np.unique(case.test.cluster))
     told(f"{len(case.test)} renderings of {images} images, k = {k}; {time.time() - start:.0f} s")

@@ -4,6 +4,7 @@ from .data.attacks.typographic import TypographicAttack as TypographicAttack
 from .data.collator import DataCollatorForContrastivePreference as DataCollatorForContrastivePreference
 from .data.typographic import TypographicPreferences as TypographicPreferences
 from .data.typographic import TypographicStream as TypographicStream
+from .evaluation.evaluator import RobustnessEvaluator as RobustnessEvaluator
 from .evaluation.interpolation import choose_alpha as choose_alpha
 from .evaluation.interpolation import interpolate as interpolate
 from .evaluation.interpolation import interpolation_table as interpolation_table
@@ -22,7 +23,7 @@ from .losses import sft_loss as sft_loss
 from .losses import sigmoid_loss as sigmoid_loss
 from .trainer import ContrastivePOTrainer as ContrastivePOTrainer
 from .training.averaging import BetaMovingAverageCallback as BetaMovingAverageCallback
-from .training.callbacks import RobustnessCallback as RobustnessCallback
+from .training.callbacks import EvaluatorCallback as EvaluatorCallback
 from .training.checkpoints import last_whole_checkpoint as last_whole_checkpoint
 
 __version__: str

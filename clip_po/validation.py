@@ -107,6 +107,25 @@ def check_template(template: str, name: str = "template") -> None:
         )
 
 
+def check_templates(templates: Sequence[str], name: str = "templates") -> None:
+    """Raise if prompt templates are not a list of at least one valid template.
+
+    Args:
+        templates: The prompts, each as for `check_template`.
+        name: Name of the list in messages.
+
+    Raises:
+        TypeError: If a template is not a string.
+        ValueError: If `templates` is empty or a single string, or a template does not contain exactly one `{}`.
+    """
+    if isinstance(templates, str) or not templates:
+        raise ValueError(
+            f"{name} must be a list of at least one prompt, got {templates!r}. Give ['a photo of a {{}}']."
+        )
+    for position, template in enumerate(templates):
+        check_template(template, f"{name}[{position}]")
+
+
 def check_candidates(texts: Sequence[str] | None, name: str = "candidate_texts") -> None:
     """Raise if candidate texts do not define a policy.
 

@@ -258,7 +258,7 @@ def _predict(comparison: Comparison, result: MethodResult) -> dict[str, dict[str
     embeds = None if result.class_embeds is None else {"model": result.class_embeds}
     for attack, images in comparison.images.items():
         if result.processor is not images.processor:
-            images = images.through(result.processor)
+            images = images.with_processor(result.processor)
         found = evaluate_robustness(
             {"model": result.model},
             images,

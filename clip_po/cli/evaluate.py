@@ -1,157 +1,159 @@
-"""clip-po evaluate: what words on images do to a checkpoint, and what its alignment gained and cost."""
+"""clip-po evaluate: robustness to words on images; with --suite and --fairness, other evaluations."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
-from transformers import CLIPProcessor
+from datasets import Dataset
 from trl import TrlParser
 
-from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task, TaskArguments, parse_flags
-from clip_po.cli.evaluate_fairness import FairnessArguments, attribute_suite, run_fairness
-from clip_po.cli.evaluate_suite import chosen_suite, run_suite
+from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task, parse_flags
+from clip_po.cli.evaluate_arguments import EvaluateArguments
+from clip_po.cli.evaluate_fairness import attribute_suite, measure_fairness
+from clip_po.cli.evaluate_suite import chosen_suite, measure_suite
+from clip_po.cli.measurement import Measurement, Models, load_models
 from clip_po.data.attacks.fonts import unseen_fonts
+from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.report.before_after import before_after_grid, changes_line, choose_examples
 from clip_po.evaluation.report.page import report_page, write_page
 from clip_po.evaluation.report.plots import trade_off_plot
-from clip_po.evaluation.report.report_file import read_report, write_report
+from clip_po.evaluation.report.report_file import read_report
 from clip_po.evaluation.report.summary import markdown_summary
-from clip_po.evaluation.robustness import (
-    RobustnessImages,
-    evaluate_robustness,
-    robustness_report,
-    robustness_table,
-)
+from clip_po.evaluation.robustness import Answers, RobustnessImages, robustness_table
 from clip_po.hub.model_card import update_card
-from clip_po.models import load_any
-from clip_po.validation import COUNT, COUNT_OR_NONE, check_number, check_writable
-
-
-@dataclass
-class EvaluateArguments(FairnessArguments, TaskArguments):
-    """Arguments of `clip-po evaluate`."""
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The checkpoint: a folder or a Hub id."})
-    base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "What it is compared with: the model before alignment."}
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where report.json, report.html and before_after.png go."}
-    )
-    renderings: int = field(default=1, metadata={"help": "How often each image is attacked."})
-    batch_size: int = field(default=128, metadata={"help": "Images a forward."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read and draw images."})
-    seed: int = field(default=0, metadata={"help": "Seed of the attacks."})
-    suite: str | None = field(
-        default=None,
-        metadata={
-            "help": "Measure a suite instead: typographic, retention, retrieval, fairness or a YAML file; with "
-            "--dataset_name what the suite measures on that data set."
-        },
-    )
-    suite_folder: str | None = field(
-        default=None, metadata={"help": "Folder of local copies of a suite's sets, each in a folder of its name."}
-    )
-    caption_column: str = field(default="caption", metadata={"help": "Column of captions, for --suite retrieval."})
-
-    def __post_init__(self) -> None:
-        """As for every command, but a suite brings its data sets."""
-        for name in ("renderings", "batch_size"):
-            check_number(f"--{name}", getattr(self, name), COUNT)
-        for name in ("resamples", "num_workers"):
-            check_number(f"--{name}", getattr(self, name), COUNT_OR_NONE)
-        if self.suite is None:
-            super().__post_init__()
-        else:
-            self.check()
-
-
-def load_models(args: EvaluateArguments, accelerator: Accelerator) -> tuple[CLIPProcessor, dict[str, Any]]:
-    """The processor, and "aligned" and (where it was named) "base", on the process's device."""
-    processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-    models = {"aligned": load_any(str(args.model_name_or_path))}
-    if args.base_model_name_or_path is not None:
-        models = {"base": load_any(args.base_model_name_or_path), **models}
-    for model in models.values():
-        model.to(accelerator.device)
-    return processor, models
+from clip_po.validation import check_writable
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the table, and write report.json, report.html and the picture beside the checkpoint."""
-    parser = TrlParser([EvaluateArguments], prog="clip-po evaluate")
-    (args,) = parse_flags(parser, argv)
-    if args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing: a Hub id or the folder of a CLIPModel.")
-    start = time.time()
+    """Measure a checkpoint, print the table and write report.json; without a suite also report.html and a picture."""
+    args, start = parse(argv), time.time()
     accelerator = Accelerator()
-    # Never a folder named like a Hub id: from_pretrained would look for the model in it.
-    beside = Path(args.model_name_or_path if Path(args.model_name_or_path).is_dir() else "evaluation")
+    beside = checkpoint_folder(args)
     if accelerator.is_main_process:
         check_writable(args.output_dir or beside, "--output_dir")
-    if args.fairness is not None or args.suite is not None:
-        suite = chosen_suite(args) if args.fairness is None else attribute_suite(args)
-        run = run_fairness if suite.measures == "fairness" else run_suite
-        run(args, suite, *load_models(args, accelerator), accelerator, beside)
-        return
-    task = Task.load(args.model_name_or_path)
+    measure = load(args)
+    measurement = measure(load_models(args, accelerator))
+    if accelerator.is_main_process:
+        measurement.write(Path(args.output_dir or beside / measurement.folder), time.time() - start)
+    if measurement.failure:
+        raise ValueError(measurement.failure)
+
+
+def parse(argv: Sequence[str]) -> EvaluateArguments:
+    """Return the arguments.
+
+    Raises:
+        ValueError: If --model_name_or_path is missing, or another argument is not valid.
+    """
+    (args,) = parse_flags(TrlParser([EvaluateArguments], prog="clip-po evaluate"), argv)
+    if args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing. Give a Hub id or the folder of a CLIPModel.")
+    return args
+
+
+def checkpoint_folder(args: EvaluateArguments) -> Path:
+    """Return the default folder of the report: that of the checkpoint, or "evaluation" for a Hub id."""
+    # Never a folder with the name of a Hub id: from_pretrained would look for the model in it.
+    model = str(args.model_name_or_path)
+    return Path(model if Path(model).is_dir() else "evaluation")
+
+
+def load(args: EvaluateArguments) -> Callable[[Models], Measurement]:
+    """Load what is measured, before any model, and return its measurement as a function of the models."""
+    if args.fairness is None and args.suite is None:
+        return partial(measure_robustness, args, *load_task(args))
+    suite = chosen_suite(args) if args.fairness is None else attribute_suite(args)
+    return partial(measure_fairness if suite.measures == "fairness" else measure_suite, args, suite)
+
+
+def load_task(args: EvaluateArguments) -> tuple[Dataset, Task]:
+    """Return the images, and their class names and template: as given, else those of the checkpoint."""
+    task = Task.load(str(args.model_name_or_path))
     dataset = args.load(args.dataset_test_split, args.seed)
     names = args.names(dataset, task)
     template = args.prompt_template or (task.prompt_template if task else DEFAULT_TEMPLATE)
+    return dataset, Task(names, template)
 
-    processor, models = load_models(args, accelerator)
-    attack = args.attack(names, unseen_fonts(), processor, args.seed)
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessMeasurement(Measurement):
+    """A measurement of robustness, with the images and answers that its page shows.
+
+    Attributes:
+        images: The images.
+        answers: The answers of the models.
+        base: Name of the model before alignment; None if there is none.
+        seed: Seed that chooses the examples.
+    """
+
+    images: RobustnessImages
+    answers: Answers
+    base: str | None
+    seed: int
+
+    def write(self, folder: Path, seconds: float) -> Path:
+        """Print the table, and write report.json, the model card, report.html and the picture."""
+        path = super().write(folder, seconds)
+        report = read_report(path)
+        update_card(folder, markdown_summary(report))
+        examples, changes, figures = [], "", {}
+        if self.base is not None:
+            examples = choose_examples(self.answers, self.base, "aligned", seed=self.seed)
+            changes = changes_line(self.answers, self.base, "aligned")
+            accuracies = {name: (m["clean_accuracy"], m["typographic_accuracy"]) for name, m in self.metrics.items()}
+            plot = trade_off_plot(accuracies, base=self.base)
+            figures["Clean against typographic accuracy, with 95% intervals"] = plot
+        picture = self.images.picture
+        page = report_page(report, examples=examples, picture=picture, changes=changes, figures=figures)
+        print(f"Page: {write_page(folder / 'report.html', page)}")
+        if examples:
+            grid = folder / "before_after.png"
+            before_after_grid(examples, grid, picture=picture, subtitle=changes)
+            print(f"Picture: {grid}")
+        return path
+
+
+def measure_robustness(args: EvaluateArguments, dataset: Dataset, task: Task, models: Models) -> RobustnessMeasurement:
+    """Measure the robustness of models to attacks with fonts that no training uses.
+
+    Args:
+        args: Arguments of the command.
+        dataset: The images.
+        task: Their class names and the template.
+        models: The models.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        ValueError: As for `RobustnessImages` and `evaluate_robustness`.
+    """
+    names, template = task.class_names, task.prompt_template
+    attack = args.attack(names, unseen_fonts(), models.processor, args.seed)
     images = RobustnessImages(
         dataset,
         attack,
-        processor,
+        models.processor,
         names,
         image_column=args.image_column,
         label_column=args.label_column,
         renderings=args.renderings,
     )
-    answers = evaluate_robustness(
-        models,
-        images,
-        [template],
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        accelerator=accelerator,
+    evaluator = RobustnessEvaluator(images, [template], batch_size=args.batch_size, num_workers=args.num_workers)
+    measured = evaluator.measure(models.by_name, accelerator=models.accelerator)
+    metrics = evaluator.report(measured, models.base, evaluator.resamples)
+    return RobustnessMeasurement(
+        metrics=metrics,
+        table=robustness_table(metrics),
+        data={"name": args.dataset_name, "split": args.dataset_test_split, "rows": len(dataset), "class_names": names},
+        settings={**asdict(args), "attack": asdict(attack), "prompt_template": template},
+        images=images,
+        answers=Answers.about(images, measured),
+        base=models.base,
+        seed=args.seed,
     )
-    if not accelerator.is_main_process:
-        return
-    base = "base" if "base" in models else None
-    found = {name: robustness_report(answers, name, None if name == base else base) for name in models}
-    print(robustness_table(found))
-    folder = Path(args.output_dir or beside)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {**asdict(args), "attack": asdict(attack), "prompt_template": template}
-    data = {"name": args.dataset_name, "split": args.dataset_test_split, "rows": len(dataset), "class_names": names}
-    path = write_report(
-        folder / "report.json",
-        command="evaluate",
-        models=found,
-        settings=settings,
-        data=data,
-        seconds=time.time() - start,
-    )
-    print(f"Report: {path}")
-    report = read_report(path)
-    update_card(folder, markdown_summary(report))
-    examples = [] if base is None else choose_examples(answers, "base", "aligned", seed=args.seed)
-    changes = changes_line(answers, "base", "aligned") if base else ""
-    figures = {}
-    if base is not None:
-        accuracies = {name: (m["clean_accuracy"], m["typographic_accuracy"]) for name, m in found.items()}
-        figures["Clean against typographic accuracy, with 95% intervals"] = trade_off_plot(accuracies, base=base)
-    page = report_page(report, examples=examples, picture=images.picture, changes=changes, figures=figures)
-    print(f"Page: {write_page(folder / 'report.html', page)}")
-    if examples:
-        picture = folder / "before_after.png"
-        before_after_grid(examples, picture, picture=images.picture, subtitle=changes)
-        print(f"Picture: {picture}")

@@ -19,7 +19,7 @@ from trl import ModelConfig, ScriptArguments
 
 from clip_po.cli.compare_arguments import CompareArguments
 from clip_po.cli.demo import DemoArguments
-from clip_po.cli.evaluate import EvaluateArguments
+from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.cli.main import COMMANDS
 from clip_po.cli.steer import DEFAULTS as STEER_DEFAULTS
 from clip_po.cli.steer import SteerArguments

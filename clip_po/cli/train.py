@@ -19,12 +19,13 @@ from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.typographic import TypographicPreferences
+from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.interpolation import choose_alpha, interpolate, interpolation_table, sweep_interpolation
 from clip_po.evaluation.pseudo_labels import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import init_kwargs, load_model, load_processor
 from clip_po.trainer import ContrastivePOTrainer
-from clip_po.training.callbacks import RobustnessCallback
+from clip_po.training.callbacks import EvaluatorCallback
 from clip_po.validation import check_writable
 
 VISION_ATTENTION = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
@@ -91,9 +92,14 @@ def align(
     )
     images = None if held_out is None else validation_images(held_out, processor)
     if images is not None and args.eval_strategy != "no":
-        sizes = (args.per_device_eval_batch_size, args.dataloader_num_workers)
-        bound = task_args.max_clean_cost
-        trainer.add_callback(RobustnessCallback(trainer, images, [task.prompt_template], bound, *sizes))
+        evaluator = RobustnessEvaluator(
+            images,
+            [task.prompt_template],
+            max_clean_cost=task_args.max_clean_cost,
+            batch_size=args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+        )
+        trainer.add_callback(EvaluatorCallback(trainer, evaluator))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if images is not None and task_args.max_clean_cost is not None:
         keep_clean_accuracy(trainer, images, [task.prompt_template], task_args.max_clean_cost)

@@ -1,4 +1,4 @@
-"""What a model knows, what it lost, and how sure the numbers are."""
+"""Evaluators, metrics and confidence intervals: robustness, zero-shot accuracy and retrieval."""
 
 import lazy_loader
 

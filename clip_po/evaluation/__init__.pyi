@@ -1,7 +1,12 @@
 from .bootstrap import Estimate as Estimate
 from .bootstrap import bootstrap_interval as bootstrap_interval
+from .evaluator import Evaluator as Evaluator
+from .evaluator import RetrievalEvaluator as RetrievalEvaluator
+from .evaluator import RobustnessEvaluator as RobustnessEvaluator
+from .evaluator import ZeroShotEvaluator as ZeroShotEvaluator
+from .evaluator import trade_off as trade_off
 from .fairness.queries import load_queries as load_queries
-from .fairness.report import evaluate_fairness as evaluate_fairness
+from .fairness.evaluator import evaluate_fairness as evaluate_fairness
 from .fairness.report import fairness_report as fairness_report
 from .interpolation import choose_alpha as choose_alpha
 from .interpolation import interpolate as interpolate
@@ -19,3 +24,4 @@ from .suites.suite import load_suite as load_suite
 from .tables import format_table as format_table
 from .zero_shot import class_embeddings as class_embeddings
 from .zero_shot import zero_shot_accuracy as zero_shot_accuracy
+from .zero_shot import zero_shot_report as zero_shot_report

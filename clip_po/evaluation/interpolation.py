@@ -248,7 +248,7 @@ def sweep_interpolation(
     points = []
     for alpha in alphas:
         found = of_base if alpha == 0 else answers(interpolate(base, aligned, alpha))
-        both = replace(found, predicted={**found.predicted, "base": of_base.of("interpolated")})
+        both = replace(found, predicted={**found.predicted, "base": of_base.predictions_of("interpolated")})
         report = robustness_report(both, "interpolated", "base", resamples=resamples, seed=seed)
         # A two-sided 90 % interval leaves out 5 % above its upper end, as a one-sided 95 % interval does.
         one_sided = robustness_report(both, "interpolated", "base", confidence=0.9, resamples=resamples, seed=seed)

@@ -1,4 +1,4 @@
-"""Labels from the model itself: its answers on clean images, for images that nobody labelled."""
+"""Pseudo-labels: the model's own predictions on clean images, as labels for unlabelled images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clip_po.evaluation.zero_shot import CleanImages, class_embeddings, classify
 from clip_po.policy import evaluating
 
 LABEL_COLUMN, WEIGHT_COLUMN = "label", "weight"
-"""The columns that `pseudo_labels` adds."""
+"""Names of the columns that `pseudo_labels` adds."""
 
 
 def pseudo_labels(
@@ -31,33 +31,32 @@ def pseudo_labels(
     accelerator: Accelerator | None = None,
     disable_tqdm: bool = False,
 ) -> Dataset:
-    """Label images by what the model answers on them as they are, each weighted by its confidence.
+    """Label images with the predictions of a model on the clean images, each weighted by its confidence.
 
-    The rows are preferences for a label-free alignment: `TypographicPreferences(rows, attack,
-    weight_column="weight")` prefers the model's own clean answer to the word that is written on the image. With
-    `loss_type="distillation"` the whole distribution of answers is the target, and the labels serve only to keep the
-    attack from writing what the image shows.
+    Use the rows for an alignment without labels: `TypographicPreferences(rows, attack, weight_column="weight")`
+    prefers the model's own clean prediction to the word written on the image. With `loss_type="distillation"` the
+    target is the whole distribution, and the labels only keep the attack from writing the class of the image.
 
     Args:
-        model: CLIPModel, or PeftModel around one, before its alignment.
-        processor: Its CLIPProcessor.
-        dataset: One split with images; a column of labels is not needed and is replaced.
+        model: CLIPModel, or PeftModel around one, before alignment.
+        processor: CLIPProcessor of the model.
+        dataset: One split with images. A label column is not needed; an existing one is replaced.
         class_names: C different names.
         templates: Prompts, as for `class_embeddings`.
-        image_column: Column of images.
-        batch_size: Images classified together, >= 1.
-        num_workers: Processes that read images.
-        accelerator: Shares the rows out among its processes; every process gets them all.
-        disable_tqdm: Shows no progress bar.
+        image_column: Name of the image column.
+        batch_size: Images per batch and process, >= 1.
+        num_workers: Number of worker processes that read images, >= 0.
+        accelerator: Divides the rows among its processes; every process gets all rows.
+        disable_tqdm: Whether to hide the progress bar.
 
     Returns:
-        The data set with the columns "label" (ClassLabel of the C names) and "weight" (the probability of that
-        answer under the policy, 1/C..1).
+        The dataset with the columns "label" (ClassLabel of the C names) and "weight" (the probability of the label
+        under the policy, 1/C..1).
 
     Raises:
-        ValueError: A column is missing, an image can't be read (the message names the row), or as for
+        ValueError: If a column is missing, an image is not readable (the message names the row), or as for
             `class_embeddings`.
-        TypeError: `dataset` is no single split.
+        TypeError: If `dataset` is not a single split.
 
     Source: Lee 2013, "Pseudo-Label" (ICML workshop), with the model before alignment as the labeller.
     """

@@ -1,4 +1,4 @@
-"""Retrieval between images and their captions: recall at k both ways."""
+"""Retrieval between images and captions: recall@k in both directions."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _CELLS_AT_ONCE = 16_000_000  # similarities held in memory together: 64 MB
 
 @dataclass(frozen=True)
 class RetrievalHits:
-    """What was found among the first k, for N images and M texts.
+    """Hits among the k nearest, for N images and M texts.
 
     Attributes:
-        image_to_text: By k, array [N] of truth values: one of the image's own texts is among the k nearest.
-        text_to_image: By k, array [M] of truth values: the text's image is among the k nearest.
-        image_of_text: Array [M], the image that each text belongs to.
+        image_to_text: Arrays [N] of truth values by k: whether a text of the image is among the k nearest.
+        text_to_image: Arrays [M] of truth values by k: whether the image of the text is among the k nearest.
+        image_of_text: Array [M], the image of each text.
     """
 
     image_to_text: Mapping[int, np.ndarray]
@@ -40,24 +40,24 @@ class RetrievalHits:
 def recall_at_k(
     image_embeds: Tensor, text_embeds: Tensor, image_of_text: Sequence[int] | np.ndarray, ks: Sequence[int] = KS
 ) -> RetrievalHits:
-    """Which images find a text of theirs among the k nearest, and which texts their image.
+    """Compute which images have a text of theirs among the k nearest, and which texts have their image.
 
-    Ties count against the model: whatever belongs to another and is as near as the own is ranked before it. So
-    the result depends on no order, and embeddings that have collapsed to one point find nothing. Similarities
-    are computed in blocks, never all at once.
+    Ties count against the model: an item of another image that is equally near is ranked first. The result therefore
+    does not depend on the order of the rows, and embeddings that collapsed to one point have no hits. Similarities are
+    computed in blocks, never all at once.
 
     Args:
         image_embeds: Tensor[N, D], unit-norm.
         text_embeds: Tensor[M, D], unit-norm, on the same device.
-        image_of_text: M numbers in 0..N-1, the image of each text; every image has at least one.
-        ks: Numbers k, each >= 1.
+        image_of_text: M numbers in 0..N-1, the image of each text; every image has at least one text.
+        ks: Ranks k, each >= 1.
 
     Returns:
-        Hits by k, both ways; `retrieval_report` makes recalls of them.
+        Hits by k in both directions; `retrieval_report` computes recalls from them.
 
     Raises:
-        ValueError: Shapes that don't fit, embeddings that are not finite, an image without a text, an image
-            number out of range, or a k below 1.
+        ValueError: If shapes do not match, an embedding is not finite, an image has no text, an image number is out of
+            range, or a k is below 1.
 
     Source: Karpathy and Fei-Fei 2015, arXiv 1412.2306, Sec. 4.1 (recall at K among all test images and texts).
     """
@@ -65,7 +65,7 @@ def recall_at_k(
     images, texts = len(image_embeds), len(text_embeds)
     if image_embeds.ndim != 2 or text_embeds.ndim != 2 or image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
-            f"Expected embeddings [N, D] of images and [M, D] of texts, got {tuple(image_embeds.shape)} and "
+            f"Expected embeddings [N, D] of images and [M, D] of texts, got shapes {tuple(image_embeds.shape)} and "
             f"{tuple(text_embeds.shape)}."
         )
     if owner.shape != (texts,) or not np.isin(owner, np.arange(images)).all():
@@ -75,21 +75,24 @@ def recall_at_k(
         )
     without = np.setdiff1d(np.arange(images), owner)
     if len(without):
-        raise ValueError(f"Image {without[0]} has no text ({len(without)} have none); take such images out.")
+        raise ValueError(f"Image {without[0]} has no text ({len(without)} images have none). Remove these images.")
     if not ks or min(ks) < 1:
-        raise ValueError(f"ks must be numbers of at least 1, got {list(ks)}.")
+        raise ValueError(f"ks must be numbers >= 1, got {list(ks)}.")
     if not (torch.isfinite(image_embeds).all() and torch.isfinite(text_embeds).all()):
-        raise ValueError("The embeddings hold nan or infinity: the model is broken, or ran in too low a precision.")
+        raise ValueError(
+            "The embeddings contain nan or infinity: the model is broken, or its precision is too low. Load an "
+            "earlier checkpoint, or use float32."
+        )
 
     numbers = torch.as_tensor(owner, device=image_embeds.device)
     own = torch.arange(images, device=image_embeds.device)
-    of_images = _before_the_own(image_embeds, text_embeds, own, numbers)
-    of_texts = _before_the_own(text_embeds, image_embeds, numbers, own)
+    of_images = _ranked_before_own(image_embeds, text_embeds, own, numbers)
+    of_texts = _ranked_before_own(text_embeds, image_embeds, numbers, own)
     return RetrievalHits({k: of_images < k for k in ks}, {k: of_texts < k for k in ks}, owner)
 
 
-def _before_the_own(queries: Tensor, gallery: Tensor, query_owner: Tensor, gallery_owner: Tensor) -> np.ndarray:
-    """For each query, how many of the gallery that are not its own are as near as the nearest of its own."""
+def _ranked_before_own(queries: Tensor, gallery: Tensor, query_owner: Tensor, gallery_owner: Tensor) -> np.ndarray:
+    """Count for each query the items of others that are at least as near as the nearest of its own items."""
     parts = []
     at_once = max(1, _CELLS_AT_ONCE // len(gallery))
     for start in range(0, len(queries), at_once):
@@ -108,15 +111,15 @@ def retrieval_report(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Recalls with intervals over images: an image is drawn with all its texts.
+    """Compute recalls with intervals over images; an image is resampled with all its texts.
 
     - image_to_text_recall@k, text_to_image_recall@k: shares of hits, 0..1.
-    - mean_recall: the mean of all of them.
+    - mean_recall: the mean of these recalls.
     - <metric>_difference: 100 (recall - base recall), in percentage points, paired on the same images.
 
     Args:
         hits: From `recall_at_k`.
-        base: The same of the model before alignment; None for recalls only.
+        base: Hits of the model before alignment; None for recalls only.
         confidence: As for `bootstrap_interval`.
         resamples: As for `bootstrap_interval`.
         seed: As for `bootstrap_interval`.
@@ -125,13 +128,13 @@ def retrieval_report(
         Estimates by metric, in the order above.
 
     Raises:
-        ValueError: `base` is of other texts or other k.
+        ValueError: If `base` has other texts or other k.
     """
     if base is not None and (
         not np.array_equal(base.image_of_text, hits.image_of_text)
         or set(base.image_to_text) != set(hits.image_to_text)
     ):
-        raise ValueError("hits and base are of other texts, or of other k; measure both on the same data set.")
+        raise ValueError("hits and base have other texts or other k. Measure both on the same dataset.")
     columns = _columns(hits, "")
     recalls = [name for name in columns if name != "texts"]
     statistics: dict[str, Statistic] = {name: partial(_recall, name=name) for name in recalls}
@@ -146,7 +149,7 @@ def retrieval_report(
 
 
 def _columns(hits: RetrievalHits, prefix: str) -> dict[str, np.ndarray]:
-    """One row an image: its own hits, the sum of its texts' hits, and how many texts it has."""
+    """Return one row per image: its hits, the sum of its texts' hits, and its number of texts."""
     images = len(next(iter(hits.image_to_text.values())))
     found = {f"{prefix}image_to_text_recall@{k}": hit.astype(float) for k, hit in hits.image_to_text.items()}
     for k, hit in hits.text_to_image.items():
@@ -182,32 +185,32 @@ def evaluate_retrieval(
     disable_tqdm: bool = False,
     title: str = "Retrieval",
 ) -> dict[str, RetrievalHits]:
-    """Retrieval by several models on one captioned data set: each image is read and processed once.
+    """Measure retrieval with several models on a captioned dataset; each image is read and processed once.
 
     Args:
         models: CLIPModels, or PeftModels around one, by name. They share the processor.
-        processor: Their CLIPProcessor.
+        processor: CLIPProcessor of the models.
         dataset: One split with images and captions.
-        templates: One prompt with one `{}` for the caption; "{}" for the caption as it is.
-        image_column: Column of images.
-        caption_column: Column of texts, or of lists of texts.
+        templates: One prompt with one `{}` for the caption; "{}" uses the caption unchanged.
+        image_column: Name of the image column.
+        caption_column: Name of the column of captions, each a text or a list of texts.
         ks: As for `recall_at_k`.
         batch_size: Images per batch and process, >= 1.
-        num_workers: Processes that read images.
-        accelerator: Shares the images out among its processes; every process gets the whole result.
-        disable_tqdm: Shows no progress bar.
-        title: Words before the progress bar.
+        num_workers: Number of worker processes that read images, >= 0.
+        accelerator: Divides the images among its processes; every process gets the whole result.
+        disable_tqdm: Whether to hide the progress bar.
+        title: Label of the progress bar.
 
     Returns:
         Hits by model.
 
     Raises:
-        ValueError: No models, several templates, or captions as for `read_captions`; as for `recall_at_k`.
+        ValueError: If there are no models or several templates, or as for `read_captions` and `recall_at_k`.
     """
     if not models:
-        raise ValueError("models is empty; give at least one model by its name.")
+        raise ValueError("models is empty. Give at least one model by name.")
     if len(templates) != 1:
-        raise ValueError(f"Retrieval takes one template, got {list(templates)}: a caption has one embedding.")
+        raise ValueError(f"Retrieval needs exactly one template, got {list(templates)}: a caption has one embedding.")
     captions, image_of_text = read_captions(dataset, caption_column)
     texts = [templates[0].replace("{}", caption) for caption in captions]
 
@@ -241,21 +244,22 @@ def evaluate_retrieval(
 
 
 def read_captions(dataset: Dataset, caption_column: str) -> tuple[list[str], np.ndarray]:
-    """All captions of a data set, and the row of each.
+    """Return all captions of a dataset, and the row of each.
 
     Args:
         dataset: One split.
-        caption_column: Column of texts, or of lists of texts.
+        caption_column: Name of the column of captions, each a text or a list of texts.
 
     Returns:
         M captions, and an array [M] of row numbers.
 
     Raises:
-        ValueError: The column is missing, or a row has no caption or none that is a text; the message names it.
+        ValueError: If the column is missing, or a row has no caption or one that is not a text; the message names the
+            row.
     """
     if caption_column not in dataset.column_names:
         raise ValueError(
-            f"caption_column={caption_column!r} is no column of the data set; it has {dataset.column_names}."
+            f"caption_column={caption_column!r} is not a column of the dataset, which has {dataset.column_names}."
         )
     captions: list[str] = []
     rows: list[int] = []
@@ -263,8 +267,8 @@ def read_captions(dataset: Dataset, caption_column: str) -> tuple[list[str], np.
         own = [value] if isinstance(value, str) else value
         if not isinstance(own, list) or not own or not all(isinstance(caption, str) and caption for caption in own):
             raise ValueError(
-                f"Row {row}: {caption_column!r} is {value!r}, expected a caption or a list of captions. Take the row "
-                "out, or give --caption_column."
+                f"Row {row}: {caption_column!r} is {value!r}, expected a caption or a list of captions. Drop the row, "
+                "or choose another caption_column."
             )
         captions += own
         rows += [row] * len(own)

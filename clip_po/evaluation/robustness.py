@@ -1,4 +1,4 @@
-"""What words written on images cost a model, and how much of it an aligned model gets back."""
+"""Robustness to typographic attacks: images, answers of models, and metrics such as recovery and clean cost."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_ans
 from clip_po.policy import evaluating
 
 VARIANTS = ("clean", "typographic", "occluded")
-"""The three images of an item: without ink, with the attack word, with a meaningless string in its place."""
+"""The images of an item: without an attack, with the attack word, with a meaningless string in its place."""
 
 BLANK = "blank"
-"""A fourth image where it is asked for: with a box without a word, which covers at least what the word does."""
+"""An optional fourth image: with an empty box that covers at least the area of the word."""
 
 
 class RobustnessImages(torch.utils.data.Dataset):
-    """Every image of a data set clean, with an attack word, and with a meaningless string in its place.
+    """Each image of a dataset in several variants: clean, with an attack word, and with a meaningless string.
 
-    The three differ by ink only: all are enlarged alike, and word and string share font, size, lines and place,
-    and have about as much ink. What the string costs is occlusion; what the word costs beyond it is reading. Item
-    i shows row i // renderings, drawn by the attack with index i in epoch 0; the same item is the same pixels
-    anywhere.
+    The variants differ in the ink only: all images are enlarged in the same way, and word and string have the same
+    font, size, lines and place, and about the same amount of ink. The accuracy lost to the string is the effect of
+    occlusion; the additional loss to the word is the effect of reading. Item i shows row i // renderings, drawn by the
+    attack with index i in epoch 0. The pixels of an item are the same in every process and run.
 
     Args:
         dataset: One split with images and labels.
-        attack: Draws the words.
+        attack: The attack that draws the words.
         processor: CLIPProcessor of the models.
         class_names: C names in the order of the labels; None for those of the ClassLabel column.
-        image_column: Column of images.
-        label_column: Column of ClassLabel or integers.
-        cluster_column: Column that names what rows have in common (scene, object, subject), for intervals;
-            None where every row is on its own. Renderings of one row always belong together.
+        image_column: Name of the image column.
+        label_column: Name of the column of ClassLabel or integers.
+        cluster_column: Name of the column that identifies related rows (scene, object, subject), for the intervals;
+            None if rows are independent. Renderings of one row are always in one cluster.
         renderings: Attacks per row, >= 1.
         variants: `VARIANTS`, or (*VARIANTS, BLANK).
-        keep_bytes: Memory for the pixels of items, which are drawn only once where they fit: for several models
-            evaluated in turn in this process.
+        keep_bytes: Memory in bytes for a cache of drawn items, >= 0. Use it when several models are evaluated one
+            after the other in this process.
 
     Attributes:
         class_names: The names, as a tuple.
         label: Array [N * renderings] of true classes.
-        word: Array [N * renderings], the class that the written word names; -1 where it names none.
+        word: Array [N * renderings], the class named by the written word; -1 if it names none.
         written: Array [N * renderings] of the words.
         cluster: Array [N * renderings] of cluster numbers.
 
     Raises:
-        ValueError: As for `read_labels` and `read_images`; `renderings` < 1; an unknown `cluster_column`; no
-            attack word is left for a class. An image that can't be read raises when its item is asked for.
+        ValueError: As for `read_labels` and `read_images`; if `renderings` < 1, `cluster_column` does not exist, or no
+            attack word is left for a class. An unreadable image raises when its item is accessed.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class RobustnessImages(torch.utils.data.Dataset):
         keep_bytes: int = 0,
     ) -> None:
         if tuple(variants) not in (VARIANTS, (*VARIANTS, BLANK)):
-            raise ValueError(f"variants must be {VARIANTS}, with {BLANK!r} after them or without, got {variants!r}.")
+            raise ValueError(f"variants must be {VARIANTS}, optionally followed by {BLANK!r}, got {variants!r}.")
         if renderings < 1:
             raise ValueError(f"renderings must be at least 1, got {renderings!r}.")
         self.class_names, label = read_labels(dataset, label_column, class_names)
@@ -90,7 +90,7 @@ class RobustnessImages(torch.utils.data.Dataset):
         self._kept: dict[int, Tensor] = {}
         self.label = np.repeat(label, renderings)
         self.cluster = np.repeat(_clusters(dataset, cluster_column), renderings)
-        # A word differing in case alone is the class itself to a reader, so it is never a wrong word.
+        # A word that differs from the class name only in case is not a wrong word to a reader.
         folded = {word: word.casefold() for word in attack.words}
         same = [[w for w in folded if folded[w] == name.casefold()] for name in self.class_names]
         words = [attack.word(index, exclude=same[truth]) for index, truth in enumerate(self.label)]
@@ -103,18 +103,22 @@ class RobustnessImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.label)
 
-    def through(self, processor: Any) -> RobustnessImages:
-        """The same images as another processor shows them to its model."""
+    def with_processor(self, processor: Any) -> RobustnessImages:
+        """Return the same images, prepared by another processor.
+
+        Args:
+            processor: CLIPProcessor of other models.
+        """
         other = copy.copy(self)
         other.processor, other._kept, other._room = processor, {}, 0
         return other
 
     def picture(self, index: int) -> Image.Image:
-        """The typographic image of an item, RGB, before the processor."""
+        """Return the typographic image of an item, RGB, before the processor."""
         return self.attack.draw(self._read(index), str(self.written[index]), index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Pixels Tensor[3, H, W] under each name of `variants`, and label, word and cluster as integers."""
+        """Return pixels Tensor[3, H, W] under each name of `variants`, and label, word and cluster as integers."""
         pixels = self._kept.get(index)
         if pixels is None:
             pixels = self._draw(index)
@@ -141,7 +145,7 @@ def _clusters(dataset: Dataset, cluster_column: str | None) -> np.ndarray:
         return np.arange(len(dataset))
     if cluster_column not in dataset.column_names:
         raise ValueError(
-            f"cluster_column={cluster_column!r} is no column of the data set; it has {dataset.column_names}."
+            f"cluster_column={cluster_column!r} is not a column of the dataset, which has {dataset.column_names}."
         )
     values = list(dataset.with_format(None)[cluster_column])
     numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
@@ -150,15 +154,15 @@ def _clusters(dataset: Dataset, cluster_column: str | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Answers:
-    """What models answered about the images of a `RobustnessImages`, N items long.
+    """Predicted classes of models on the N items of a `RobustnessImages`.
 
     Attributes:
         class_names: Names of the classes.
         label: Array [N] of true classes.
-        word: Array [N], the class that the written word names; -1 where it names none.
+        word: Array [N], the class named by the written word; -1 if it names none.
         written: Array [N] of the written words.
         cluster: Array [N] of cluster numbers.
-        predicted: By model and by variant, array [N] of answered classes.
+        predicted: Predicted classes by model and by variant, arrays [N].
     """
 
     class_names: tuple[str, ...]
@@ -168,14 +172,27 @@ class Answers:
     cluster: np.ndarray
     predicted: Mapping[str, Mapping[str, np.ndarray]]
 
-    def of(self, model: str) -> Mapping[str, np.ndarray]:
-        """Answers of one model, by variant.
+    @classmethod
+    def about(cls, images: RobustnessImages, predicted: Mapping[str, Mapping[str, np.ndarray]]) -> Answers:
+        """Return predictions together with the labels and words of the images.
+
+        Args:
+            images: The images, N items.
+            predicted: Predicted classes by model and by variant, arrays [N].
+        """
+        return cls(images.class_names, images.label, images.word, images.written, images.cluster, predicted)
+
+    def predictions_of(self, model: str) -> Mapping[str, np.ndarray]:
+        """Return the predicted classes of one model by variant, arrays [N].
+
+        Args:
+            model: Name of the model.
 
         Raises:
-            ValueError: No such model was asked.
+            ValueError: If there are no answers of this model.
         """
         if model not in self.predicted:
-            raise ValueError(f"No answers of model {model!r}; there are those of {list(self.predicted)}.")
+            raise ValueError(f"No answers of model {model!r}. The models with answers are {list(self.predicted)}.")
         return self.predicted[model]
 
 
@@ -190,29 +207,29 @@ def evaluate_robustness(
     accelerator: Accelerator | None = None,
     disable_tqdm: bool = False,
 ) -> Answers:
-    """Ask several models about the same images in one pass: each image is drawn and processed once.
+    """Classify every variant of every image with several models, in one pass: each image is drawn once.
 
     Args:
         models: CLIPModels, or PeftModels around one, by name, each on any device. They share the processor of
             `images`.
         images: The images.
         templates: Prompts with one `{}`, as for `class_embeddings`.
-        class_embeds: By model, Tensor[C, D], unit-norm: what stands for the classes in place of the templates.
-        batch_size: Items per batch and process, >= 1; a model sees as many images at a time.
-        num_workers: Processes that draw images, 0 for none besides this one.
-        accelerator: Shares the items out among its processes; every process gets all answers, the same for
-            any number of them. None for this process alone.
-        disable_tqdm: Shows no progress bar.
+        class_embeds: Class embeddings by model, Tensor[C, D], unit-norm; used instead of the templates.
+        batch_size: Items per batch and process, >= 1. A model sees this many images at a time.
+        num_workers: Number of worker processes that draw images, >= 0.
+        accelerator: Divides the items among its processes. Every process gets all answers, and they do not depend on
+            the number of processes. None runs in this process alone.
+        disable_tqdm: Whether to hide the progress bar.
 
     Returns:
-        The answers to the variants of every item.
+        The predicted classes by model and variant.
 
     Raises:
-        ValueError: No models; an image can't be read; templates as for `class_embeddings`.
+        ValueError: If there are no models, an image is not readable, or as for `class_embeddings`.
         TypeError: As for `clip_po.policy.dual_encoder`.
     """
     if not models:
-        raise ValueError("models is empty; give at least one model by its name.")
+        raise ValueError("models is empty. Give at least one model by name.")
     given = class_embeds or {}
     texts = {
         name: given[name]
@@ -239,7 +256,7 @@ def evaluate_robustness(
         name: {variant: by_model[:, position, place] for place, variant in enumerate(images.variants)}
         for position, name in enumerate(models)
     }
-    return Answers(images.class_names, images.label, images.word, images.written, images.cluster, predicted)
+    return Answers.about(images, predicted)
 
 
 def _fooled(means: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -248,7 +265,7 @@ def _fooled(means: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def _recovery(means: Mapping[str, np.ndarray]) -> np.ndarray:
     lost = means["base_clean"] - means["base_typographic"]
-    # Where the words cost the base nothing there is nothing to get back; a negative share would mislead.
+    # Undefined if the words cost the base nothing: a negative share would mislead.
     return np.where(lost > 0, (means["typographic"] - means["base_typographic"]) / lost, np.nan)
 
 
@@ -278,17 +295,17 @@ def robustness_report(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """The metrics of one model, with intervals over clusters; against a base, paired on the same images.
+    """Compute the metrics of one model with intervals over clusters; against a base, paired on the same images.
 
-    - clean_accuracy, typographic_accuracy, occluded_accuracy: shares of right answers, 0..1.
-    - fooled: share of the typographic images answered by the written word's class, among those whose word
-      names a class, 0..1; nan where none does.
-    - reading_effect: occluded minus typographic accuracy, what the word's meaning costs beyond its ink.
-    - kept_answers: share of the typographic images answered as the same model answers the clean image.
-    - blank_accuracy: share of right answers with a box without a word, where the images had that variant.
-    - recovery: (typographic - base typographic) / (base clean - base typographic), the share of the loss
-      that was won back: 0 none, 1 all; nan where the words cost the base nothing.
-    - clean_cost: 100 (base clean - clean), in percentage points; negative where clean accuracy rose.
+    - clean_accuracy, typographic_accuracy, occluded_accuracy: accuracy on each variant, 0..1.
+    - fooled: share of typographic images classified as the written word, among those whose word names a class, 0..1;
+      nan if there are none.
+    - reading_effect: occluded minus typographic accuracy, the cost of the word's meaning beyond its ink.
+    - kept_answers: share of typographic images classified as the same model classifies the clean image.
+    - blank_accuracy: accuracy with an empty box in place of the word, if the images have that variant.
+    - recovery: (typographic - base typographic) / (base clean - base typographic), the share of the lost accuracy
+      that was regained: 0 is none, 1 is all; nan if the words cost the base nothing.
+    - clean_cost: 100 (base clean - clean), in percentage points; negative if clean accuracy rose.
 
     Args:
         answers: From `evaluate_robustness`.
@@ -302,12 +319,12 @@ def robustness_report(
         Estimates by metric, in the order above.
 
     Raises:
-        ValueError: A model of that name was not asked.
+        ValueError: If there are no answers of the model or the base.
 
-    Source: clean and typographic accuracy before and after alignment, as Afzali et al. 2025, arXiv
-    2411.08923, report them; recovery and clean cost put the four into two numbers.
+    Source: clean and typographic accuracy before and after alignment follow Afzali et al. 2025, arXiv 2411.08923;
+    recovery and clean cost summarize the four in two numbers.
     """
-    said = answers.of(model)
+    said = answers.predictions_of(model)
     columns = {variant: got == answers.label for variant, got in said.items()}
     names_class = answers.word >= 0
     columns["word_is_class"] = names_class
@@ -317,7 +334,7 @@ def robustness_report(
     if BLANK in said:
         metrics |= _METRICS_IF_BLANK
     if base is not None and base != model:
-        columns |= {f"base_{variant}": got == answers.label for variant, got in answers.of(base).items()}
+        columns |= {f"base_{variant}": got == answers.label for variant, got in answers.predictions_of(base).items()}
         metrics |= _METRICS_AGAINST_BASE
     return {
         name: bootstrap_interval(statistic, columns, answers.cluster, confidence, resamples, seed)
@@ -334,17 +351,17 @@ COLUMNS: Mapping[str, str] = {
     "recovery": "recovery",
     "clean_cost": "clean cost (points)",
 }
-"""Metrics in the order of `robustness_table`, and what heads their columns."""
+"""Metrics in the order of `robustness_table`, with the headers of their columns."""
 
 
 def robustness_table(reports: Mapping[str, Mapping[str, Estimate]]) -> str:
-    """Reports of models side by side, as a Markdown table.
+    """Format reports of several models as a Markdown table.
 
     Args:
-        reports: By name of the model, as from `robustness_report`.
+        reports: Reports from `robustness_report` by name of the model.
 
     Returns:
-        One row a model, one column a metric, with intervals in brackets.
+        One row per model and one column per metric, with intervals in brackets.
     """
     metrics = [name for name in COLUMNS if any(name in found for found in reports.values())]
     rows = [[model, *(found.get(name) for name in metrics)] for model, found in reports.items()]

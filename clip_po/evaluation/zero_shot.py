@@ -1,4 +1,4 @@
-"""Zero-shot classification by prompts: what a CLIP model answers when asked for the class of an image."""
+"""Zero-shot classification with prompts: class embeddings, logits, accuracy."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tqdm.auto import tqdm
 
 from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_image, read_images, to_pixels
-from clip_po.evaluation.bootstrap import Estimate, bootstrap_interval
+from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.models import check_processor
 from clip_po.policy import dual_encoder, encode_texts, evaluating
-from clip_po.validation import COUNT, COUNT_OR_NONE, check_class_names, check_number
+from clip_po.validation import COUNT, COUNT_OR_NONE, check_class_names, check_number, check_templates
 
 
 @dataclass(frozen=True)
 class ZeroShotResult:
-    """Answers of one model and their accuracy.
+    """Predicted classes of one model and their accuracy.
 
     Attributes:
-        accuracy: Share of the images whose answer is their label, 0..1.
-        per_class: The same for the images of each class, by its name; nan for a class without images.
+        accuracy: Share of images whose predicted class is their label, 0..1.
+        per_class: Accuracy by class name; nan for a class without images.
         label: Array [N] of true classes.
-        predicted: Array [N] of answers.
+        predicted: Array [N] of predicted classes.
     """
 
     accuracy: Estimate
@@ -41,7 +41,7 @@ class ZeroShotResult:
 
 
 def class_embeddings(model: Any, processor: Any, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """One unit-norm embedding per class: the mean over the templates, normalized again.
+    """Compute one unit-norm embedding per class: the mean over the templates, normalized again.
 
     Args:
         model: CLIPModel, or PeftModel around one.
@@ -53,35 +53,24 @@ def class_embeddings(model: Any, processor: Any, class_names: Sequence[str], tem
         Tensor[C, D], float32, unit-norm, on the model's device, without gradients.
 
     Raises:
-        ValueError: Names are missing or repeated, a template has no or several `{}`, the processor is another
-            model's, or the model's weights are not finite.
-        TypeError: A template is no text, or as for `clip_po.models.check_processor`.
+        ValueError: If names are missing or repeated, a template does not contain exactly one `{}`, the processor
+            belongs to another model, or the model's weights are not finite.
+        TypeError: If a template is not a string, or as for `clip_po.models.check_processor`.
 
     Source: Radford et al. 2021, arXiv 2103.00020, Sec. 3.1.4 (prompt ensembling in embedding space).
     """
     check_processor(processor, model)
     check_class_names(class_names)
-    if isinstance(templates, str) or not templates:
-        raise ValueError(
-            f'templates must be a list of at least one prompt, got {templates!r}; give ["a photo of a {{}}"].'
-        )
-    for template in templates:
-        if not isinstance(template, str):
-            raise TypeError(f'templates must be texts such as "a photo of a {{}}", got {template!r} among them.')
-        if template.count("{}") != 1:
-            raise ValueError(
-                f"Template {template!r} has {template.count('{}')} places for the class name; write exactly "
-                'one {}, as in "a photo of a {}".'
-            )
+    check_templates(templates)
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
     embeds = encode_texts(model, processor, prompts).view(len(class_names), len(templates), -1)
     return F.normalize(embeds.mean(dim=1), dim=-1)
 
 
 def classify(model: Any, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
-    """Logits of images against texts: logit_scale.exp() times the cosine, in float32.
+    """Compute the logits of images against texts: logit_scale.exp() times the cosine, in float32.
 
-    Gradients and the model's mode are the caller's; `evaluating` sets both.
+    The caller controls gradients and the model's mode; `evaluating` sets both.
 
     Args:
         model: CLIPModel, or PeftModel around one.
@@ -92,21 +81,21 @@ def classify(model: Any, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
         Tensor[B, C], float32, on the model's device.
 
     Raises:
-        ValueError: `text_embeds` are of another size than the model's, or a logit is not finite.
+        ValueError: If the size of `text_embeds` is not that of the model, or a logit is not finite.
     """
     clip = dual_encoder(model)
     if text_embeds.shape[-1] != clip.config.projection_dim:
         raise ValueError(
-            f"text_embeds have {text_embeds.shape[-1]} numbers each, but those of the model have "
-            f"{clip.config.projection_dim}: they are of another model. Make them by class_embeddings(model, ...)."
+            f"text_embeds have {text_embeds.shape[-1]} dimensions, but the model has {clip.config.projection_dim}: "
+            "they belong to another model. Compute them with class_embeddings(model, ...)."
         )
     features = clip.get_image_features(pixel_values=pixel_values.to(clip.device, clip.dtype)).pooler_output
     image_embeds = F.normalize(features.float(), dim=-1)
     logits = clip.logit_scale.float().exp() * image_embeds @ text_embeds.to(image_embeds).T
-    if not bool(logits.isfinite().all()):  # argmax would answer the first class
+    if not bool(logits.isfinite().all()):  # argmax would return the first class
         raise ValueError(
-            "The logits of the model hold nan or infinity: so do its weights or text_embeds, or its numbers overflow "
-            f"in {clip.dtype}. Load an earlier checkpoint, or use float32."
+            "The logits of the model contain nan or infinity: its weights or text_embeds do, or its activations "
+            f"overflow in {clip.dtype}. Load an earlier checkpoint, or use float32."
         )
     return logits
 
@@ -127,7 +116,7 @@ def zero_shot_accuracy(
     resamples: int = 1000,
     seed: int = 0,
 ) -> ZeroShotResult:
-    """Accuracy of a model that picks the class whose prompt is nearest to the image.
+    """Measure the accuracy of a model that predicts the class whose prompt is nearest to the image.
 
     Args:
         model: CLIPModel, or PeftModel around one.
@@ -135,23 +124,23 @@ def zero_shot_accuracy(
         dataset: One split with images and labels.
         templates: As for `class_embeddings`.
         class_names: Names in the order of the labels; None for those of the ClassLabel column.
-        image_column: Column of images.
-        label_column: Column of ClassLabel or integers.
-        batch_size: Images classified together, >= 1.
-        num_workers: Processes that read images, 0 for none besides this one.
-        accelerator: Shares the rows out among its processes; every process gets the whole result, the same
-            for any number of them. None for this process alone.
-        disable_tqdm: Shows no progress bar.
+        image_column: Name of the image column.
+        label_column: Name of the column of ClassLabel or integers.
+        batch_size: Images per batch and process, >= 1.
+        num_workers: Number of worker processes that read images, >= 0.
+        accelerator: Divides the rows among its processes. Every process gets the whole result, and it does not depend
+            on the number of processes. None runs in this process alone.
+        disable_tqdm: Whether to hide the progress bar.
         resamples: As for `bootstrap_interval`.
         seed: As for `bootstrap_interval`.
 
     Returns:
-        Accuracy and accuracy per class, each with its 95 % interval, and the answers.
+        Accuracy and accuracy per class, each with its 95% interval, and the predicted classes.
 
     Raises:
-        ValueError: A column is missing, a label is out of range, an image can't be read (the message names
-            the row), or as for `class_embeddings`.
-        TypeError: `dataset` is no single split, or as for `clip_po.policy.dual_encoder`.
+        ValueError: If a column is missing, a label is out of range, an image is not readable (the message names the
+            row), or as for `class_embeddings`.
+        TypeError: If `dataset` is not a single split, or as for `clip_po.policy.dual_encoder`.
     """
     names, label = read_labels(dataset, label_column, class_names)
     text_embeds = class_embeddings(model, processor, names, templates)
@@ -173,8 +162,53 @@ def zero_shot_accuracy(
     return ZeroShotResult(share(right), per_class, label, predicted)
 
 
+def zero_shot_report(
+    result: ZeroShotResult,
+    base: ZeroShotResult | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Compute the accuracy of one model with its interval; against a base, paired on the same images.
+
+    - accuracy: share of images whose predicted class is their label, 0..1.
+    - difference: 100 (accuracy - base accuracy), in percentage points.
+
+    Args:
+        result: From `zero_shot_accuracy`.
+        base: Result of the model before alignment on the same images; None for the accuracy only.
+        confidence: As for `bootstrap_interval`.
+        resamples: As for `bootstrap_interval`.
+        seed: As for `bootstrap_interval`.
+
+    Returns:
+        Estimates by metric, in the order above.
+
+    Raises:
+        ValueError: If `base` has other labels.
+    """
+    if base is not None and not np.array_equal(base.label, result.label):
+        raise ValueError("result and base have different labels. Measure both on the same dataset.")
+    columns = {"right": result.predicted == result.label}
+    metrics: dict[str, Statistic] = {"accuracy": lambda means: means["right"]}
+    if base is not None:
+        columns["base"] = base.predicted == base.label
+        metrics["difference"] = lambda means: 100 * (means["right"] - means["base"])
+    return {
+        name: bootstrap_interval(statistic, columns, None, confidence, resamples, seed)
+        for name, statistic in metrics.items()
+    }
+
+
 class CleanImages(torch.utils.data.Dataset):
-    """The images of a data set as they are, as pixels Tensor[3, H, W] of the name `pixel_values`."""
+    """The unchanged images of a dataset, as pixels Tensor[3, H, W] named `pixel_values`.
+
+    Args:
+        images: One split with images, as from `read_images`.
+        image_column: Name of the image column.
+        processor: CLIPProcessor of the models.
+    """
 
     def __init__(self, images: Dataset, image_column: str, processor: Any) -> None:
         self.images, self.image_column, self.processor = images, image_column, processor
@@ -198,33 +232,33 @@ def collect_answers(
     title: str | None = None,
     dtype: torch.dtype = torch.long,
 ) -> np.ndarray:
-    """Apply a function to all items in batches, shared out among processes.
+    """Apply a function to all items in batches, divided among processes.
 
     Args:
         items: N items for the default collation.
         answers: Maps a batch of B items to numbers Tensor[B, `width`].
         width: Number K of answers per item.
         batch_size: Items per batch and process, >= 1.
-        num_workers: Processes that load items.
+        num_workers: Number of worker processes that load items, >= 0.
         accelerator: As for `zero_shot_accuracy`.
-        disable_tqdm: Shows no progress bar.
-        title: Words before the progress bar.
+        disable_tqdm: Whether to hide the progress bar.
+        title: Label of the progress bar.
         dtype: Type of the numbers.
 
     Returns:
         Array [N, K] of the numbers in the order of the items, in every process.
 
     Raises:
-        ValueError: There are no items, a number is not finite, or `batch_size` or `num_workers` can't be used.
-        TypeError: `batch_size` or `num_workers` is no whole number.
+        ValueError: If there are no items, a number is not finite, or `batch_size` or `num_workers` is out of range.
+        TypeError: If `batch_size` or `num_workers` is not a whole number.
     """
     check_number("batch_size", batch_size, COUNT)
     check_number("num_workers", num_workers, COUNT_OR_NONE)
     total = len(items)  # type: ignore[arg-type]
     if not total:
-        raise ValueError("The data set has no rows; give at least one image.")
-    # Rows are dealt by number and gathered once, instead of preparing the loader: accelerate would repeat
-    # rows to fill the last batch, and would keep this loader among those of a training that is under way.
+        raise ValueError("The dataset has no rows. Give at least one image.")
+    # Rows are dealt by number and gathered once, instead of preparing the loader: accelerate would repeat rows to
+    # fill the last batch, and would keep this loader among those of a training in progress.
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     mine = Subset(items, range(rank, total, processes))
     loader: DataLoader = DataLoader(mine, batch_size=batch_size, num_workers=num_workers)
@@ -242,7 +276,7 @@ def collect_answers(
     spoiled = (~dealt.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if spoiled:
         raise ValueError(
-            f"What the model answers to {len(spoiled)} of {total} images holds nan or infinity, first to that of row "
-            f"{spoiled[0]}: so do its weights, or its numbers overflow. Load an earlier checkpoint, or use float32."
+            f"The model's output for {len(spoiled)} of {total} images contains nan or infinity, first for row "
+            f"{spoiled[0]}: its weights do, or its activations overflow. Load an earlier checkpoint, or use float32."
         )
     return dealt.numpy()

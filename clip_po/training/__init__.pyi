@@ -1,2 +1,2 @@
 from .averaging import BetaMovingAverageCallback as BetaMovingAverageCallback
-from .callbacks import RobustnessCallback as RobustnessCallback
+from .callbacks import EvaluatorCallback as EvaluatorCallback

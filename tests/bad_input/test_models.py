@@ -213,7 +213,7 @@ PROCESSORS = {
 
 EMBEDDINGS = {
     "images-of-a-spoiled-model": case(
-        lambda b: zero_shot(b, model=spoiled(b)), ValueError, "logits of the model hold nan", "earlier checkpoint"
+        lambda b: zero_shot(b, model=spoiled(b)), ValueError, "logits of the model contain nan", "earlier checkpoint"
     ),
     "texts-of-a-spoiled-model": case(
         lambda b: encode_texts(spoiled(b, "text_projection"), b.processor, PROMPTS),
@@ -223,7 +223,7 @@ EMBEDDINGS = {
     ),
     "retrieval-by-a-spoiled-model": case(lambda b: retrieval(b, spoiled(b)), ValueError, "row 0", "nan or infinity"),
     "classes-of-another-size": case(
-        lambda b: classify(b.model, torch.zeros(1, 3, 32, 32), torch.ones(4, 8)), ValueError, "8 numbers each", "16"
+        lambda b: classify(b.model, torch.zeros(1, 3, 32, 32), torch.ones(4, 8)), ValueError, "8 dimensions", "16"
     ),
     "classes-are-nan": case(
         lambda b: classify(b.model, torch.zeros(1, 3, 32, 32), torch.full((4, 16), NAN)), ValueError, "text_embeds"

@@ -5,12 +5,12 @@ import json
 import datasets
 import numpy as np
 import pytest
-from samples import CLASSES, make_labelled
+import yaml
+from samples import CLASSES, make_labelled, picture
 from transformers import CLIPModel, CLIPProcessor
 
 from clip_po.cli.main import main
-from clip_po.evaluation.fairness.queries import load_queries
-from clip_po.evaluation.fairness.report import evaluate_fairness
+from clip_po.evaluation.fairness import evaluate_fairness, load_queries
 from clip_po.evaluation.suites.suite import load_suite
 
 
@@ -133,6 +133,27 @@ def test_the_suite(evaluate, people, tmp_path):
     assert missing.keys() == {"fairface-race", "fairface-age", "utkface-gender", "celeba-gender"}
     assert "'race'" in missing["fairface-race"]
     assert "missing" in next(line for line in printed.splitlines() if line.startswith("| celeba"))
+
+
+def test_vl_bias_in_a_suite_of_your_own(evaluate, tmp_path):
+    for row in range(12):
+        file = tmp_path / "vl" / "occu" / "nurse" / ("men", "women", "others")[row % 3] / f"{row}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(row).save(file)
+    entry = {"name": "vl", "path": str(tmp_path / "vl"), "layout": "vl_bias", "config": "occupations"}
+    entry |= {
+        "columns": {"attribute": "gender"},
+        "templates": ["{}"],
+        "class_names": None,
+        "source": "",
+        "license": "",
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"measures": "fairness", "entries": [entry]}))
+    status, _, report = evaluate("--suite", tmp_path / "own.yaml", "--top_k", 4, "--resamples", 0)
+    assert status == 0
+    (entry,) = report["data"]["entries"]
+    assert entry["groups"] == {"man": 4, "woman": 4}
+    assert {"vl/max_skew@4", "vl/ndkl"} <= report["models"]["aligned"].keys()
 
 
 def test_the_recipes_say_what_was_not_seen():

@@ -160,7 +160,7 @@ def test_your_own_suite(evaluate, sets, tmp_path):
 def test_where_nothing_can_be_loaded_the_command_fails_and_still_reports(evaluate, tmp_path):
     status, printed, report = evaluate("--suite", "retention", "--suite_folder", tmp_path)
     assert status == 2
-    assert "None of the 10 data sets could be loaded" in printed
+    assert "None of the 10 datasets could be loaded" in printed
     assert len(report["data"]["entries"]) == 10
     assert all(entry["missing"] for entry in report["data"]["entries"])
 

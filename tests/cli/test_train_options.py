@@ -13,12 +13,12 @@ from transformers import CLIPModel
 
 from clip_po import BetaMovingAverageCallback, ContrastivePOTrainer, interpolate
 from clip_po.cli import train
-from clip_po.cli.evaluate import load_any
 from clip_po.cli.main import main
 from clip_po.data.attacks.words import EVERYDAY_WORDS
 from clip_po.data.loading import load_split
 from clip_po.evaluation.interpolation import Choice
 from clip_po.evaluation.zero_shot import class_embeddings, classify
+from clip_po.models import load_any
 
 QUICK = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
 QUICK += ["--per_device_train_batch_size", "8"]

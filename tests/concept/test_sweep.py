@@ -88,7 +88,9 @@ def test_fewer_rows_than_columns_are_measured_as_they_are_and_not_scaled(model, 
     transform = randomized(output_dim=3)
     answers = evaluate_robustness({"folded": transform.fold_into(model)}, images, TEMPLATES, disable_tqdm=True)
     said = embeds.answers(transform)
-    assert {name: said[name].tolist() for name in said} == {name: answers.of("folded")[name].tolist() for name in said}
+    assert {name: said[name].tolist() for name in said} == {
+        name: answers.predictions_of("folded")[name].tolist() for name in said
+    }
     assert measure_transform(embeds, transform, resamples=2).t == 1.0
     with pytest.raises(ValueError, match="output_dim"):
         sweep_scales(embeds, transform, [0.5])

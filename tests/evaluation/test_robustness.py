@@ -62,7 +62,7 @@ def test_a_blank_box_is_a_fourth_variant_where_it_is_asked_for(dataset, attack, 
     covered = attack.draw_blank(dataset[3]["image"], str(images.written[3]), 3)
     torch.testing.assert_close(images[3][BLANK], processed(processor, covered), rtol=0, atol=0)
     answers = ask({"a": model}, images, processor)
-    right = (answers.of("a")[BLANK] == answers.label).mean()
+    right = (answers.predictions_of("a")[BLANK] == answers.label).mean()
     assert robustness_report(answers, "a")["blank_accuracy"].value == pytest.approx(right)
     with pytest.raises(ValueError, match="variants must be"):
         RobustnessImages(dataset, attack, processor, variants=("clean", BLANK))
@@ -82,8 +82,8 @@ def test_items_are_drawn_once_as_far_as_memory_is_given(dataset, attack, process
 
 def test_other_embeddings_may_stand_for_the_classes(images, processor, model):
     swapped = class_embeddings(model, processor, NAMES, TEMPLATES)[[1, 0, 2]]
-    plain = ask({"a": model}, images, processor).of("a")["clean"]
-    found = ask({"a": model}, images, processor, class_embeds={"a": swapped}).of("a")["clean"]
+    plain = ask({"a": model}, images, processor).predictions_of("a")["clean"]
+    found = ask({"a": model}, images, processor, class_embeds={"a": swapped}).predictions_of("a")["clean"]
     assert (found == np.array([1, 0, 2])[plain]).all()
 
 
@@ -125,7 +125,7 @@ def test_clusters_come_from_their_column(dataset, attack, processor):
     ("arguments", "message"),
     [
         ({"renderings": 0}, "at least 1, got 0"),
-        ({"cluster_column": "place"}, "cluster_column='place' is no column"),
+        ({"cluster_column": "place"}, "cluster_column='place' is not a column"),
         ({"image_column": "photo"}, "image_column='photo' is not a column"),
         ({"class_names": ["cat", "dog"]}, "has 3 classes, class_names has 2"),
     ],
@@ -228,7 +228,9 @@ def test_metrics_against_a_base_by_hand(answers):
 
 def test_a_base_is_compared_with_others_only(answers):
     assert "recovery" not in robustness_report(answers, "before", "before")
-    with pytest.raises(ValueError, match=r"No answers of model 'x'; there are those of \['before', 'after'\]"):
+    with pytest.raises(
+        ValueError, match=r"No answers of model 'x'\. The models with answers are \['before', 'after'\]"
+    ):
         robustness_report(answers, "before", "x")
 
 

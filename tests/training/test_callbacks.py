@@ -8,8 +8,10 @@ from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback
 
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.typographic import TypographicPreferences
+from clip_po.evaluation.evaluator import RobustnessEvaluator, ZeroShotEvaluator, trade_off
 from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness, robustness_report
-from clip_po.training.callbacks import RobustnessCallback, trade_off
+from clip_po.evaluation.zero_shot import zero_shot_accuracy
+from clip_po.training.callbacks import EvaluatorCallback
 
 TEMPLATES = ["a photo of a {}"]
 SHARES = {"clean_accuracy", "typographic_accuracy", "occluded_accuracy", "fooled", "reading_effect"}
@@ -37,7 +39,7 @@ def images(processor):
 
 
 def with_robustness(trainer, images, **arguments):
-    trainer.add_callback(RobustnessCallback(trainer, images, TEMPLATES, **arguments))
+    trainer.add_callback(EvaluatorCallback(trainer, RobustnessEvaluator(images, TEMPLATES, **arguments)))
     return trainer
 
 
@@ -107,6 +109,26 @@ def test_of_several_data_sets_the_first_one_has_them(make_trainer, images):
     assert "eval_typographic_accuracy" in trainer.evaluate()
 
 
+def test_any_evaluator_plugs_in_and_the_reference_is_measured_once(make_trainer, processor, clip_folder):
+    rows = make_labelled(16)
+    evaluator = ZeroShotEvaluator(rows, processor, TEMPLATES)
+    measure, measured = evaluator.measure, []
+    evaluator.measure = lambda models, **arguments: measured.append([*models]) or measure(models, **arguments)
+    trainer = make_trainer(metric_for_best_model=evaluator.primary_metric, load_best_model_at_end=True)
+    trainer.add_callback(EvaluatorCallback(trainer, evaluator))
+    trainer.train()
+    assert measured == [["reference"], *[["policy"]] * 4]
+    assert trainer.state.best_metric == max(logged(trainer, "eval_accuracy"))
+    models = {"reference": CLIPModel.from_pretrained(clip_folder), "policy": trainer.model}
+    before, after = (
+        zero_shot_accuracy(model, processor, rows, TEMPLATES, disable_tqdm=True).accuracy.value
+        for model in models.values()
+    )
+    result = trainer.evaluate()
+    assert result["eval_accuracy"] == after
+    assert result["eval_difference"] == pytest.approx(100 * (after - before))
+
+
 def test_an_evaluation_of_another_prefix_is_left_alone(make_trainer, images):
     trainer = with_robustness(make_trainer(), images)
     assert "eval_clean_accuracy" in trainer.evaluate()
@@ -133,8 +155,8 @@ def test_what_is_undefined_is_left_out(make_trainer, processor):
 
 def test_broken_images_show_before_training(make_trainer, images):
     trainer = make_trainer()
-    trainer.add_callback(RobustnessCallback(trainer, images, ["no place for a name"]))
-    with pytest.raises(ValueError, match="write exactly one"):
+    trainer.add_callback(EvaluatorCallback(trainer, RobustnessEvaluator(images, ["no place for a name"])))
+    with pytest.raises(ValueError, match="exactly one"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -147,9 +169,9 @@ def test_the_trade_off_puts_the_bound_first():
     assert trade_off(0.9, 4.0, 1.0) < trade_off(0.1, 2.0, 1.0) < trade_off(0.0, 1.0, 1.0)
 
 
-def test_a_negative_bound_is_refused(make_trainer, images):
+def test_a_negative_bound_is_refused(images):
     with pytest.raises(ValueError, match="percentage points >= 0, got -1"):
-        RobustnessCallback(make_trainer(), images, TEMPLATES, max_clean_cost=-1)
+        RobustnessEvaluator(images, TEMPLATES, max_clean_cost=-1)
 
 
 WORKER = """
@@ -160,8 +182,10 @@ from samples import CLASSES, make_labelled, make_preferences, make_trainer
 from transformers import CLIPProcessor
 
 from clip_po.training.averaging import BetaMovingAverageCallback
-from clip_po.training.callbacks import RobustnessCallback
+from clip_po.training.callbacks import EvaluatorCallback
+from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.robustness import RobustnessImages
 
 clip, folder, stop = sys.argv[1:]
@@ -170,7 +194,7 @@ trainer = make_trainer(clip, folder + "/run", per_device_train_batch_size=2, max
     train_dataset=make_preferences(8), eval_dataset=make_preferences(3), callbacks=[BetaMovingAverageCallback()])
 attack = TypographicAttack(words=CLASSES, min_side=32, size=(0.3, 0.5))
 images = RobustnessImages(make_labelled(7), attack, CLIPProcessor.from_pretrained(clip))
-trainer.add_callback(RobustnessCallback(trainer, images, ["a photo of a {}"], batch_size=2))
+trainer.add_callback(EvaluatorCallback(trainer, RobustnessEvaluator(images, ["a photo of a {}"], batch_size=2)))
 trainer.train(resume_from_checkpoint=stop or None)
 rank = trainer.accelerator.process_index
 result = {

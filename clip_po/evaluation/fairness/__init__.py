@@ -1,4 +1,4 @@
-"""Bias: metrics, queries and reports."""
+"""Fairness: metrics, queries, evaluators and reports of bias."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The fairness metrics as `evaluate.Metric` modules, with `compute` and `add_batch`; they need no Hub."""
+"""The fairness metrics as `evaluate.Metric` modules, with `compute` and `add_batch`. They do not need the Hub."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _SOURCE = "https://arxiv.org/abs/1905.01989"
 
 
 def _per_query(column: Sequence[Any]) -> np.ndarray:
-    """Scores or truth values of images, one each or a list for Q queries, as [Q, N]."""
+    """Return scores or truth values of N images, one each or a list for Q queries, as an array [Q, N]."""
     return np.atleast_2d(np.asarray(column).T)
 
 
 class GroupMetric(evaluate.Metric):
-    """A metric of groups of images, which needs neither the Hub nor a cache.
+    """Base class of the metrics of groups of images. It needs neither the Hub nor a cache.
 
     Args:
-        **kwargs: As for `evaluate.Metric`; `keep_in_memory` is on unless it is given.
+        **kwargs: As for `evaluate.Metric`; `keep_in_memory` is True by default.
     """
 
     about: str
@@ -48,7 +48,7 @@ class GroupMetric(evaluate.Metric):
         return evaluate.MetricInfo(
             description=self.about,
             citation="Geyik et al. 2019, arXiv 1905.01989; Berg et al. 2022, arXiv 2203.11933",
-            inputs_description=f"\n{self.about}\n\nColumns, one row an image: {', '.join(options[0])}.",
+            inputs_description=f"\n{self.about}\n\nColumns, one row per image: {', '.join(options[0])}.",
             features=options,
             reference_urls=[_SOURCE],
         )
@@ -64,7 +64,7 @@ _SCORES_AND_TRUTH = (
 class MaxSkew(GroupMetric):
     """`max_skew` as a metric: `compute(predictions=scores, groups=..., k=..., desired=..., zero_count=...)`.
 
-    A row is an image; `predictions` holds its score, or a list of its scores for Q queries.
+    Each row is an image; `predictions` contains its score, or a list of its scores for Q queries.
     """
 
     about = "MaxSkew@k: the largest ln(share of a group in the top k / its desired share), averaged over queries."
@@ -75,7 +75,7 @@ class MaxSkew(GroupMetric):
 
 
 class MinSkew(GroupMetric):
-    """`min_skew` as a metric; as `MaxSkew`."""
+    """`min_skew` as a metric, with the arguments of `MaxSkew`."""
 
     about = "MinSkew@k: the smallest ln(share of a group in the top k / its desired share), averaged over queries."
     inputs = _SCORES
@@ -85,9 +85,9 @@ class MinSkew(GroupMetric):
 
 
 class NDKL(GroupMetric):
-    """`ndkl` as a metric; as `MaxSkew`, without k and zero_count."""
+    """`ndkl` as a metric, with the arguments of `MaxSkew` except `k` and `zero_count`."""
 
-    about = "NDKL: KL of the groups' shares among the first i to the desired ones, discounted by log2(i + 1)."
+    about = "NDKL: KL of the groups' shares among the first i to the desired shares, discounted by log2(i + 1)."
     inputs = _SCORES
 
     def _compute(self, predictions: Any, groups: Any, **arguments: Any) -> dict[str, float]:
@@ -95,9 +95,9 @@ class NDKL(GroupMetric):
 
 
 class RetrievalParity(GroupMetric):
-    """`retrieval_parity_gap` as a metric; as `MaxSkew`, with k alone."""
+    """`retrieval_parity_gap` as a metric, with the arguments of `MaxSkew` except `desired` and `zero_count`."""
 
-    about = "Largest difference between groups in the probability to be in the top k, averaged over queries."
+    about = "Largest difference between groups in the probability of being in the top k, averaged over queries."
     inputs = _SCORES
 
     def _compute(self, predictions: Any, groups: Any, **arguments: Any) -> dict[str, float]:
@@ -107,10 +107,10 @@ class RetrievalParity(GroupMetric):
 class RetrievalOpportunity(GroupMetric):
     """`retrieval_opportunity_gap` as a metric: `compute(predictions=scores, references=relevant, groups=..., k=...)`.
 
-    A row is an image; `references` says whether it is what the query asks for, a list of it for Q queries.
+    Each row is an image; `references` contains whether it matches the query, or a list for Q queries.
     """
 
-    about = "Largest difference between groups in the probability of a relevant image to be in the top k."
+    about = "Largest difference between groups in the probability of a relevant image being in the top k."
     inputs = _SCORES_AND_TRUTH
 
     def _compute(self, predictions: Any, references: Any, groups: Any, **arguments: Any) -> dict[str, float]:

@@ -1,16 +1,15 @@
-"""How unevenly a model treats groups of images: MaxSkew@k, MinSkew@k, NDKL, and parity gaps.
+"""Fairness metrics of rankings and answers: MaxSkew@k, MinSkew@k, NDKL, and parity gaps.
 
-Published implementations differ in three things, so each is an argument here: the share that a group ought to have
-(`desired`), what a count of 0 becomes (`zero_count`), and k.
+Published implementations differ in three choices, so each is an argument here:
 
-- `desired`: "dataset", each group's share of all images (demographic parity in Berg et al.); "uniform", the same
-  share for each; or shares by group.
-- `zero_count`: the least count of a group in the top k, 0 or more. 1 as in the code of Berg et al.: a group that is
-  absent counts as one image, so that its skew is a number. 0 leaves it at minus infinity.
+- `desired`: the desired share of each group. "dataset" is the share of the group among all images (demographic parity
+  in Berg et al.), "uniform" is the same share for each group; or give shares by group.
+- `zero_count`: the smallest count of a group in the top k, >= 0. With 1, as in the code of Berg et al., an absent
+  group counts as one image, so that its skew is finite. With 0 its skew is minus infinity.
 - `k`: a number of images, or a share of them below 1 (rounded up).
 
-Images that tie are ranked in no order: a top k that ends among them holds each group's expected number, so that no
-result depends on the order of the rows.
+Tied images have no order: a top k that ends among them contains the expected number of each group, so that no result
+depends on the order of the rows.
 """
 
 from __future__ import annotations
@@ -22,18 +21,20 @@ from typing import Any
 
 import numpy as np
 
+from clip_po.validation import NOT_NEGATIVE, check_number
+
 Desired = str | Mapping[Any, float]
-"""The share that each group ought to have: "dataset", "uniform", or shares by group."""
+"""The desired share of each group: "dataset", "uniform", or shares by group."""
 
 
 @dataclass(frozen=True)
 class Rankings:
-    """Images in the order in which Q queries rank them.
+    """N images as ranked by Q queries.
 
     Attributes:
         order: Array [Q, N], the image at each rank.
-        group: Array [Q, N], the group of the image at each rank, 0..G-1; any other number is in no group.
-        tie: Array [Q, N]; images at ranks of the same number tie. None where no two do.
+        group: Array [Q, N], the group of the image at each rank, 0..G-1; any other number means no group.
+        tie: Array [Q, N]; images at ranks with the same number are tied. None if there are no ties.
         groups: Number G of groups.
     """
 
@@ -43,14 +44,14 @@ class Rankings:
     groups: int
 
     def counts(self, weights: np.ndarray | None = None) -> np.ndarray:
-        """How many images of each group are among the first i, for every i.
+        """Count the images of each group among the first i, for every i.
 
         Args:
-            weights: Array [N] of whole numbers, how often each image is there; None for once.
+            weights: Array [N] of whole numbers, how often each image is counted; None for once.
 
         Returns:
-            Array [Q, M, G] of counts among the first 1..M; M is N, or the sum of the weights. Among images that
-            tie, counts are expected ones.
+            Array [Q, M, G] of counts among the first 1..M; M is N, or the sum of the weights. Among tied images the
+            counts are expected values.
         """
         times = None if weights is None else weights[self.order]
         group = _repeat(self.group, times)
@@ -61,12 +62,12 @@ class Rankings:
 
 
 def _repeat(rows: np.ndarray, times: np.ndarray | None) -> np.ndarray:
-    # The weights of every row have one sum: all rows hold the same images.
+    # The weights of every row have the same sum: all rows contain the same images.
     return rows if times is None else np.repeat(rows.ravel(), times.ravel()).reshape(len(rows), -1)
 
 
 def _expected(counts: np.ndarray, tie: np.ndarray) -> np.ndarray:
-    """Counts [Q, M, G] that rise evenly from the start of each run of ties [Q, M] to its end."""
+    """Return counts [Q, M, G] that increase evenly from the start of each run of ties [Q, M] to its end."""
     queries, ranks, groups = counts.shape
     runs = (tie + np.arange(queries)[:, None] * (tie.max() + 1)).ravel()
     first, last = np.searchsorted(runs, runs, "left"), np.searchsorted(runs, runs, "right") - 1
@@ -81,11 +82,14 @@ def rank_images(scores: np.ndarray, group: np.ndarray, groups: int) -> Rankings:
 
     Args:
         scores: Array [Q, N] (or [N] for one query) of finite numbers.
-        group: Array [N] of group numbers, or [Q, N] where they depend on the query.
+        group: Array [N] of group numbers, or [Q, N] if they depend on the query.
         groups: Number of groups.
 
+    Returns:
+        The rankings of the Q queries.
+
     Raises:
-        ValueError: Scores that are not finite, no images, or groups of another number of images.
+        ValueError: If a score is not finite, there are no images, or there are not as many groups as images.
     """
     table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     if table.ndim != 2 or not table.size or group.shape[-1] != table.shape[1]:
@@ -94,7 +98,10 @@ def rank_images(scores: np.ndarray, group: np.ndarray, groups: int) -> Rankings:
             f"{group.shape[-1]} groups."
         )
     if not np.isfinite(table).all():
-        raise ValueError("The scores hold nan or infinity: the model is broken, or ran in too low a precision.")
+        raise ValueError(
+            "The scores contain nan or infinity: the model is broken, or its precision is too low. Load an earlier "
+            "checkpoint, or use float32."
+        )
     order = np.argsort(-table, axis=1, kind="stable")
     ranked = np.take_along_axis(table, order, axis=1)
     falls = np.diff(ranked, axis=1) < 0
@@ -103,7 +110,7 @@ def rank_images(scores: np.ndarray, group: np.ndarray, groups: int) -> Rankings:
 
 
 def number_groups(groups: Sequence[Any] | np.ndarray) -> tuple[list[Any], np.ndarray]:
-    """The groups that occur, sorted, and the number of each image's.
+    """Return the different groups, sorted, and the number of each image's group.
 
     Args:
         groups: N names or numbers.
@@ -112,7 +119,7 @@ def number_groups(groups: Sequence[Any] | np.ndarray) -> tuple[list[Any], np.nda
         G groups, and an array [N] of 0..G-1.
 
     Raises:
-        ValueError: There are fewer than two.
+        ValueError: If there are fewer than two groups.
     """
     names, number = np.unique(np.asarray(groups), return_inverse=True)
     if len(names) < 2:
@@ -121,22 +128,25 @@ def number_groups(groups: Sequence[Any] | np.ndarray) -> tuple[list[Any], np.nda
 
 
 def desired_shares(desired: Desired, names: Sequence[Any], sizes: np.ndarray) -> np.ndarray:
-    """The share that each group ought to have, Array [G].
+    """Return the desired share of each group.
 
     Args:
         desired: "dataset", "uniform", or positive shares by group that sum to 1.
         names: The G groups.
-        sizes: Array [G], how many images each has.
+        sizes: Array [G] of numbers of images.
+
+    Returns:
+        Array [G] of shares.
 
     Raises:
-        ValueError: None of the above; the message says which.
+        ValueError: If `desired` is none of these.
     """
     if isinstance(desired, Mapping):
         shares = np.array([desired.get(name, 0) for name in names], dtype=np.float64)
         if set(desired) != set(names) or not (shares > 0).all() or abs(shares.sum() - 1) > 1e-6:
             raise ValueError(
-                f"desired must give each of the groups {list(names)} a share above 0, and they must sum to 1, got "
-                f"{dict(desired)}."
+                f"desired must give each of the groups {list(names)} a share above 0, and the shares must sum to 1, "
+                f"got {dict(desired)}."
             )
         return shares
     if desired == "dataset":
@@ -147,54 +157,61 @@ def desired_shares(desired: Desired, names: Sequence[Any], sizes: np.ndarray) ->
 
 
 def top_k(k: float, images: int, desired: Desired = "uniform") -> int:
-    """The number of images that k means.
+    """Return the number of images for a k.
 
     Args:
-        k: A whole number from 1 on, or a share of the images between 0 and 1, which is rounded up.
+        k: A whole number >= 1, or a share of the images in (0, 1), which is rounded up.
         images: Number of images.
         desired: As for `desired_shares`.
 
+    Returns:
+        A whole number in 1..`images`.
+
     Raises:
-        ValueError: k is neither; or there are fewer images; or exactly as many, and the desired share is theirs.
+        ValueError: If k is neither, is greater than the number of images, or is equal to it with the desired share
+            "dataset".
     """
     if not (0 < k < 1 or (k >= 1 and float(k).is_integer())):
-        raise ValueError(f"k must be a whole number of images from 1 on, or a share of them below 1, got {k!r}.")
+        raise ValueError(f"k must be a whole number of images >= 1, or a share of them below 1, got {k!r}.")
     number = math.ceil(k * images) if k < 1 else int(k)
     if number > images:
-        raise ValueError(f"k is {number}, but there are only {images} images; give a smaller k.")
+        raise ValueError(f"k is {number}, but there are only {images} images. Give a smaller k.")
     if number == images and isinstance(desired, str) and desired == "dataset":
         raise ValueError(
-            f"k is {number}, all of the images: their shares are those of the data set, and with the desired share "
-            '"dataset" the skew would be 0 for any model. Give a smaller k, or the desired share "uniform".'
+            f'k is {number}, which is all images. With the desired share "dataset" the skew would be 0 for any model. '
+            'Give a smaller k, or the desired share "uniform".'
         )
     return number
 
 
 def skews(counts: np.ndarray, share: np.ndarray, zero_count: float = 1.0) -> np.ndarray:
-    """ln of each group's share of the top k over its desired share.
+    """Compute the logarithm of each group's share of the top k divided by its desired share.
 
     Args:
-        counts: Array [Q, G], how many of the top k are of each group.
+        counts: Array [Q, G] of counts of each group in the top k.
         share: Array [G] of desired shares.
-        zero_count: Lowest count, >= 0.
+        zero_count: Smallest count, >= 0.
 
     Returns:
         Array [Q, G], in nats; nan for a group whose desired share is 0.
 
+    Raises:
+        TypeError: If `zero_count` is not a number.
+        ValueError: If `zero_count` is negative or not finite.
+
     Source: Geyik et al. 2019, arXiv 1905.01989, Sec. 4.1 (skew@k).
     """
-    if not 0 <= zero_count < math.inf:
-        raise ValueError(f"zero_count must be a number from 0 on, got {zero_count!r}; 1 is usual.")
+    check_number("zero_count", zero_count, NOT_NEGATIVE, "1 is usual.")
     k = counts.sum(axis=-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.log(np.where(share > 0, np.maximum(counts, zero_count) / k / share, np.nan))
 
 
-def divergence(counts: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """KL of the shares among the first i to the desired ones, discounted by log2(i + 1), and normalized.
+def ndkl_per_query(counts: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Compute the KL of the shares among the first i to the desired shares, discounted by log2(i + 1), normalized.
 
     Args:
-        counts: Array [Q, M, G], as `Rankings.counts` makes them.
+        counts: Array [Q, M, G], as from `Rankings.counts`.
         share: Array [G] of desired shares.
 
     Returns:
@@ -211,14 +228,14 @@ def divergence(counts: np.ndarray, share: np.ndarray) -> np.ndarray:
 
 
 def rate_gaps(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Largest less smallest rate counts / sizes over the groups that have a size.
+    """Compute the difference of the largest and smallest rate counts / sizes over groups that are not empty.
 
     Args:
         counts: Array [Q, G].
         sizes: Array [G] or [Q, G].
 
     Returns:
-        Array [Q], 0..1; nan where fewer than two groups have a size.
+        Array [Q], 0..1; nan where fewer than two groups are not empty.
     """
     sizes = np.broadcast_to(sizes, counts.shape)
     there = sizes > 0
@@ -230,14 +247,14 @@ def rate_gaps(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def answer_counts(
     answers: np.ndarray, group: np.ndarray, classes: int, groups: int, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """How often each class was the answer for images of each group.
+    """Count how often each class is the answer for images of each group.
 
     Args:
-        answers: Array [N] of class numbers; negative ones are left out.
+        answers: Array [N] of class numbers; negative ones are not counted.
         group: Array [N] of group numbers.
         classes: Number C of classes.
         groups: Number G of groups.
-        weights: Array [N], how often each image is there; None for once.
+        weights: Array [N], how often each image is counted; None for once.
 
     Returns:
         Array [C, G].
@@ -248,7 +265,7 @@ def answer_counts(
 
 
 def mean(values: np.ndarray) -> float:
-    """The mean of the queries that have a value; nan where none has."""
+    """Return the mean of the values that are not nan; nan if all are."""
     there = values[~np.isnan(values)]
     return float(there.mean()) if len(there) else math.nan
 
@@ -260,17 +277,17 @@ def skew_at_k(
     desired: Desired = "dataset",
     zero_count: float = 1.0,
 ) -> dict[Any, np.ndarray]:
-    """Skew of every group in the top k of every query: above 0 where it is shown more often than it ought to be.
+    """Compute the skew of every group in the top k of every query: above 0 if the group is over-represented.
 
     Args:
-        scores: Array [Q, N], how well each image fits each query; or [N] for one query.
+        scores: Array [Q, N] of scores of images for each query; or [N] for one query.
         groups: The group of each image, names or numbers.
         k: Number of images, or share of them below 1.
         desired: "dataset", "uniform", or shares by group.
-        zero_count: What a count of 0 becomes, >= 0.
+        zero_count: Smallest count of a group, >= 0.
 
     Returns:
-        By group an array [Q], in nats.
+        Arrays [Q] by group, in nats.
 
     Raises:
         ValueError: As for `number_groups`, `rank_images`, `desired_shares` and `top_k`.
@@ -291,7 +308,7 @@ def max_skew(
     desired: Desired = "dataset",
     zero_count: float = 1.0,
 ) -> float:
-    """MaxSkew@k: the largest skew of a group, averaged over queries; 0 is fair. Arguments as for `skew_at_k`.
+    """Compute MaxSkew@k: the largest skew of a group, averaged over queries; 0 is fair. Arguments as for `skew_at_k`.
 
     Source: Geyik et al. 2019, arXiv 1905.01989, Sec. 4.1; on CLIP: Berg et al. 2022, arXiv 2203.11933, Sec. 3.
     """
@@ -305,7 +322,7 @@ def min_skew(
     desired: Desired = "dataset",
     zero_count: float = 1.0,
 ) -> float:
-    """MinSkew@k: the smallest skew of a group, averaged over queries; 0 is fair. Arguments as for `skew_at_k`.
+    """Compute MinSkew@k: the smallest skew of a group, averaged over queries; 0 is fair. Arguments as for `skew_at_k`.
 
     Source: Geyik et al. 2019, arXiv 1905.01989, Sec. 4.1.
     """
@@ -313,17 +330,17 @@ def min_skew(
 
 
 def ndkl(scores: np.ndarray, groups: Sequence[Any] | np.ndarray, desired: Desired = "dataset") -> float:
-    """NDKL of the whole ranking, averaged over queries; 0 is fair. Arguments as for `skew_at_k`.
+    """Compute the NDKL of the whole ranking, averaged over queries; 0 is fair. Arguments as for `skew_at_k`.
 
     Source: Geyik et al. 2019, arXiv 1905.01989, Sec. 4.1.
     """
     names, number = number_groups(groups)
     share = desired_shares(desired, names, np.bincount(number))
-    return mean(divergence(rank_images(scores, number, len(names)).counts(), share))
+    return mean(ndkl_per_query(rank_images(scores, number, len(names)).counts(), share))
 
 
 def retrieval_parity_gap(scores: np.ndarray, groups: Sequence[Any] | np.ndarray, k: float) -> float:
-    """Demographic parity of retrieval: how much P(in the top k | group) differs between groups, 0..1.
+    """Compute the demographic parity gap of retrieval: how much P(in the top k | group) differs, 0..1.
 
     Args:
         scores: Array [Q, N], or [N] for one query.
@@ -331,7 +348,7 @@ def retrieval_parity_gap(scores: np.ndarray, groups: Sequence[Any] | np.ndarray,
         k: Number of images, or share of them below 1.
 
     Returns:
-        Largest less smallest probability, averaged over queries; 0 is fair.
+        Difference of the largest and smallest probability, averaged over queries; 0 is fair.
 
     Raises:
         ValueError: As for `skew_at_k`.
@@ -346,16 +363,17 @@ def retrieval_parity_gap(scores: np.ndarray, groups: Sequence[Any] | np.ndarray,
 def retrieval_opportunity_gap(
     scores: np.ndarray, relevant: np.ndarray, groups: Sequence[Any] | np.ndarray, k: float
 ) -> float:
-    """Equal opportunity of retrieval: how much P(in the top k | relevant, group) differs between groups, 0..1.
+    """Compute the equal opportunity gap of retrieval: how much P(in the top k | relevant, group) differs, 0..1.
 
     Args:
         scores: Array [Q, N], or [N] for one query.
-        relevant: Array of truth values of the same shape: the image is what the query asks for.
+        relevant: Array of truth values of the same shape: whether the image matches the query.
         groups: The group of each image.
         k: Number of images, or share of them below 1.
 
     Returns:
-        Largest less smallest probability, averaged over queries for which at least two groups have relevant images.
+        Difference of the largest and smallest probability, averaged over queries for which at least two groups have
+        relevant images; 0 is fair.
 
     Raises:
         ValueError: As for `skew_at_k`.
@@ -369,14 +387,14 @@ def retrieval_opportunity_gap(
 
 
 def demographic_parity_gap(predictions: np.ndarray, groups: Sequence[Any] | np.ndarray) -> float:
-    """Demographic parity of classification: how much P(answer = class | group) differs between groups, 0..1.
+    """Compute the demographic parity gap of classification: how much P(answer = class | group) differs, 0..1.
 
     Args:
         predictions: Array [N] of classes, 0..C-1.
         groups: The group of each image.
 
     Returns:
-        Largest less smallest probability, averaged over the classes that were an answer.
+        Difference of the largest and smallest probability, averaged over the predicted classes; 0 is fair.
 
     Raises:
         ValueError: As for `number_groups`.
@@ -391,7 +409,7 @@ def demographic_parity_gap(predictions: np.ndarray, groups: Sequence[Any] | np.n
 def equal_opportunity_gap(
     predictions: np.ndarray, references: np.ndarray, groups: Sequence[Any] | np.ndarray
 ) -> float:
-    """Equal opportunity of classification: how much P(answer = class | class, group) differs between groups, 0..1.
+    """Compute the equal opportunity gap of classification: how much P(answer = class | class, group) differs, 0..1.
 
     Args:
         predictions: Array [N] of classes, 0..C-1.
@@ -399,7 +417,8 @@ def equal_opportunity_gap(
         groups: The group of each image.
 
     Returns:
-        Largest less smallest probability, averaged over the classes of which at least two groups have images.
+        Difference of the largest and smallest probability, averaged over classes for which at least two groups have
+        images; 0 is fair.
 
     Raises:
         ValueError: As for `number_groups`.

@@ -1,4 +1,4 @@
-"""Neutral queries by name: words and the prompts they stand in, apart."""
+"""Named lists of neutral queries: words, and the prompts for them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from pathlib import Path
 
 import yaml
 
+from clip_po.validation import check_template
+
 
 @dataclass(frozen=True)
 class Queries:
-    """What images are searched for.
+    """A list of search queries.
 
     Attributes:
         name: Name of the list.
         words: Q different words or phrases.
         templates: Prompts with one `{}` each for the word.
+
+    Raises:
+        TypeError: If a template is not a string.
+        ValueError: If there are no words, words are repeated, or a template does not contain exactly one `{}`.
     """
 
     name: str
@@ -25,44 +31,49 @@ class Queries:
     templates: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Refuse what is no list of queries."""
+        """Raise if the list is not valid."""
         if not self.words or len(set(self.words)) < len(self.words):
             raise ValueError(f"The queries {self.name!r} must be different texts, at least one, got {self.words}.")
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"Template {template!r} of the queries {self.name!r} must have exactly one {{}}.")
+        for position, template in enumerate(self.templates):
+            check_template(template, f"templates[{position}] of the queries {self.name!r}")
 
 
 def query_lists() -> list[str]:
-    """Names of the lists that come with the package."""
+    """Return the names of the lists in the package."""
     return sorted(Path(file.name).stem for file in files("clip_po").joinpath("assets", "queries").iterdir())
 
 
 def load_queries(name: str, templates: Sequence[str] | None = None) -> Queries:
-    """A list of the package, or one of your own.
+    """Load a list of queries of the package, or one of your own.
 
     Args:
-        name: One of `query_lists()`; a YAML file with `queries` and `templates`; or a text file, one query a line,
-            taken as it is.
-        templates: Prompts in the place of the list's; None for those.
+        name: One of `query_lists()`; a YAML file with `queries` and `templates`; or a text file with one query per
+            line, which is used unchanged.
+        templates: Prompts that replace those of the list; None to keep them.
+
+    Returns:
+        The queries.
 
     Raises:
-        ValueError: There is no such list, or it is not as it must be.
+        ValueError: If there is no such list, or it is not valid.
     """
     if name in query_lists():
         text, suffix = files("clip_po").joinpath("assets", "queries", f"{name}.yaml").read_text("utf-8"), ".yaml"
     elif Path(name).is_file():
         text, suffix = Path(name).read_text(encoding="utf-8"), Path(name).suffix
     else:
-        raise ValueError(f"There are no queries {name!r}: it is no file, and the package has {query_lists()}.")
+        raise ValueError(
+            f"There are no queries {name!r}: it is not a file, and the lists of the package are {query_lists()}. Give "
+            "one of them, or a file."
+        )
     if suffix not in (".yaml", ".yml"):
         words = tuple(line.strip() for line in text.splitlines() if line.strip())
         return Queries(Path(name).stem, words, tuple(templates or ("{}",)))
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no YAML ({error}).") from error
+        raise ValueError(f"{name} is not valid YAML ({error}). Fix it.") from error
     if not isinstance(found, dict) or set(found) != {"queries", "templates"}:
-        raise ValueError(f"{name} must have the keys queries and templates, each a list of texts; see docs/bias.md.")
+        raise ValueError(f"{name} must have the keys queries and templates, each a list of texts. See docs/bias.md.")
     words = tuple(str(word) for word in found["queries"] or ())
     return Queries(Path(name).stem, words, tuple(templates or found["templates"]))

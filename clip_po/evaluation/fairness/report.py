@@ -1,4 +1,4 @@
-"""How unevenly a CLIP treats groups of images, measured on data with attribute labels, with intervals."""
+"""The fairness report: all metrics of several models with intervals, and the level of a random ranking."""
 
 from __future__ import annotations
 
@@ -8,200 +8,30 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from datasets import Dataset
-from torch import Tensor
 
-from clip_po.data.images import read_images
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.fairness.metrics import (
     Desired,
     Rankings,
     answer_counts,
     desired_shares,
-    divergence,
     mean,
+    ndkl_per_query,
     number_groups,
     rank_images,
     rate_gaps,
     skews,
     top_k,
 )
-from clip_po.evaluation.suites.layouts import column_texts
-from clip_po.evaluation.zero_shot import CleanImages, class_embeddings, collect_answers
-from clip_po.policy import dual_encoder, encode_images, evaluating
 
 RESAMPLES = 200
+"""Default number of resamples. Each one ranks all images again, so it is lower than for other reports."""
+
 _CELLS_AT_ONCE = 4_000_000  # counts held in memory together: 32 MB
 
 
-def query_scores(
-    models: Mapping[str, Any],
-    processor: Any,
-    images: torch.utils.data.Dataset,
-    queries: Sequence[str],
-    templates: Sequence[str],
-    *,
-    pixels: str = "pixel_values",
-    batch_size: int = 64,
-    num_workers: int = 0,
-    accelerator: Accelerator | None = None,
-    disable_tqdm: bool = False,
-    title: str = "Fairness",
-) -> dict[str, np.ndarray]:
-    """How well images fit queries, by several models: each image is read, processed and embedded once.
-
-    Args:
-        models: CLIPModels, or PeftModels around one, by name. They share the processor.
-        processor: Their CLIPProcessor.
-        images: N items that hold pixels Tensor[3, H, W], such as `CleanImages` or `RobustnessImages`.
-        queries: Q different texts or class names.
-        templates: Prompts with one `{}` for the query, averaged as in `class_embeddings`; "{}" for it as it is.
-        pixels: Name of the pixels in an item: "typographic" for images with words of `RobustnessImages`.
-        batch_size: Images per batch and process, >= 1.
-        num_workers: Processes that read images.
-        accelerator: Shares the images out among its processes; every process gets the whole result.
-        disable_tqdm: Shows no progress bar.
-        title: Words before the progress bar.
-
-    Returns:
-        By model an array [Q, N] of cosines.
-
-    Raises:
-        ValueError: No models, or as for `class_embeddings` and `collect_answers`.
-    """
-    if not models:
-        raise ValueError("models is empty; give at least one model by its name.")
-    texts = {name: class_embeddings(model, processor, queries, templates) for name, model in models.items()}
-
-    def cosines(batch: dict[str, Tensor]) -> Tensor:
-        found = []
-        for name, model in models.items():
-            clip = dual_encoder(model)
-            embeds = encode_images(clip, batch[pixels].to(clip.device, clip.dtype)).float()
-            found.append((embeds @ texts[name].to(embeds).T).cpu())
-        return torch.cat(found, dim=1)
-
-    with evaluating(*models.values()):
-        table = collect_answers(
-            images,
-            cosines,
-            len(models) * len(queries),
-            batch_size,
-            num_workers,
-            accelerator,
-            disable_tqdm,
-            title,
-            torch.float32,
-        )
-    return dict(zip(models, np.split(table.T, len(models)), strict=True))
-
-
-def read_attribute(dataset: Dataset, attribute_column: str) -> np.ndarray:
-    """The attribute of every image as text, array [N]: class names, truth values, numbers or texts.
-
-    Raises:
-        ValueError: The column is missing, holds lists, or has fewer than two groups; or a row says nothing.
-    """
-    if attribute_column not in dataset.column_names:
-        raise ValueError(
-            f"attribute_column={attribute_column!r} is no column of the data set; it has {dataset.column_names}."
-        )
-    values = column_texts(dataset, attribute_column)
-    if any(isinstance(value, (list, dict)) for value in dataset.with_format(None)[attribute_column][:1]):
-        raise ValueError(f"Column {attribute_column!r} holds {values[0]}, expected one text or number an image.")
-    if "" in values:
-        raise ValueError(
-            f"Row {values.index('')}: {attribute_column!r} is empty ({values.count('')} rows are); take them out by "
-            "dataset.filter."
-        )
-    number_groups(values)
-    return np.array(values)
-
-
-def evaluate_fairness(
-    models: Mapping[str, Any],
-    processor: Any,
-    dataset: Dataset,
-    attribute_column: str,
-    queries: Sequence[str],
-    templates: Sequence[str] = ("{}",),
-    ks: Sequence[float] = (1000,),
-    *,
-    base: str | None = None,
-    labels: np.ndarray | None = None,
-    image_column: str = "image",
-    clusters: np.ndarray | None = None,
-    desired: Desired = "dataset",
-    zero_count: float = 1.0,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    accelerator: Accelerator | None = None,
-    disable_tqdm: bool = False,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> dict[str, dict[str, Estimate]]:
-    """Bias of several models on one data set: `query_scores` of its images, and `fairness_report` of these.
-
-    Args:
-        models: CLIPModels, or PeftModels around one, by name. They share the processor.
-        processor: Their CLIPProcessor.
-        dataset: One split with images and an attribute.
-        attribute_column: Column of the groups, as for `read_attribute`.
-        queries: As for `query_scores`.
-        templates: As for `query_scores`.
-        ks: As for `fairness_report`.
-        base: As for `fairness_report`.
-        labels: As for `fairness_report`.
-        image_column: Column of images.
-        clusters: As for `fairness_report`.
-        desired: As for `fairness_report`.
-        zero_count: As for `fairness_report`.
-        batch_size: As for `query_scores`.
-        num_workers: As for `query_scores`.
-        accelerator: As for `query_scores`.
-        disable_tqdm: As for `query_scores`.
-        resamples: As for `fairness_report`.
-        seed: As for `fairness_report`.
-
-    Returns:
-        Estimates by model and metric, as `fairness_report` names them.
-
-    Raises:
-        ValueError: As for `read_attribute`, `query_scores` and `fairness_report`.
-    """
-    groups = read_attribute(dataset, attribute_column)
-    for k in ks:  # before the models run
-        top_k(k, len(groups), desired)
-    images = CleanImages(read_images(dataset, image_column), image_column, processor)
-    scores = query_scores(
-        models,
-        processor,
-        images,
-        queries,
-        templates,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        accelerator=accelerator,
-        disable_tqdm=disable_tqdm,
-    )
-    return fairness_report(
-        scores,
-        groups,
-        ks,
-        base=base,
-        labels=labels,
-        clusters=clusters,
-        desired=desired,
-        zero_count=zero_count,
-        resamples=resamples,
-        seed=seed,
-    )
-
-
 class _Measure:
-    """All metrics of a model on images that are there any number of times."""
+    """All metrics of one model, on images that are each counted any number of times."""
 
     def __init__(
         self,
@@ -234,7 +64,7 @@ class _Measure:
             counts = rankings.counts(weights)
             asked = None if relevant is None else relevant.counts(weights)
             for k in self.ks:
-                # A resample of clusters may hold fewer images than k.
+                # A resample of clusters may contain fewer images than k.
                 last = min(k, counts.shape[1]) - 1
                 skew = skews(counts[:, last], share, self.zero_count)
                 found.setdefault(f"max_skew@{k}", []).append(np.nanmax(skew, axis=1))
@@ -243,7 +73,7 @@ class _Measure:
                 if asked is not None:
                     gaps = rate_gaps(asked[:, last], asked[:, -1])
                     found.setdefault(f"retrieval_opportunity_gap@{k}", []).append(gaps)
-            found.setdefault("ndkl", []).append(divergence(counts, share))
+            found.setdefault("ndkl", []).append(ndkl_per_query(counts, share))
         means = {name: mean(np.concatenate(parts)) for name, parts in found.items()}
         return means | self._classification(weights, sizes)
 
@@ -271,41 +101,41 @@ def fairness_report(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict[str, Estimate]]:
-    """Bias of several models with intervals over images, in nats or as a difference of probabilities.
+    """Compute the bias of several models with intervals over images, in nats or as a difference of probabilities.
 
     - max_skew@k, min_skew@k, ndkl: of retrieval, averaged over queries.
     - retrieval_parity_gap@k: largest difference between groups of P(in the top k | group).
-    - retrieval_opportunity_gap@k: the same of relevant images alone; with `labels`.
-    - demographic_parity_gap: largest difference of P(answer | group), where each image is given the query that fits
-      it best, averaged over queries.
-    - equal_opportunity_gap: the same of images for which that answer is right; with `labels`.
+    - retrieval_opportunity_gap@k: the same over relevant images only; with `labels`.
+    - demographic_parity_gap: largest difference between groups of P(answer | group), averaged over queries; the answer
+      for an image is the query that matches it best.
+    - equal_opportunity_gap: the same over images for which that answer is right; with `labels`.
     - <metric>_difference: metric - base metric, paired on the same images.
-    - <metric>_reduction: 100 (1 - metric / base metric), in percent; every metric is 0 where groups are treated alike.
+    - <metric>_reduction: 100 (1 - metric / base metric), in percent. Every metric is 0 if groups are treated alike.
 
-    None of them is a mean over images, so every resample of the images (or clusters) is ranked anew; the desired share
-    "dataset" is then that of the resample. A largest skew or gap is higher in a resample than in the data, by noise
-    alone. The interval leaves that out: it is the spread of the resamples, put around the value. How much of the value
-    itself is noise, `chance_level` says.
+    None of these metrics is a mean over images, so every resample of the images (or clusters) is ranked again; the
+    desired share "dataset" is then that of the resample. By noise alone, a largest skew or gap is higher in a resample
+    than in the data. The interval excludes this bias: it is the spread of the resamples, centered on the value. Use
+    `chance_level` to see how much of the value itself is noise.
 
     Args:
-        scores: By model an array [Q, N], as `query_scores` makes them; all of the same queries and images.
+        scores: Arrays [Q, N] by model, as from `query_scores`, all for the same queries and images.
         groups: N groups, as for `skew_at_k`.
         ks: Numbers of images, or shares of them below 1.
         base: Name of the model that the others are compared with; None for no differences.
-        labels: Array [N], the query 0..Q-1 that is right for each image, -1 for none; None where no query is right.
-        clusters: Array [N], what images have in common (subject, scene); None for every image on its own.
+        labels: Array [N] of the right query 0..Q-1 for each image, -1 for none; None if no query is right.
+        clusters: Array [N] that identifies related images (subject, scene); None if images are independent.
         desired: As for `skew_at_k`.
         zero_count: As for `skew_at_k`.
-        confidence: Probability that an interval is to cover, in (0, 1).
+        confidence: Coverage of the intervals, in (0, 1).
         resamples: Number of resamples; 0 for no intervals.
-        seed: Seed of the draws.
+        seed: Seed of the resamples.
 
     Returns:
         Estimates by model and metric.
 
     Raises:
-        ValueError: No models or ks, an unknown `base`, scores, labels or clusters of unequal lengths, or as for
-            `skew_at_k`.
+        ValueError: If there are no models or ks, `base` is unknown, scores, labels or clusters have different lengths,
+            or as for `skew_at_k`.
     """
     names, group = number_groups(groups)
     numbers = [top_k(k, len(group), desired) for k in ks]
@@ -313,7 +143,7 @@ def fairness_report(
     if not numbers or len(shapes) != 1 or any(len(shape) != 2 for shape in shapes):
         raise ValueError(f"Expected at least one k, and scores [Q, N] of each model, got {list(ks)} and {shapes}.")
     if base is not None and base not in scores:
-        raise ValueError(f"base is {base!r}, which is none of the models {list(scores)}.")
+        raise ValueError(f"base is {base!r}, which is none of the models {list(scores)}. Name one of them.")
     for called, rows in (("labels", labels), ("clusters", clusters)):
         if rows is not None and np.shape(rows) != group.shape:
             raise ValueError(
@@ -341,7 +171,7 @@ def fairness_report(
 
 
 def _resampled(images: int, clusters: np.ndarray | None, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image is drawn, `resamples` times."""
+    """Yield how often each image is drawn, `resamples` times."""
     _, member = np.unique(np.arange(images) if clusters is None else clusters, return_inverse=True)
     total = int(member.max()) + 1
     rng = np.random.default_rng(seed)
@@ -350,7 +180,7 @@ def _resampled(images: int, clusters: np.ndarray | None, resamples: int, seed: i
 
 
 def _compared(found: Mapping[str, dict[str, float]], base: str | None) -> dict[str, dict[str, float]]:
-    """The metrics of each model and, for all but the base, their difference and reduction."""
+    """Return the metrics of each model and, for all but the base, their difference and reduction."""
     result = {name: dict(metrics) for name, metrics in found.items()}
     for name, metrics in found.items():
         if base is None or name == base:
@@ -384,14 +214,14 @@ def chance_level(
     rankings: int = 200,
     seed: int = 0,
 ) -> dict[str, float]:
-    """What a model that ranks images at random gets: the noise in metrics whose ideal is 0.
+    """Compute the metrics of a model that ranks images at random: the noise in metrics whose ideal is 0.
 
     Args:
         groups: As for `fairness_report`.
         ks: As for `fairness_report`.
         desired: As for `fairness_report`.
         zero_count: As for `fairness_report`.
-        rankings: Number of random rankings that are averaged.
+        rankings: Number of random rankings to average.
         seed: Seed of the rankings.
 
     Returns:

@@ -1,10 +1,12 @@
-"""Bias by what is written: class prompts as queries, images with words, the written word as protected attribute.
+"""Bias by the written word: class prompts as queries, the word written on an image as the protected attribute.
 
-A query for "seven" that ranks images first which say seven, whatever they show, treats images by what is written on
-them, as another model may treat people by a group that the query does not name. Words are drawn at random, so every
-skew beyond three floors is the model's own: that of the same images without ink (noise of a ranking, at the same
-errors), that of the true labels (a word is never the image's own class, so that no ranking that is right shows all
-words alike), and that of a random order.
+If the query "seven" ranks images first that say seven, whatever they show, the model treats images by the word written
+on them, just as another model may treat people by a group that the query does not name. Words are drawn at random, so
+a skew above these three floors comes from the model:
+
+- clean images: the same images without ink (noise of a ranking with the same errors);
+- label oracle: the true labels (a word is never the image's own class, so even a perfect ranking has a skew);
+- random order.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from accelerate import Accelerator
 
 from clip_po.evaluation.bootstrap import Estimate, bootstrap_interval
 from clip_po.evaluation.fairness.metrics import retrieval_opportunity_gap
-from clip_po.evaluation.fairness.report import RESAMPLES, chance_level, fairness_report, query_scores
+from clip_po.evaluation.fairness.report import RESAMPLES, chance_level, fairness_report
+from clip_po.evaluation.fairness.scores import query_scores
 from clip_po.evaluation.interpolation import within
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.tables import format_estimate, format_table
 
 CLEAN_IMAGES, ORACLE, RANDOM = "clean images", "label oracle", "random order"
 FLOORS = (CLEAN_IMAGES, ORACLE, RANDOM)
-"""What is reported beside the models: how little skew the same images can have."""
+"""Rows of a report besides the models: the least skew that the same images can have."""
 
 _RANDOM_ORDERS = 20  # for each query
 
@@ -40,19 +43,19 @@ def written_word_scores(
     accelerator: Accelerator | None = None,
     disable_tqdm: bool = False,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """How well the images fit the prompt of each class, with words and without ink.
+    """Score the images against the prompt of each class, with the attack word and without.
 
     Args:
         models: CLIPModels, or PeftModels around one, by name. They share the processor of `images`.
         images: The images; with `keep_bytes` each is drawn only once.
-        templates: As for `query_scores`; the queries are the class names.
+        templates: As for `query_scores`. The queries are the class names.
         batch_size: As for `query_scores`.
         num_workers: As for `query_scores`.
         accelerator: As for `query_scores`.
-        disable_tqdm: Shows no progress bar.
+        disable_tqdm: Whether to hide the progress bar.
 
     Returns:
-        For "clean" and "typographic", by model, an array [C, N] of cosines.
+        For "clean" and "typographic", arrays [C, N] of cosine similarities by model.
 
     Raises:
         ValueError: As for `query_scores`.
@@ -76,7 +79,11 @@ def written_word_scores(
 
 
 def class_size(images: RobustnessImages) -> int:
-    """The number of images of the largest class: the smallest k at which a ranking that is right has no gap."""
+    """Return the number of images of the largest class: the smallest k at which a perfect ranking has no gap.
+
+    Args:
+        images: The images.
+    """
     return int(np.bincount(images.label).max())
 
 
@@ -89,34 +96,36 @@ def written_word_report(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict[str, Estimate]]:
-    """How much models and `FLOORS` rank by the written word, and what models cost on clean images.
+    """Compute how much models and `FLOORS` rank by the written word, and what models cost on clean images.
 
-    Models: all metrics of `fairness_report` on the images with words, with reductions against the base, and
+    Each model has all metrics of `fairness_report` on the images with words, with reductions against the base, and
 
-    - clean_accuracy, typographic_accuracy: shares of right answers, 0..1.
-    - clean_cost: 100 (base clean - clean), in percentage points, paired on the same images; not of the base.
+    - clean_accuracy, typographic_accuracy: accuracy on each variant, 0..1.
+    - clean_cost: 100 (base clean - clean), in percentage points, paired on the same images; not for the base.
 
-    Floors: the base on the images without ink, and an oracle that ranks every image of the class before all others,
-    at random within both, as for models; the mean of random orders without an interval. Their reductions are the
-    most that can be asked of a model.
+    The floors are the base on the images without ink; an oracle that ranks every image of the class before all others,
+    in random order within both; and the mean of random rankings, without an interval. The reductions of the floors are
+    the most that a model can reach.
 
     Args:
         scores: From `written_word_scores`.
-        images: The images that were scored; written words are the groups, clusters are resampled.
+        images: The scored images. The written words are the groups; the clusters are resampled.
         base: Name of the model that the others are compared with.
-        k: Number of images that are looked at; `class_size` where it is None.
+        k: Number of top-ranked images; None for `class_size(images)`.
         resamples: As for `fairness_report`.
-        seed: Seed of resamples, of the oracle's order and of random orders.
+        seed: Seed of the resamples, of the oracle's order and of the random rankings.
 
     Returns:
         Estimates by model or floor, and metric.
 
     Raises:
-        ValueError: `base` is no model, a model is called like a floor, or as for `fairness_report`.
+        ValueError: If `base` is not a model, a model has the name of a floor, or as for `fairness_report`.
     """
     clean, written = scores["clean"], scores["typographic"]
     if base not in written or set(FLOORS) & set(written):
-        raise ValueError(f"base must be one of the models {list(written)}, got {base!r}; none may be of {FLOORS}.")
+        raise ValueError(
+            f"base must be one of the models {list(written)}, got {base!r}. No model may have a name in {FLOORS}."
+        )
     k = class_size(images) if k is None else k
     relevant = images.label == np.arange(len(images.class_names))[:, None]
     oracle = relevant + np.random.default_rng(seed).random(relevant.shape) / 2
@@ -165,21 +174,21 @@ def _random_order(
 
 
 def least_biased(found: Mapping[Any, Mapping[str, Estimate]], metric: str, max_clean_cost: float) -> Any:
-    """The model of the lowest metric among those whose clean cost holds a bound by its value.
+    """Return the model with the lowest metric among those whose clean cost is within a bound.
 
     Args:
-        found: By any key the metrics of models, as from `written_word_report`, on validation images.
-        metric: Such as "ndkl".
-        max_clean_cost: The bound, in percentage points.
+        found: Metrics of models by any key, as from `written_word_report`, on validation images.
+        metric: Name of the metric, such as "ndkl".
+        max_clean_cost: The bound on the value of the clean cost, in percentage points.
 
     Returns:
-        The key. Where no model holds the bound, that of the lowest clean cost.
+        The key of the model. If no model is within the bound, the key of the lowest clean cost.
 
     Raises:
-        ValueError: `found` is empty.
+        ValueError: If `found` is empty.
     """
     if not found:
-        raise ValueError("found is empty; give the metrics of at least one model.")
+        raise ValueError("found is empty. Give the metrics of at least one model.")
     cost = {key: metrics["clean_cost"].value for key, metrics in found.items()}
     cheap = [key for key in found if within(cost[key], max_clean_cost)]
     if not cheap:
@@ -188,11 +197,11 @@ def least_biased(found: Mapping[Any, Mapping[str, Estimate]], metric: str, max_c
 
 
 def written_word_table(found: Mapping[str, Mapping[str, Estimate]], k: int) -> str:
-    """A report as a Markdown table: a row for each model and floor, with intervals in brackets.
+    """Format a report as a Markdown table: a row for each model and floor, with intervals in brackets.
 
     Args:
         found: From `written_word_report`.
-        k: The number of images that were looked at.
+        k: The number of top-ranked images of the report.
     """
     skew, gap = f"max_skew@{k}", f"retrieval_opportunity_gap@{k}"
     metrics = {
@@ -209,7 +218,7 @@ def written_word_table(found: Mapping[str, Mapping[str, Estimate]], k: int) -> s
 
 
 def _cell(metric: str, estimate: Estimate | None) -> Estimate | str | None:
-    """Percents with one decimal."""
+    """Return a percentage with one decimal, other metrics unchanged."""
     if estimate is None or not metric.endswith("_reduction"):
         return estimate
     return format_estimate(estimate, 1)

@@ -63,8 +63,8 @@ def changes(answers: Answers, before: str, after: str) -> dict[str, np.ndarray]:
     Raises:
         ValueError: If `answers` has no model of that name.
     """
-    was = answers.of(before)["typographic"] == answers.label
-    now = answers.of(after)["typographic"] == answers.label
+    was = answers.predictions_of(before)["typographic"] == answers.label
+    now = answers.predictions_of(after)["typographic"] == answers.label
     kinds = {"fixed": ~was & now, "still wrong": ~was & ~now, "newly broken": was & ~now}
     return {name: np.flatnonzero(chosen) for name, chosen in kinds.items()}
 
@@ -120,7 +120,7 @@ def choose_examples(answers: Answers, before: str, after: str, count: int = 12, 
     for name in CHANGES:
         taken[name] += min(count - sum(taken.values()), len(pools[name]) - taken[name])
     names = answers.class_names
-    predicted = {model: answers.of(model)["typographic"] for model in (before, after)}
+    predicted = {model: answers.predictions_of(model)["typographic"] for model in (before, after)}
     return [
         Example(
             index=int(index),

@@ -1,4 +1,4 @@
-"""report.json: one schema for the numbers of every command."""
+"""report.json: one schema for the results of every command."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clip_po.atomic_write import atomic_write
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.hub.redaction import redacted
 
@@ -34,30 +35,31 @@ def write_report(
     data: Mapping[str, Any] | None = None,
     seconds: float | None = None,
 ) -> Path:
-    """Write report.json: the numbers, and what is needed to get them again.
+    """Write report.json: the results, and everything needed to reproduce them.
 
-    The file appears whole or not at all. Numbers that are undefined become null. The value of every setting
-    whose name contains "token" is replaced, at any depth, and so is a Hub token in any text.
+    The file is written whole or not at all. Undefined numbers become null. The value of every setting whose name
+    contains "token" is replaced, at any depth, and so is a Hub token in any text.
 
     Args:
-        path: The file; missing folders are made.
+        path: The file. Missing folders are created.
         command: Name of the command that measured, such as "evaluate".
         models: Estimates by model and metric.
-        settings: Arguments of the command, of any types; what JSON can't hold becomes text.
-        data: Names, sizes, fingerprints of the data.
+        settings: Arguments of the command, of any types; values that JSON does not support become text.
+        data: Names, sizes and fingerprints of the data.
         seconds: Duration of the command.
 
     Returns:
         The path.
 
     Raises:
-        TypeError: A metric is no Estimate.
+        TypeError: If a metric is not an `Estimate`.
+        OSError: If the file is not writable.
     """
     for model, metrics in models.items():
         for metric, estimate in metrics.items():
             if not isinstance(estimate, Estimate):
                 raise TypeError(
-                    f"{metric} of {model} is {estimate!r}, expected an Estimate; wrap a bare number as "
+                    f"{metric} of {model} is {estimate!r}, expected an Estimate. Wrap a bare number as "
                     "Estimate(value)."
                 )
     report = {
@@ -79,60 +81,54 @@ def write_report(
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Write a JSON file whole or not at all; undefined numbers become null, unknown objects text.
+    """Write a JSON file whole or not at all. Undefined numbers become null, unknown objects become text.
 
     Args:
-        path: The file; missing folders are made.
-        value: What it holds.
+        path: The file. Missing folders are created.
+        value: The content.
 
     Returns:
         The path.
+
+    Raises:
+        OSError: If the file is not writable.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(_plain(value), file, indent=2, allow_nan=False, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
+        json.dump(_plain(value), file, indent=2, allow_nan=False, ensure_ascii=False)
+        file.write("\n")
+    return Path(path)
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A report.json, its version checked.
+    """Read a report.json and check its version.
 
     Args:
         path: The file.
 
     Returns:
-        The report as it stands in the file; `report_estimates` makes estimates of its numbers.
+        The report as in the file; `report_estimates` converts its numbers to estimates.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no report of clip_po, or of a version that this one can't read.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a report of clip_po, or its version is not supported.
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); give a report.json that clip-po wrote.") from error
+        raise ValueError(f"{path} is not valid JSON ({error}). Give a report.json written by clip-po.") from error
     version = report.get("schema_version") if isinstance(report, dict) else None
     if version is None:
-        raise ValueError(f"{path} has no schema_version; give a report.json that clip-po wrote.")
+        raise ValueError(f"{path} has no schema_version. Give a report.json written by clip-po.")
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema_version {version!r} (written by clip_po {report.get('clip_po_version')}), "
-            f"this clip_po reads {SCHEMA_VERSION}. Install the version that wrote it, or run the command again."
+            f"but this clip_po reads {SCHEMA_VERSION}. Install the version that wrote it, or run the command again."
         )
     return report
 
 
 def report_estimates(report: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
-    """The numbers of a report by model and metric; null becomes nan.
+    """Return the estimates of a report by model and metric; null becomes nan.
 
     Args:
         report: From `read_report`.
@@ -147,7 +143,7 @@ def report_estimates(report: Mapping[str, Any]) -> dict[str, dict[str, Estimate]
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's own types: nan and infinities as null, unknown objects as text."""
+    """Return the value in JSON types: nan and infinities as null, unknown objects as text."""
     if isinstance(value, Enum):
         return _plain(value.value)
     if value is None or isinstance(value, (bool, int)):

@@ -1,4 +1,4 @@
-"""What a report says, in words and for a model card."""
+"""Summaries of a report: sentences for its page, and Markdown for a model card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clip_po.evaluation.robustness import robustness_table
 from clip_po.evaluation.tables import format_estimate, format_number
 
 Found = Mapping[str, Mapping[str, Estimate]]
-"""Estimates by model and metric, as `report_estimates` gives them."""
+"""Estimates by model and metric, as from `report_estimates`."""
 
 MEANINGS: Mapping[str, str] = {
     "clean_accuracy": "right answers on the images without words",
@@ -25,7 +25,7 @@ MEANINGS: Mapping[str, str] = {
     "recovery": "share of the accuracy lost to the words that was won back: 0 none, 1 all",
     "clean_cost": "clean accuracy lost against the base, in percentage points",
 }
-"""What the columns of `robustness_table` say, in a line each."""
+"""Meanings of the columns of `robustness_table`, one line each."""
 
 MEASUREMENT_SETTINGS = (
     "base_model_name_or_path",
@@ -43,14 +43,14 @@ MEASUREMENT_SETTINGS = (
     "chosen",
     "seed",
 )
-"""Settings of a measurement that a model card repeats."""
+"""Settings of a measurement that a model card lists."""
 
 _UNSET = ("not set", "none")
 _HARD = "\N{NO-BREAK SPACE}"
 
 
 def markdown_summary(report: Mapping[str, Any]) -> str:
-    """What was measured, for a model card: the table, what it was measured on, and the settings that matter.
+    """Summarize a report for a model card: the table, the data, and the important settings.
 
     Args:
         report: From `read_report`.
@@ -82,7 +82,7 @@ def measured_table(folder: Path) -> str | None:
 
 
 def base_of(found: Found) -> str | None:
-    """The model that the others are compared with: the one without a recovery; None where none has any.
+    """Return the model that the others are compared with: the one without a recovery; None if no model has one.
 
     Args:
         found: Estimates of the report.
@@ -92,11 +92,11 @@ def base_of(found: Found) -> str | None:
 
 
 def headline_of(report: Mapping[str, Any], found: Found) -> str:
-    """The model to tell of: the `chosen` one of the settings, else the one with the highest recovery, else the last.
+    """Return the model of the headline: `chosen` in the settings, else the highest recovery, else the last model.
 
     Args:
         report: From `read_report`.
-        found: Its estimates, of one model at least.
+        found: Its estimates, for at least one model.
     """
     chosen = (report.get("settings") or {}).get("chosen")
     if chosen in found:
@@ -107,17 +107,17 @@ def headline_of(report: Mapping[str, Any], found: Found) -> str:
 
 
 def data_name(data: Mapping[str, Any]) -> str:
-    """Name and split of the data; empty where the report names none.
+    """Return the name and split of the data; empty if the report has no name.
 
     Args:
-        data: Of the report.
+        data: The data section of the report.
     """
     name, split = data.get("name"), data.get("split")
     return f"{last_part(str(name))}{f' ({split})' if split else ''}" if name else ""
 
 
 def last_part(path: str) -> str:
-    """The last part of a path from the root; a Hub id or any other text as it is.
+    """Return the last part of an absolute path; a Hub id or any other text unchanged.
 
     Args:
         path: A path or name.
@@ -126,10 +126,10 @@ def last_part(path: str) -> str:
 
 
 def sentence(settings: Mapping[str, Any], found: Found, base: str | None, model: str) -> str:
-    """What came out for one model, in two sentences with intervals that no line breaks apart.
+    """Describe the result of one model in two sentences; no line break separates a number from its interval.
 
     Args:
-        settings: Of the report.
+        settings: The settings of the report.
         found: Its estimates.
         base: From `base_of`.
         model: From `headline_of`.
@@ -146,7 +146,7 @@ def sentence(settings: Mapping[str, Any], found: Found, base: str | None, model:
     lead = "Recovery"
     if len(others) > 1:
         chosen = settings.get("chosen") == model
-        # The best of several on the images that it was picked on looks better than it is.
+        # The best of several models looks better than it is on the images that it was picked on.
         lead = f"{model}, {'the one chosen' if chosen else 'picked on these very images as the best'} of {len(others)}"
         lead += ": recovery"
     defined = math.isfinite(now["recovery"].value)
@@ -166,12 +166,12 @@ def _price(cost: Estimate) -> str:
 
 
 def _short(estimate: Estimate) -> str:
-    """A share in a sentence, its interval on the same line."""
+    """Format a share for a sentence, with its interval on the same line."""
     return format_estimate(estimate, digits_of(estimate)).replace(" ", _HARD)
 
 
 def digits_of(share: Estimate) -> int:
-    """Decimals at which a share is told: two, or three where two would show almost nothing.
+    """Return the number of decimals of a share: two, or three if two would show almost nothing.
 
     Args:
         share: 0..1.
@@ -180,11 +180,11 @@ def digits_of(share: Estimate) -> int:
 
 
 def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Every value as text, under the names that lead to it, joined by dots.
+    """Yield every value as text, with its path of names joined by dots.
 
     Args:
-        values: Of a report, nested or not.
-        above: What the names begin with.
+        values: Values of a report, nested or not.
+        above: Prefix of the names.
     """
     for name, value in values.items():
         path = f"{above}{name}"
@@ -205,7 +205,7 @@ def _text(value: Any) -> str:
 
 
 def _without_folders(name: str, text: str) -> str:
-    """A setting as the world may read it: files and folders of this machine by their last part."""
+    """Return a setting for publication: local files and folders are reduced to their last part."""
     return ", ".join(map(last_part, text.split(", "))) if name.endswith(("fonts", "path")) else text
 
 

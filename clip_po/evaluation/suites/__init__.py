@@ -1,4 +1,4 @@
-"""The field's data sets in their authors' layouts."""
+"""The field's evaluation datasets, in the layouts of their authors."""
 
 import lazy_loader
 

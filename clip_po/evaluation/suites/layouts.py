@@ -1,7 +1,7 @@
-"""Photographs with words in them, in the layouts in which their authors publish them.
+"""Loaders of photographs with words, in the layouts of their authors.
 
-Every loader returns the columns `image`, `label` (ClassLabel over the pinned candidate set) and `word` (what is
-written, "" for nothing).
+Every loader returns the columns `image`, `label` (ClassLabel over the fixed candidate set) and `word` (the written
+word, "" for none).
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ _NAME = re.compile(r"label=(?P<label>.+?)_text=(?P<word>.+?)(?:_\d+| ?\(\d+\))?"
 
 
 def load_file_names(folder: Path, class_names: Sequence[str] | None = None) -> Dataset:
-    """Photographs whose names say it all: `label=dog_text=cat.png` is a dog with "cat" written on it.
+    """Load photographs with labels in their file names: `label=dog_text=cat.png` is a dog with the word "cat".
 
-    The layout of RTA-100 and of the typographic photographs of PAINT. Images may lie in subfolders. Underscores
-    within a label or word are spaces; a number at the end (`_2` or `(2)`) tells apart photographs of the same pair.
+    This is the layout of RTA-100 and of the typographic photographs of PAINT. Images may be in subfolders. Underscores
+    in a label or word are spaces; a number at the end (`_2` or `(2)`) distinguishes photographs of the same pair.
 
     Args:
-        folder: Where the authors' archive was unpacked.
-        class_names: The candidate set; None for all labels and words of the folder, sorted.
+        folder: The unpacked archive of the authors.
+        class_names: The candidate set; None for all labels and words in the folder, sorted.
 
     Returns:
-        One row an image, sorted by path.
+        One row per image, sorted by path.
 
     Raises:
-        ValueError: There are no images, or one has another name, or is a link out of the folder; or a label is no
+        ValueError: If there are no images, a file has another name or is a link out of the folder, or a label is not a
             candidate. The message names the file.
 
-    Source: Ilharco et al. 2022, arXiv 2208.05592; Azuma and Matsui 2023, arXiv 2304.04512: the names of the
-    files in what they published.
+    Source: file names in the archives of Ilharco et al. 2022, arXiv 2208.05592, and Azuma and Matsui 2023, arXiv
+    2304.04512.
     """
     check_links(folder)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not _hidden(path))
     if not files:
         raise ValueError(
-            f"{folder} holds no images (files that end in {', '.join(IMAGE_SUFFIXES)}). Unpack the authors' archive "
-            "there: its files have names such as label=dog_text=cat.png."
+            f"{folder} contains no images (files ending in {', '.join(IMAGE_SUFFIXES)}). Unpack the archive of the "
+            "authors there. Its files have names such as label=dog_text=cat.png."
         )
     rows = []
     for file in files:
         match = _NAME.fullmatch(file.stem)
         if match is None:
             raise ValueError(
-                f"The name of {file} does not say what is on it, expected label=<object>_text=<word>, such as "
-                "label=dog_text=cat.png. Rename the file, or take it out of the folder."
+                f"The name of {file} has no label and word, expected label=<object>_text=<word>, such as "
+                "label=dog_text=cat.png. Rename the file, or remove it from the folder."
             )
         label, word = (match[part].replace("_", " ").strip() for part in ("label", "word"))
         rows.append((str(file), label, word, str(file)))
@@ -66,30 +66,30 @@ def load_file_names(folder: Path, class_names: Sequence[str] | None = None) -> D
 
 
 def _hidden(path: Path) -> bool:
-    # What macOS adds to an archive looks like an image by its name alone.
+    # Files that macOS adds to an archive have names like those of images.
     return path.name.startswith(".") or "__MACOSX" in path.parts
 
 
 def load_annotation(folder: Path, class_names: Sequence[str] | None = None) -> Dataset:
-    """Photographs with one JSON file that says what is on each.
+    """Load photographs that are annotated in one JSON file.
 
-    The layout of Disentangling: `annotations.json` (or `annotation.json`) maps the name of a file to its "true
-    object" and "typographic attack label"; the images lie in `images` beside it or beside it themselves; the
-    keys of `classes.json`, where there is one, are the candidate set.
+    This is the layout of Disentangling: `annotations.json` (or `annotation.json`) maps file names to a "true object"
+    and a "typographic attack label". The images are in the same folder, or in its subfolder `images`. The keys of
+    `classes.json`, if there is one, are the candidate set.
 
     Args:
-        folder: Where the authors' files are; they may lie in one subfolder of it.
+        folder: Folder of the authors' files, or one with a subfolder of these files.
         class_names: The candidate set; None for that of `classes.json`, or else all labels and words, sorted.
 
     Returns:
-        One row an image, in the order of the annotation.
+        One row per image, in the order of the annotation.
 
     Raises:
-        ValueError: There is no annotation, or it can't be read; an image has no "true object" or "typographic
-            attack label", its path leaves the folder, or it is not there; a label is no candidate. The message
+        ValueError: If there is no annotation or it is not readable, an image has no "true object" or "typographic
+            attack label", its path leaves the folder or does not exist, or a label is not a candidate. The message
             names the file.
 
-    Source: Materzynska et al. 2022, arXiv 2206.07835: the files that they published.
+    Source: files published by Materzynska et al. 2022, arXiv 2206.07835.
     """
     check_links(folder)
     file = next(
@@ -97,12 +97,17 @@ def load_annotation(folder: Path, class_names: Sequence[str] | None = None) -> D
         None,
     )
     if file is None:
-        raise ValueError(f"{folder} holds no {' or '.join(ANNOTATION_FILES)}. Give the folder as its authors ship it.")
+        raise ValueError(
+            f"{folder} contains no {' or '.join(ANNOTATION_FILES)}. Give the folder as published by its authors."
+        )
     annotation = _read_json(file)
     if isinstance(annotation, list) and all(isinstance(part, dict) for part in annotation):
         annotation = {name: value for part in annotation for name, value in part.items()}
     if not isinstance(annotation, dict) or not annotation:
-        raise ValueError(f"{file} must map the names of images to what is on them, and name at least one.")
+        raise ValueError(
+            f"{file} must map the names of images to their labels and words, with at least one image. Give the file "
+            "as published by its authors."
+        )
     rows = []
     for name, found in annotation.items():
         label, word = (
@@ -112,12 +117,15 @@ def load_annotation(folder: Path, class_names: Sequence[str] | None = None) -> D
         if not isinstance(label, str) or not isinstance(word, str):
             raise ValueError(
                 f'{file}: the annotation of {name!r} is {found!r}, expected texts for "true object" and "typographic '
-                'attack label". Mend it, or take the image out.'
+                'attack label". Fix it, or remove the image.'
             )
         check_inside(name, str(file))
         image = next((p for p in (file.parent / "images" / name, file.parent / name) if p.is_file()), None)
         if image is None:
-            raise ValueError(f"{file} names {name!r}, but there is no such image beside it or in its folder images.")
+            raise ValueError(
+                f"{file} names {name!r}, but there is no such image in its folder or in the subfolder images. Add the "
+                "image, or remove the entry."
+            )
         rows.append((str(image), label, word, name))
     classes = file.with_name(CLASSES_FILE)
     if class_names is None and classes.is_file():
@@ -129,7 +137,7 @@ def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); give it as its authors ship it.") from error
+        raise ValueError(f"{file} is not valid JSON ({error}). Give it as published by its authors.") from error
 
 
 def load_columns(
@@ -141,24 +149,24 @@ def load_columns(
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Photographs with a column for what they show and one for what is written on them.
+    """Load photographs with one column for the label and one for the written word.
 
-    The layout of SCAM, and of whatever else is on the Hub.
+    This is the layout of SCAM, and of other datasets on the Hub.
 
     Args:
         source: Hub id, or a local copy of any kind that `load_split` reads.
         class_names: The candidate set; None for all labels and words of the rows, sorted.
         split: Name of the split.
         config: Name of the configuration.
-        columns: Names of the columns `image`, `label` and `word`, where they are called otherwise.
-        where: Keep the rows that have these values in these columns, such as {"type": "NoSCAM"}.
+        columns: Names of the columns `image`, `label` and `word`, if they differ.
+        where: Keep only rows with these values in these columns, such as {"type": "NoSCAM"}.
 
     Returns:
-        The rows that were kept, in their order.
+        The kept rows, in their order.
 
     Raises:
-        ValueError: It can't be loaded, a column is missing, no row is kept, or a label is no candidate; the
-            message names the row.
+        ValueError: If the dataset is not loadable, a column is missing, no row is kept, or a label is not a candidate;
+            the message names the row.
     """
     dataset = load_split(str(source), split, config).with_format(None)
     named = {name: (columns or {}).get(name, name) for name in ("image", "label", "word")}
@@ -180,7 +188,12 @@ def load_columns(
 
 
 def column_texts(dataset: Dataset, column: str) -> list[str]:
-    """The values of a column as texts: a ClassLabel by its names, None as ""."""
+    """Return the values of a column as texts: a ClassLabel by its names, None as "".
+
+    Args:
+        dataset: One split.
+        column: Name of the column.
+    """
     feature = dataset.features[column]
     values = list(dataset.with_format(None)[column])
     if isinstance(feature, ClassLabel):
@@ -189,7 +202,7 @@ def column_texts(dataset: Dataset, column: str) -> list[str]:
 
 
 def _photographs(rows: Sequence[tuple[str, str, str, str]], class_names: Sequence[str] | None) -> Dataset:
-    """A Dataset of (path, label, word, what messages call it)."""
+    """Return a Dataset of rows (path, label, word, name in messages)."""
     paths, labels, words, called = (list(column) for column in zip(*rows, strict=True))
     names = _candidates(labels, words, class_names)
     encoded = [_number(label, names, os.path.basename(name)) for label, name in zip(labels, called, strict=True)]
@@ -208,7 +221,7 @@ def _number(label: str, names: Sequence[str], called: str) -> int:
     if label not in names:
         some = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         raise ValueError(
-            f"The object of {called} is {label!r}, which is none of the {len(names)} candidates ({some}). Mend the "
+            f"The label of {called} is {label!r}, which is none of the {len(names)} candidates ({some}). Fix the "
             "class names of the entry."
         )
     return names.index(label)
@@ -219,4 +232,4 @@ LAYOUTS: Mapping[str, Callable[..., Dataset]] = {
     "annotation": load_annotation,
     "columns": load_columns,
 }
-"""What a suite's entry can name as its layout, for photographs with words."""
+"""Layouts of photographs with words, by their names in a suite."""

@@ -1,4 +1,4 @@
-"""Photographs with words in them, and without: what models say they show."""
+"""Zero-shot accuracy on photographs with words and without, among several candidate sets."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_ans
 from clip_po.policy import evaluating
 
 CANDIDATES = ("all", "labels", "pair")
-"""Candidate sets: labels and words, labels alone, or each image's label and word alone."""
+"""Candidate sets: all labels and words, labels only, or the label and word of each image."""
 
 VARIANTS = ("typographic", "clean")
-"""What photographs show: words, or the same objects without."""
+"""Photographs with words, or of the same objects without."""
 
 
 def candidate_sets(dataset: Dataset, kinds: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The texts among which images of photographs with words are classified, by kind.
+    """Return the texts among which photographs with words are classified, by kind.
 
     Args:
-        dataset: All rows, as a loader of `LAYOUTS` returns them: a part of them may lack candidates.
-        kinds: Some of `CANDIDATES`. "all" is the ClassLabel's names; "labels" those that are the label of a row; for
-            "pair" each image has two of the texts returned: its label and its word.
+        dataset: All rows, as from a loader of `LAYOUTS`; a sample may lack candidates.
+        kinds: Some of `CANDIDATES`. "all" are the names of the ClassLabel; "labels" are the names that label a row;
+            with "pair" each image has two of the returned texts, its label and its word.
+
+    Returns:
+        Texts by kind.
     """
     names = tuple(dataset.features["label"].names)
     labels, words = column_texts(dataset, "label"), column_texts(dataset, "word")
@@ -58,36 +61,37 @@ def ask_photographs(
     disable_tqdm: bool = False,
     title: str = "Photographs",
 ) -> dict[str, Answers]:
-    """Ask several models what photographs show, among each candidate set, in one pass over the images.
+    """Classify photographs among each candidate set with several models, in one pass over the images.
 
     Args:
         models: CLIPModels, or PeftModels around one, by name. They share the processor.
-        processor: Their CLIPProcessor.
+        processor: CLIPProcessor of the models.
         dataset: Columns `image`, `label` (ClassLabel) and, for photographs with words, `word`.
-        candidates: From `candidate_sets`. Of a pair, the word is answered where both are equally near.
+        candidates: From `candidate_sets`. If both texts of a pair are equally near, the answer is the word.
         templates: Prompts with one `{}`, as for `class_embeddings`.
-        variant: One of `VARIANTS`: what the images are called in the answers.
+        variant: One of `VARIANTS`, the name of the images in the answers.
         batch_size: Images per batch and process, >= 1.
-        num_workers: Processes that read images.
-        accelerator: Shares the images out among its processes; every process gets all answers.
-        disable_tqdm: Shows no progress bar.
-        title: Words before the progress bar.
+        num_workers: Number of worker processes that read images, >= 0.
+        accelerator: Divides the images among its processes; every process gets all answers.
+        disable_tqdm: Whether to hide the progress bar.
+        title: Label of the progress bar.
 
     Returns:
-        Answers by kind of candidate set. Their `word` is -1 where the written word is no candidate.
+        Answers by kind of candidate set. Their `word` is -1 if the written word is not a candidate.
 
     Raises:
-        ValueError: No models, no candidate sets, or a label that is no candidate; as for `class_embeddings`.
+        ValueError: If there are no models or no candidate sets, a label is not a candidate, or as for
+            `class_embeddings`.
     """
     if not models or not candidates:
-        raise ValueError("models and candidates must each name at least one.")
+        raise ValueError("models and candidates are empty. Give at least one model and one candidate set by name.")
     texts = list(dict.fromkeys(text for names in candidates.values() for text in names))
     place = {text: number for number, text in enumerate(texts)}
     labels = column_texts(dataset, "label")
     words = column_texts(dataset, "word") if "word" in dataset.column_names else [""] * len(dataset)
     missing = set(labels) - set(texts)
     if missing:
-        raise ValueError(f"The labels {sorted(missing)[:5]} are no candidates; give the candidate sets of all rows.")
+        raise ValueError(f"The labels {sorted(missing)[:5]} are not candidates. Give the candidate sets of all rows.")
     label = np.array([place[text] for text in labels], dtype=np.int64)
     word = np.array([place.get(text, -1) for text in words], dtype=np.int64)
     allowed = {kind: torch.tensor([text in set(names) for text in texts]) for kind, names in candidates.items()}
@@ -117,7 +121,7 @@ def ask_photographs(
         ).reshape(len(dataset), len(models), len(candidates))
     found = {}
     for column, kind in enumerate(candidates):
-        # Every image of a pair has its word among its two candidates.
+        # In a pair, the word of the image is always one of the two candidates.
         is_candidate = np.array([number >= 0 and bool(allowed[kind][number]) for number in word])
         predicted = {name: {variant: table[:, position, column]} for position, name in enumerate(models)}
         rows = np.arange(len(dataset))
@@ -126,7 +130,7 @@ def ask_photographs(
 
 
 def _nearer(logits: Tensor, label: Tensor, word: Tensor) -> Tensor:
-    # Where nothing is written there is no second candidate: the label stands in for it.
+    # Without a written word there is no second candidate; the label replaces it.
     other = torch.where(word >= 0, word, label)
     two = logits.gather(1, torch.stack([label, other], dim=1))
     return torch.where(two[:, 0] > two[:, 1], label, other)
@@ -154,18 +158,18 @@ def accuracy_report(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Accuracy of one model on images of one variant, and against a base paired on the same images.
+    """Compute the accuracy of one model on one variant of images; against a base, paired on the same images.
 
     - <variant>_accuracy: share of right answers, 0..1.
-    - fooled: share answered by the written word, among images whose word is a candidate other than the label,
-      0..1; for typographic images only, nan where no word is.
+    - fooled: share of images classified as the written word, among those whose word is a candidate other than the
+      label, 0..1; for typographic images only; nan if there are none.
     - difference: 100 (accuracy - base accuracy), in percentage points.
 
     Args:
         answers: From `ask_photographs`, or from `evaluate_robustness`.
         model: Name of the model.
         base: Name of the model before alignment; None, or the model itself, for no difference.
-        variant: Which images.
+        variant: Name of the images in the answers.
         confidence: As for `bootstrap_interval`.
         resamples: As for `bootstrap_interval`.
         seed: As for `bootstrap_interval`.
@@ -174,16 +178,16 @@ def accuracy_report(
         Estimates by metric, in the order above.
 
     Raises:
-        ValueError: A model of that name was not asked.
+        ValueError: If there are no answers of the model or the base.
     """
-    got = answers.of(model)[variant]
+    got = answers.predictions_of(model)[variant]
     attacked = (answers.word >= 0) & (answers.word != answers.label)
     columns = {"right": got == answers.label, "attacked": attacked, "fooled": attacked & (got == answers.word)}
     metrics: dict[str, Statistic] = {f"{variant}_accuracy": lambda means: means["right"]}
     if variant == "typographic":
         metrics["fooled"] = lambda means: means["fooled"] / means["attacked"]
     if base is not None and base != model:
-        columns["base"] = answers.of(base)[variant] == answers.label
+        columns["base"] = answers.predictions_of(base)[variant] == answers.label
         metrics["difference"] = lambda means: 100 * (means["right"] - means["base"])
     return {
         name: bootstrap_interval(statistic, columns, answers.cluster, confidence, resamples, seed)
@@ -201,13 +205,13 @@ def mean_report(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """The mean accuracy over data sets, each counting once, whatever its size.
+    """Compute the mean accuracy over datasets; each dataset counts once, whatever its size.
 
     - mean_accuracy: mean of the accuracies, 0..1.
-    - mean_difference: 100 (mean accuracy - that of the base), in percentage points.
+    - mean_difference: 100 (mean accuracy - mean accuracy of the base), in percentage points.
 
     Args:
-        answers: One per data set. Its interval is over images; the data sets are taken as given.
+        answers: Answers on each dataset. The interval is over images; the datasets are held fixed.
         model: As for `accuracy_report`.
         base: As for `accuracy_report`.
         variant: As for `accuracy_report`.
@@ -219,16 +223,16 @@ def mean_report(
         Estimates by metric, in the order above.
 
     Raises:
-        ValueError: A model of that name was not asked, or there are no data sets.
+        ValueError: If there are no answers of the model or the base, or no datasets.
     """
     if not answers:
-        raise ValueError("answers is empty; there is no mean over no data sets.")
+        raise ValueError("answers is empty. Give the answers on at least one dataset.")
     sizes = [len(found.label) for found in answers]
     member = np.repeat(np.arange(len(answers)), sizes)
     columns = {f"member {number}": member == number for number in range(len(answers))}
     compared = [model] if base is None or base == model else [model, base]
     for name in compared:
-        right = np.concatenate([found.of(name)[variant] == found.label for found in answers])
+        right = np.concatenate([found.predictions_of(name)[variant] == found.label for found in answers])
         columns |= {f"{name} {number}": (member == number) & right for number in range(len(answers))}
     mean = partial(_mean_of_sets, sets=len(answers))
     metrics: dict[str, Statistic] = {"mean_accuracy": partial(mean, model=model)}

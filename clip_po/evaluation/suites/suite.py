@@ -1,4 +1,4 @@
-"""The field's evaluation sets by name: what is in a suite, and how its data are loaded."""
+"""Evaluation suites: the field's datasets by name, and how each entry is loaded."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from clip_po.data.loading import load_split
 from clip_po.evaluation.retrieval import read_captions
 from clip_po.evaluation.suites.layouts import LAYOUTS
 from clip_po.evaluation.suites.photographs import CANDIDATES, VARIANTS
+from clip_po.evaluation.suites.vl_bias import load_vl_bias
+from clip_po.validation import check_templates
 
 MEASURES: Mapping[str, frozenset[str]] = {
     "typographic": frozenset({*LAYOUTS, "labelled"}),
     "retention": frozenset({"labelled"}),
     "retrieval": frozenset({"captioned"}),
-    "fairness": frozenset({"attributes"}),
+    "fairness": frozenset({"attributes", "vl_bias"}),
 }
-"""What a suite can measure, and the layouts that it takes for that."""
+"""What a suite can measure, with the layouts accepted for it."""
+
+_FOLDERS = ("file_names", "annotation", "vl_bias")
+"""Layouts that only a local folder has."""
 
 _REQUIRED = ("name", "path", "layout", "templates", "class_names", "source", "license")
 _NAME = re.compile(r"\w[\w.-]*")
@@ -32,30 +37,33 @@ _NAME = re.compile(r"\w[\w.-]*")
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set of a suite.
+    """One dataset of a suite.
 
     Attributes:
         name: Name in tables; letters, digits, "-", "_" and ".".
-        path: Hub id or folder; None where it is on no Hub.
-        layout: One of `MEASURES`' layouts.
+        path: Hub id or folder; None if the dataset is not on the Hub.
+        layout: One of the layouts in `MEASURES`.
         templates: Prompts with one `{}` each.
-        class_names: The candidate set: a list of all names in the order of the labels; or a mapping from names of the
-            data set to better ones; or None for the data set's. In the last two, underscores become spaces.
+        class_names: The candidate set: a list of all names in the order of the labels, a mapping from names in the
+            dataset to better ones, or None for those of the dataset. In the last two, underscores become spaces.
         source: Citation.
-        license: As far as known.
-        config: Name of the configuration.
+        license: License, as far as known.
+        config: Name of the configuration; for the layout "vl_bias" the part, "activities" or "occupations".
         split: Name of the split.
-        columns: Names of the columns `image`, `label`, `word`, `caption`, `attribute`, `cluster`, where they are
-            called otherwise.
-        where: For the layout "columns": keep rows with these values in these columns.
+        columns: Names of the columns `image`, `label`, `word`, `caption`, `attribute`, `cluster`, if they differ.
+        where: For the layout "columns": keep only rows with these values in these columns.
         candidates: For photographs with words: some of `CANDIDATES`, one result each.
         variant: For photographs: one of `VARIANTS`.
-        name_until: Names of the data set end before this text, such as "," where synonyms follow.
-        without: For the layout "labelled": classes of the data set whose rows are left out.
+        name_until: Names in the dataset are cut before this text, such as "," if synonyms follow.
+        without: For the layout "labelled": classes of the dataset whose rows are dropped.
         folder: Name of its folder in a suite folder; None for the entry's name.
-        rows: Number of rows that was published; a copy with another is noted.
-        verified: Id, split and columns were read in the data set's documentation.
-        note: What to know about it.
+        rows: Published number of rows; tables note a copy with a different number.
+        verified: Whether id, split and columns were checked against the documentation of the dataset.
+        note: A remark for readers.
+
+    Raises:
+        TypeError: If a template is not a string.
+        ValueError: If a value is not valid; the message names the entry.
     """
 
     name: str
@@ -79,15 +87,13 @@ class Entry:
     note: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what can't be measured before anything is loaded."""
+        """Raise if the entry is not valid, before anything is loaded."""
         for named in (self.name, *([] if self.folder is None else [self.folder])):
             if not _NAME.fullmatch(named):
-                raise ValueError(f"Entry {self.name!r}: {named!r} is no name; use letters, digits, '-', '_' and '.'.")
-        if isinstance(self.templates, str) or not self.templates:
-            raise ValueError(f"Entry {self.name!r}: templates must be a list of prompts, got {self.templates!r}.")
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"Entry {self.name!r}: template {template!r} must have exactly one {{}}.")
+                raise ValueError(
+                    f"Entry {self.name!r}: {named!r} is not a valid name. Use letters, digits, '-', '_' and '.'."
+                )
+        check_templates(self.templates, f"Entry {self.name!r}: templates")
         if isinstance(self.class_names, str):
             raise ValueError(
                 f"Entry {self.name!r}: class_names must be a list or a mapping, got {self.class_names!r}."
@@ -103,12 +109,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Suite:
-    """Data sets that are measured together.
+    """Datasets that are measured together.
 
     Attributes:
         name: Name of the suite.
         measures: One of `MEASURES`.
-        entries: Its data sets.
+        entries: Its datasets.
+
+    Raises:
+        ValueError: If `measures` is unknown, names repeat, or the suite cannot measure the layout of an entry.
     """
 
     name: str
@@ -116,7 +125,7 @@ class Suite:
     entries: tuple[Entry, ...]
 
     def __post_init__(self) -> None:
-        """Refuse entries that this suite can't measure."""
+        """Raise if the suite cannot measure its entries."""
         if self.measures not in MEASURES:
             raise ValueError(f"Suite {self.name!r}: measures must be one of {list(MEASURES)}, got {self.measures!r}.")
         names = [entry.name for entry in self.entries]
@@ -126,37 +135,43 @@ class Suite:
             if entry.layout not in MEASURES[self.measures]:
                 raise ValueError(
                     f"Entry {entry.name!r} of suite {self.name!r}: layout {entry.layout!r} is none of "
-                    f"{sorted(MEASURES[self.measures])}, which a suite that measures {self.measures!r} takes."
+                    f"{sorted(MEASURES[self.measures])}, the layouts of a suite that measures {self.measures!r}."
                 )
 
 
 def suite_names() -> list[str]:
-    """Names of the suites that come with the package."""
+    """Return the names of the suites in the package."""
     return sorted(Path(file.name).stem for file in files("clip_po").joinpath("assets", "suites").iterdir())
 
 
 def load_suite(name: str) -> Suite:
-    """A suite of the package, or one of your own.
+    """Load a suite of the package, or one of your own.
 
     Args:
-        name: One of `suite_names()`, or a YAML file: `measures`, `entries` (as `Entry`), and optionally `include`, a
-            list of the package's suites whose entries follow.
+        name: One of `suite_names()`, or a YAML file with `measures`, `entries` (as `Entry`), and optionally `include`,
+            a list of suites of the package whose entries are appended.
+
+    Returns:
+        The suite.
 
     Raises:
-        ValueError: There is no such suite, or an entry is not as it must be; the message names it.
+        ValueError: If there is no such suite, or an entry is not valid; the message names it.
     """
     if name in suite_names():
         text = files("clip_po").joinpath("assets", "suites", f"{name}.yaml").read_text(encoding="utf-8")
     elif Path(name).is_file():
         text = Path(name).read_text(encoding="utf-8")
     else:
-        raise ValueError(f"There is no suite {name!r}: it is no file, and the package has {suite_names()}.")
+        raise ValueError(
+            f"There is no suite {name!r}: it is not a file, and the suites of the package are {suite_names()}. Give "
+            "one of them, or a YAML file."
+        )
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no YAML ({error}).") from error
+        raise ValueError(f"{name} is not valid YAML ({error}). Fix it.") from error
     if not isinstance(found, dict) or not {"measures", "entries"} <= set(found) <= {"measures", "entries", "include"}:
-        raise ValueError(f"{name} must have the keys measures and entries, and may have include; see docs/suites.md.")
+        raise ValueError(f"{name} must have the keys measures and entries, and may have include. See docs/suites.md.")
     entries = [_entry(name, row) for row in found["entries"] or []]
     for other in found.get("include", []):
         entries += load_suite(other).entries
@@ -170,23 +185,23 @@ def _entry(suite: str, row: Any) -> Entry:
         keys = set(row) if isinstance(row, dict) else set()
         raise ValueError(
             f"Entry {named!r} of {suite} lacks {sorted(set(_REQUIRED) - keys)} and has the unknown keys "
-            f"{sorted(keys - known)}; see docs/suites.md."
+            f"{sorted(keys - known)}. See docs/suites.md."
         )
     return Entry(**row)
 
 
 def load_entry(entry: Entry, suite_folder: str | Path | None = None) -> Dataset:
-    """The data of an entry: a local copy where there is one, else from the Hub.
+    """Load an entry with labels, words or captions: a local copy if there is one, else from the Hub.
 
     Args:
-        entry: What to load.
+        entry: The entry, with any layout but "attributes" and "vl_bias".
         suite_folder: Folder of local copies, each under its entry's `folder` or name.
 
     Returns:
         Columns `image` and, by layout, `label` (ClassLabel over the candidate set), `word` and `caption`.
 
     Raises:
-        ValueError: It is nowhere, or not as the entry says.
+        ValueError: If the dataset is not found, or does not match the entry.
     """
     source = entry_source(entry, suite_folder)
     if entry.layout in LAYOUTS:
@@ -213,20 +228,44 @@ def load_entry(entry: Entry, suite_folder: str | Path | None = None) -> Dataset:
     return _without(labelled, entry, rows.features[other]) if entry.without else labelled
 
 
-def entry_source(entry: Entry, suite_folder: str | Path | None) -> str:
-    """Where an entry is loaded from: a folder or a Hub id.
+def load_faces(entry: Entry, suite_folder: str | Path | None = None) -> Dataset:
+    """Load an entry with an attribute: a local copy if there is one, else from the Hub.
+
+    Args:
+        entry: The entry, with the layout "attributes" or "vl_bias".
+        suite_folder: As for `load_entry`.
+
+    Returns:
+        The split with all its columns; of VL-Bias the images with a known gender.
 
     Raises:
-        ValueError: It has no local copy and is on no Hub, or not in this layout.
+        ValueError: If the dataset is not found, or as for `load_split` and `load_vl_bias`.
+    """
+    source = entry_source(entry, suite_folder)
+    if entry.layout == "attributes":
+        return load_split(source, entry.split, entry.config)
+    people = load_vl_bias(source, str(entry.config))
+    return people.select([row for row, gender in enumerate(people["gender"]) if gender is not None])
+
+
+def entry_source(entry: Entry, suite_folder: str | Path | None) -> str:
+    """Return where an entry is loaded from: a folder or a Hub id.
+
+    Args:
+        entry: The entry.
+        suite_folder: As for `load_entry`.
+
+    Raises:
+        ValueError: If there is no local copy, and the dataset is not on the Hub in this layout.
     """
     local = Path(suite_folder, entry.folder or entry.name) if suite_folder is not None else None
     if local is not None and local.is_dir():
         return str(local)
-    if entry.path is None or (entry.layout in ("file_names", "annotation") and not Path(entry.path).is_dir()):
+    if entry.path is None or (entry.layout in _FOLDERS and not Path(entry.path).is_dir()):
         there = f"there is no folder {local}" if local is not None else "no --suite_folder was given"
         raise ValueError(
-            f"Its authors publish it outside the Hub, and {there}. Get {entry.name} ({entry.source}), unpack it into "
-            f"DIR/{entry.folder or entry.name} and give --suite_folder DIR."
+            f"Its authors publish it outside the Hub, and {there}. Download {entry.name} ({entry.source}), unpack it "
+            f"to DIR/{entry.folder or entry.name} and give --suite_folder DIR."
         )
     return entry.path
 
@@ -244,13 +283,15 @@ def _class_names(entry: Entry, feature: Any) -> list[str] | None:
 def _check_known(entry: Entry, feature: ClassLabel, named: Iterable[str]) -> None:
     unknown = {name.casefold() for name in named} - {name.casefold() for name in feature.names}
     if unknown:
-        raise ValueError(f"{entry.name} speaks of the classes {sorted(unknown)}, but there are {feature.names}.")
+        raise ValueError(
+            f"{entry.name} names the classes {sorted(unknown)}, but the dataset has {feature.names}. Fix the entry."
+        )
 
 
 def _without(dataset: Dataset, entry: Entry, feature: Any) -> Dataset:
-    """The data set without some classes, whose numbers close up."""
+    """Return the dataset without some classes, with the remaining ones renumbered."""
     if not isinstance(feature, ClassLabel):
-        raise ValueError(f"{entry.name}: without needs a column with class names, got {feature}.")
+        raise ValueError(f"{entry.name}: `without` needs a column with class names, got {feature}.")
     _check_known(entry, feature, entry.without)
     out = {name.casefold() for name in entry.without}
     kept = [number for number, name in enumerate(feature.names) if name.casefold() not in out]

@@ -1,9 +1,10 @@
 """VL-Bias: photographs of people in 52 activities and 13 occupations, the gender data of the paper.
 
-The archive itself was not at hand. What is known comes from its authors' README and scripts: the words, the folders
-`verb` and `occu`, and index files that list images by word. That the folders hold one folder a word, or files named
-after the word, is an assumption; so is that a path says who is shown. The scripts read no gender label: they take the
-gender that the model under test predicts. Where the paths don't say it, pass `genders`.
+This loader was written without access to the archive. The words, the folders `verb` and `occu`, and the index files
+that list images by word are documented in the README and scripts of its authors. Two things are assumptions: that the
+folders contain one folder per word or files named after the word, and that a path tells who is shown. The authors'
+scripts do not read gender labels; they use the gender predicted by the model under test. If the paths do not tell the
+gender, pass `genders`.
 """
 
 from __future__ import annotations
@@ -29,32 +30,33 @@ PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "activities": ("verb", ACTIVITIES),
     "occupations": ("occu", OCCUPATIONS),
 }
-"""By part: its folder, which also begins the name of its index file, and its words."""
+"""Folder and words by part. The name of the index file begins with that of the folder."""
 
 GENDERS = {"man": "man", "men": "man", "male": "man", "woman": "woman", "women": "woman", "female": "woman"}
-"""How a path may say who is shown."""
+"""Words in a path that tell who is shown."""
 
 
 def load_vl_bias(folder: str | Path, part: str, genders: Mapping[str, str] | None = None) -> Dataset:
-    """The images of one part of VL-Bias.
+    """Load the images of one part of VL-Bias.
 
-    Images come from the index `verb*.json` or `occu*.json` where there is one: {"data": {word: [{"original": path},
-    ...]}}, with paths relative to the folder. Else from the folder `verb` or `occu`, where the nearest folder above an
-    image, or its own name before a number (`baking_12.jpg`), is the word.
+    The images are read from the index `verb*.json` or `occu*.json` if there is one: {"data": {word: [{"original":
+    path}, ...]}}, with paths relative to the folder. Otherwise they are read from the folder `verb` or `occu`, where
+    the word is the nearest folder above an image, or the file name before a number (`baking_12.jpg`).
 
     Args:
-        folder: Where the authors' archive was unpacked.
+        folder: The unpacked archive of the authors.
         part: "activities" or "occupations".
-        genders: "man" or "woman" by path relative to `folder`, with "/"; for images whose path does not say it in a
-            folder's or the file's name (`nurse/women/3.jpg`, `nurse_male_3.jpg`).
+        genders: "man" or "woman" by path relative to `folder`, with "/"; for images whose path does not tell the
+            gender in the name of a folder or of the file (`nurse/women/3.jpg`, `nurse_male_3.jpg`).
 
     Returns:
-        Columns `image`, `label` (ClassLabel of the part's words), `gender` ("man", "woman", or None where it is
-        unknown) and `path`, sorted by path.
+        Columns `image`, `label` (ClassLabel of the part's words), `gender` ("man", "woman", or None if unknown) and
+        `path`, sorted by path.
 
     Raises:
-        ValueError: An unknown part or gender, no images, an image of no known word, or an index that can't be read,
-            leaves the folder, or names a missing image; or a link out of the folder. The message names the file.
+        ValueError: If the part or a gender is unknown, there are no images, an image has an unknown word, the index is
+            not readable, leaves the folder or names a missing image, or a link leads out of the folder. The message
+            names the file.
 
     Source: Zhang, Wang and Sang 2022, arXiv 2207.01056, Sec. 4 (the data set), and the scripts that they published.
     """
@@ -67,14 +69,17 @@ def load_vl_bias(folder: str | Path, part: str, genders: Mapping[str, str] | Non
     found = _indexed(base, index) if index is not None else _in_folders(base, begins, words)
     if not found:
         raise ValueError(
-            f"{base} holds no images of {part}: no index {begins}*.json, and none in {base / begins}. Unpack the "
-            "authors' archive there."
+            f"{base} contains no images of {part}: no index {begins}*.json, and none in {base / begins}. Unpack the "
+            "archive of the authors there."
         )
     given = genders or {}
     rows: dict[str, list[str | int | None]] = {"image": [], "label": [], "gender": [], "path": []}
     for path, word in sorted(found.items()):
         if word not in words:
-            raise ValueError(f"{path} is of {word!r}, which is none of the {len(words)} {part} of VL-Bias.")
+            raise ValueError(
+                f"{path} shows {word!r}, which is none of the {len(words)} {part} of VL-Bias. Remove the file, or fix "
+                "the index."
+            )
         gender = given.get(path, _gender(path))
         if gender not in ("man", "woman", None):
             raise ValueError(f'The gender of {path} must be "man" or "woman", got {gender!r}.')
@@ -85,24 +90,26 @@ def load_vl_bias(folder: str | Path, part: str, genders: Mapping[str, str] | Non
 
 
 def _indexed(base: Path, index: Path) -> dict[str, str]:
-    """Words by path, from an index."""
+    """Return words by path, read from an index."""
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["data"]
         found = {str(image["original"]): str(word) for word, images in listed.items() for image in images}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f'{index} is no index of VL-Bias ({type(error).__name__}: {error}), expected {{"data": {{word: '
-            '[{"original": path}, ...]}}.'
+            f'{index} is not an index of VL-Bias ({type(error).__name__}: {error}), expected {{"data": {{word: '
+            '[{"original": path}, ...]}}. Use the file of the authors.'
         ) from error
     for path in found:
         check_inside(path, str(index))
         if not (base / path).is_file():
-            raise ValueError(f"{index} names {path!r}, but there is no such image in {base}.")
+            raise ValueError(
+                f"{index} names {path!r}, but there is no such image in {base}. Unpack the archive again."
+            )
     return found
 
 
 def _in_folders(base: Path, begins: str, words: tuple[str, ...]) -> dict[str, str]:
-    """Words by path, from the names of folders and files."""
+    """Return words by path, from the names of folders and files."""
     found = {}
     for file in sorted((base / begins).rglob("*")):
         path = file.relative_to(base)
@@ -114,6 +121,6 @@ def _in_folders(base: Path, begins: str, words: tuple[str, ...]) -> dict[str, st
 
 
 def _gender(path: str) -> str | None:
-    """Who a path says is shown; None where it says nothing, or both."""
+    """Return the gender that a path tells; None if it tells none, or both."""
     said = {GENDERS[word] for word in re.split(r"[^a-z]+", path.lower()) if word in GENDERS}
     return said.pop() if len(said) == 1 else None

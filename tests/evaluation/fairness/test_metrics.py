@@ -7,16 +7,22 @@ import pytest
 import torch
 from samples import CLASSES, make_labelled
 
-from clip_po.evaluation.fairness import report as report_module
-from clip_po.evaluation.fairness.evaluate_metrics import (
+from clip_po.evaluation.fairness import (
     NDKL,
     DemographicParity,
     EqualOpportunity,
+    FairnessEvaluator,
     MaxSkew,
     MinSkew,
     RetrievalOpportunity,
     RetrievalParity,
+    chance_level,
+    evaluate_fairness,
+    fairness_report,
+    query_scores,
+    read_attribute,
 )
+from clip_po.evaluation.fairness import report as report_module
 from clip_po.evaluation.fairness.metrics import (
     demographic_parity_gap,
     equal_opportunity_gap,
@@ -29,13 +35,6 @@ from clip_po.evaluation.fairness.metrics import (
     top_k,
 )
 from clip_po.evaluation.fairness.queries import load_queries, query_lists
-from clip_po.evaluation.fairness.report import (
-    chance_level,
-    evaluate_fairness,
-    fairness_report,
-    query_scores,
-    read_attribute,
-)
 from clip_po.evaluation.zero_shot import CleanImages
 
 # Ten images by rank: four of seven... by hand below. "m" is 6 of 10, "w" is 4 of 10.
@@ -276,6 +275,22 @@ def test_a_report_that_can_not_be_made_is_refused(arguments, said):
 def people():
     """16 pictures with an attribute."""
     return make_labelled(16).add_column("gender", ["man", "woman", "woman", "man"] * 4)
+
+
+def test_the_evaluator_reports_what_the_function_does(model, other_model, processor, people):
+    models = {"base": model, "aligned": other_model}
+    images = CleanImages(people.select_columns("image"), "image", processor)
+    evaluator = FairnessEvaluator(
+        images, read_attribute(people, "gender"), ["doctor", "nurse"], ks=[0.25], resamples=5
+    )
+    found = evaluator(models, "base", disable_tqdm=True)
+    arguments = {"ks": [4], "base": "base", "resamples": 5, "disable_tqdm": True}
+    expected = evaluate_fairness(models, processor, people, "gender", ["doctor", "nurse"], **arguments)
+    assert {name: str(metrics) for name, metrics in found.items()} == {
+        name: str(metrics) for name, metrics in expected.items()
+    }
+    assert (evaluator.primary_metric, evaluator.greater_is_better) == ("max_skew@4", False)
+    assert evaluator.primary_metric in found["aligned"]
 
 
 def test_models_are_asked_in_one_pass(model, other_model, processor, people):

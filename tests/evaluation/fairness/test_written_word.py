@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from clip_po.evaluation.bootstrap import Estimate
+from clip_po.evaluation.fairness import WrittenWordEvaluator
 from clip_po.evaluation.fairness.written_word import (
     CLEAN_IMAGES,
     ORACLE,
@@ -47,6 +48,22 @@ def test_scores_are_those_of_either_image(model, dataset, attack, processor):
     assert not np.allclose(scores["clean"]["model"], scores["typographic"]["model"])
     again = written_word_scores({"model": model}, images, ["a photo of a {}"], batch_size=13, disable_tqdm=True)
     np.testing.assert_allclose(again["typographic"]["model"], scores["typographic"]["model"], atol=1e-5)
+
+
+def test_the_evaluator_returns_the_report_of_the_scores(model, other_model, dataset, attack, processor):
+    images = RobustnessImages(dataset, attack, processor, renderings=2)
+    models, templates = {"before": model, "after": other_model}, ["a photo of a {}"]
+    evaluator = WrittenWordEvaluator(images, templates, resamples=5, seed=2)
+    scores = written_word_scores(models, images, templates, disable_tqdm=True)
+    expected = written_word_report(scores, images, "before", resamples=5, seed=2)
+    found = evaluator(models, "before", disable_tqdm=True)
+    assert found.keys() == expected.keys() == {"before", "after", CLEAN_IMAGES, ORACLE, RANDOM}
+    for name, metrics in expected.items():
+        assert str(found[name]) == str(metrics)  # as texts, where nan equals nan
+    assert evaluator.primary_metric in found["after"]
+    assert not evaluator.greater_is_better
+    with pytest.raises(ValueError, match=r"base is missing.*before"):
+        evaluator(models, disable_tqdm=True)
 
 
 def test_a_reader_is_as_skewed_as_can_be_and_a_seer_as_little_as_the_oracle(images):

@@ -171,7 +171,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "has no schema_version"),
         ("{}", "has no schema_version"),
         (

@@ -61,11 +61,11 @@ def test_a_suite_of_your_own_may_include_others(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"templates": ["a photo"]}, r"'a photo' must have exactly one \{\}"),
+        ({"templates": ["a photo"]}, r"templates\[0\] must contain exactly one '\{\}'.*got 'a photo'"),
         ({"templates": "a {}"}, "templates must be a list"),
         ({"layout": "captioned"}, "layout 'captioned'"),
-        ({"name": "../pets"}, "no name"),
-        ({"folder": "a/../.."}, "no name"),
+        ({"name": "../pets"}, "not a valid name"),
+        ({"folder": "a/../.."}, "not a valid name"),
         ({"candidates": ["two"]}, "candidates"),
         ({"variant": "blurred"}, "variant"),
         ({"class_names": "cat"}, "class_names must be"),

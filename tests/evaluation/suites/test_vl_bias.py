@@ -53,7 +53,7 @@ def test_an_index_as_their_scripts_read_it(tmp_path):
         ({"data": {"baking": [{"original": "../a.jpg"}]}}, "outside"),
         ({"data": {"baking": [{"original": "verb/gone.jpg"}]}}, r"gone\.jpg"),
         ({"data": {"flying": [{"original": "verb/a.jpg"}]}}, "flying"),
-        ({"images": []}, "no index"),
+        ({"images": []}, "not an index"),
     ],
 )
 def test_a_broken_index_is_refused(tmp_path, index, said):

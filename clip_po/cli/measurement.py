@@ -1,0 +1,115 @@
+"""What all kinds of `clip-po evaluate` share: the loaded models, the loading of data, and the finished measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import CLIPProcessor
+
+from clip_po.cli.evaluate_arguments import EvaluateArguments
+from clip_po.evaluation.bootstrap import Estimate
+from clip_po.evaluation.report.report_file import write_report
+from clip_po.models import load_any
+
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models to measure, on the device of this process.
+
+    Attributes:
+        by_name: "aligned", and before it "base" if there is one.
+        processor: CLIPProcessor of the models.
+        accelerator: Accelerator of this process.
+    """
+
+    by_name: Mapping[str, Any]
+    processor: CLIPProcessor
+    accelerator: Accelerator
+
+    @property
+    def base(self) -> str | None:
+        """The name of the base, None if there is none."""
+        return "base" if "base" in self.by_name else None
+
+
+def load_models(args: EvaluateArguments, accelerator: Accelerator) -> Models:
+    """Load the checkpoint, its processor and, if the arguments name one, the base."""
+    processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    models = {"aligned": load_any(str(args.model_name_or_path))}
+    if args.base_model_name_or_path is not None:
+        models = {"base": load_any(args.base_model_name_or_path), **models}
+    for model in models.values():
+        model.to(accelerator.device)
+    return Models(models, processor, accelerator)
+
+
+def load_together(load: Callable[[], Loaded], accelerator: Accelerator) -> tuple[Loaded | None, str]:
+    """Load data in every process, or in none: a process without data would leave the others waiting.
+
+    Args:
+        load: Called without arguments.
+        accelerator: Accelerator of this process.
+
+    Returns:
+        The data and "", or None and the reason.
+    """
+    loaded, reason = None, ""
+    # The first process downloads, the others find the data in the cache.
+    with accelerator.main_process_first():
+        try:
+            loaded = load()
+        except Exception as error:  # the Hub, its cache and the decoders raise errors without a common class
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    reasons = [other for other in gather_object([reason]) if other]
+    return (None, reasons[0]) if reasons else (loaded, "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A finished measurement: what is printed, and what report.json contains.
+
+    Attributes:
+        metrics: Estimates by model and metric.
+        table: The tables to print; "" for none.
+        data: The data as report.json describes them.
+        settings: The settings as report.json lists them.
+        folder: Folder of the report below that of the checkpoint; "" for the checkpoint's own.
+        failure: Why nothing could be measured; "" if something was.
+    """
+
+    metrics: Mapping[str, Mapping[str, Estimate]]
+    table: str
+    data: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    folder: str = ""
+    failure: str = ""
+
+    def write(self, folder: Path, seconds: float) -> Path:
+        """Print the tables and write report.json.
+
+        Args:
+            folder: Folder of the report.
+            seconds: Duration of the command.
+
+        Returns:
+            The path of report.json.
+        """
+        if self.table:
+            print(self.table)
+        path = write_report(
+            folder / "report.json",
+            command="evaluate",
+            models=self.metrics,
+            settings=self.settings,
+            data=self.data,
+            seconds=seconds,
+        )
+        print(f"Report: {path}")
+        return path
