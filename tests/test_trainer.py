@@ -465,7 +465,7 @@ def test_an_unreadable_image_is_named_by_its_row(make_trainer, tmp_path):
     paths[3] = {"path": str(tmp_path / "broken.png"), "bytes": None}
     broken = rows.remove_columns("image").add_column("image", paths, feature=datasets.Image())
     trainer = make_trainer(broken, precompute_ref_log_probs=False)
-    with pytest.raises(ValueError, match=r"row 3: an image in column .*image"):
+    with pytest.raises(ValueError, match=r"row 3: the image in column .*image"):
         trainer.train()
 
 
