@@ -19,7 +19,7 @@ suite: $(STAMP)
 test-numeric: $(STAMP)
 	for kernels in default avx2 ""; do \
 	  HF_HUB_OFFLINE=1 CLIP_PO_TEST_THREADS="1 2 4" OMP_WAIT_POLICY=passive $${kernels:+env ATEN_CPU_CAPABILITY=$$kernels} \
-	    $(BIN)/python -m pytest -m "numeric and not long" || exit 1; \
+	    $(BIN)/python -m pytest -n 2 --dist loadgroup -m "numeric and not long" || exit 1; \
 	done
 
 # Fault runs of minutes, which `make test` leaves out.

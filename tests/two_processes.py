@@ -40,18 +40,23 @@ class TwoProcesses:
         self.jobs, begin = self.jobs + 1, self.log.stat().st_size
         job.with_suffix(".part").write_text(json.dumps([str(script), *map(str, arguments)]))
         job.with_suffix(".part").rename(job)
-        outcomes = [job.with_suffix(f".{rank}") for rank in range(2)]
-        while not all(outcome.exists() for outcome in outcomes):
-            failed = any(outcome.exists() and outcome.read_text() for outcome in outcomes)
-            if failed or self.launcher.poll() is not None:
-                break
-            time.sleep(PAUSE)
-        said = [outcome.read_text() if outcome.exists() else "it did not end" for outcome in outcomes]
-        wrote = self.log.read_bytes()[begin:].decode(errors="replace")
-        if said != ["", ""]:
-            self.stop()
-            raise AssertionError("\n".join([*said, wrote[-4000:]]))
+        try:
+            said = self.wait_for([job.with_suffix(f".{rank}") for rank in range(2)])
+            wrote = self.log.read_bytes()[begin:].decode(errors="replace")
+            assert said == ["", ""], "\n".join([*said, wrote[-4000:]])
+        except BaseException:
+            self.stop()  # a failure of one process leaves the other waiting
+            raise
         return wrote
+
+    def wait_for(self, outcomes):
+        """Return what each process says of its end, "" if all is well, as soon as both ended or one failed."""
+        while True:
+            ended = self.launcher.poll() is not None
+            said = [outcome.read_text() if outcome.exists() else None for outcome in outcomes]
+            if ended or any(said) or None not in said:
+                return [text if text is not None else "it did not end" for text in said]
+            time.sleep(PAUSE)
 
     def start(self):
         path = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
