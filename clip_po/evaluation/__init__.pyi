@@ -5,8 +5,8 @@ from .evaluator import RetrievalEvaluator as RetrievalEvaluator
 from .evaluator import RobustnessEvaluator as RobustnessEvaluator
 from .evaluator import ZeroShotEvaluator as ZeroShotEvaluator
 from .evaluator import trade_off as trade_off
-from .fairness.queries import load_queries as load_queries
 from .fairness.evaluator import evaluate_fairness as evaluate_fairness
+from .fairness.queries import load_queries as load_queries
 from .fairness.report import fairness_report as fairness_report
 from .interpolation import choose_alpha as choose_alpha
 from .interpolation import interpolate as interpolate
