@@ -86,7 +86,6 @@ def make_trainer(model, folder, args=None, concept=None, **arguments):
     own.setdefault("candidate_texts", PROMPTS)
     if "train_dataset" not in own:
         own["train_dataset"] = make_preferences(13)
-    model = str(model) if isinstance(model, Path) else model
     return trainer(model, args=args or run_config(folder, config, **arguments), **own)
 
 

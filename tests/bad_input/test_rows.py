@@ -208,7 +208,7 @@ ATTACK = {
 }
 
 EVALUATION = {
-    "template-is-a-number": case(lambda b: zero_shot(b, templates=[3]), TypeError, "templates[0] must be a string", "3"),
+    "template-is-a-number": case(lambda b: zero_shot(b, templates=[3]), TypeError, "templates[0] must be", "3"),
     "template-is-a-text": case(lambda b: zero_shot(b, templates="a {}"), ValueError, "templates must be a list"),
     "no-rows": case(lambda b: zero_shot(b, make_labelled(4).select([])), ValueError, "no rows", "at least one image"),
     "no-batch": case(lambda b: zero_shot(b, batch_size=0), ValueError, "batch_size must be a whole number >= 1", "0"),
