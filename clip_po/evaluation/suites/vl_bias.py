@@ -58,7 +58,7 @@ def load_vl_bias(folder: str | Path, part: str, genders: Mapping[str, str] | Non
             not readable, leaves the folder or names a missing image, or a link leads out of the folder. The message
             names the file.
 
-    Source: Zhang, Wang and Sang 2022, arXiv 2207.01056, Sec. 4 (the data set), and the scripts that they published.
+    Source: Zhang, Wang and Sang 2022, arXiv 2207.01056, Sec. 4 (the dataset), and the scripts of its authors.
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {list(PARTS)}, got {part!r}.")
