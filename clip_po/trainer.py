@@ -82,9 +82,6 @@ class ContrastivePOTrainer(Trainer):
     Source: Afzali et al. 2025, arXiv 2411.08923.
     """
 
-    # compute_loss divides by the weights of the whole accumulated global batch itself.
-    loss_is_scaled_for_ga = True
-
     args: ContrastivePOConfig
     model: PreTrainedModel | PeftModel
     processing_class: ProcessorMixin
@@ -124,6 +121,8 @@ class ContrastivePOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # compute_loss divides by the weights of the whole accumulated global batch itself.
+        self.model_accepts_loss_kwargs = True
         # Gradients live in DDP's buckets instead of beside them, which saves one copy of all that trains.
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.encoder: CLIPModel = dual_encoder(encoder).to(self.accelerator.device)
@@ -453,7 +452,7 @@ class ContrastivePOTrainer(Trainer):
     @property
     def checkpoint_kind(self) -> CheckpointKind:
         """What checkpoints hold, for the model card."""
-        return "adapter" if hasattr(self.accelerator.unwrap_model(self.model), "peft_config") else "model"
+        return "adapter" if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) else "model"
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the model card into the output folder.

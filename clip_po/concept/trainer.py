@@ -202,7 +202,7 @@ def _check_args(concept: Any, args: Any) -> None:
     given = {
         "train_text_model=True": args.train_text_model,
         "train_logit_scale=True": args.train_logit_scale,
-        "activation_checkpointing=True": bool(args.activation_checkpointing),
+        "activation_checkpointing=True": bool(args.gradient_checkpointing),
     }
     wrong = [name for name, is_given in given.items() if is_given]
     if wrong:

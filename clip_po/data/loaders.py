@@ -43,7 +43,7 @@ def row_loader(
             prefetch_factor=args.dataloader_prefetch_factor,
             # Each evaluation has a loader of its own, whose workers would never end.
             persistent_workers=args.dataloader_persistent_workers and sampler.seed is not None,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),  # new transformers
         )
     )
     # accelerate passes the epoch to the sampler only from here; without it a resume would repeat epoch 0.

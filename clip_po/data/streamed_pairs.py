@@ -141,7 +141,8 @@ def _decode(feature: ImageFeature, value: Any, column: str, where: str) -> Image
     try:
         if value is None:
             raise ValueError("there is none")
-        return to_rgb(feature.decode_example(value))
+        # datasets 4.7 to 5.0 decode every image of a mapped stream.
+        return to_rgb(value if isinstance(value, Image.Image) else feature.decode_example(value))
     except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
         raise unreadable_image(error, repr(column), where, drop="stream.filter") from error
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -181,9 +180,8 @@ def write_page(path: str | os.PathLike[str], page: Page) -> Path:
     cards = {change: [card for card in page.examples if card.example.change == change] for change in CHANGES}
     text = _template().render(
         page=page,
-        style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
+        style=(_FOLDER / "style.css").read_text(encoding="utf-8"),
         examples={change: shown for change, shown in cards.items() if shown},
-        svg=Markup,
     )
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
