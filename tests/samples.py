@@ -1,6 +1,7 @@
 """A tiny CLIP, small datasets and short runs, and what tests compare of them."""
 
 import inspect
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -80,7 +81,7 @@ def make_trainer(model, folder, args=None, **arguments):
     own.setdefault("candidate_texts", PROMPTS)
     if "train_dataset" not in own:
         own["train_dataset"] = make_preferences(13)
-    model = model if isinstance(model, torch.nn.Module) else str(model)
+    model = str(model) if isinstance(model, Path) else model
     return ContrastivePOTrainer(model, args=args or run_config(folder, **arguments), **own)
 
 
