@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
     measurement = measure(load_models(args, accelerator))
     if accelerator.is_main_process:
         measurement.write(Path(args.output_dir or beside / measurement.folder), time.time() - start)
+    accelerator.end_training()  # a process that exits with its group open may abort
     if measurement.failure:
         raise ValueError(measurement.failure)
 
