@@ -237,7 +237,7 @@ def check_concept(
         "ref_model": ref_model is not None,
         "train_text_model=True": args.train_text_model,
         "train_logit_scale=True": args.train_logit_scale,
-        "activation_checkpointing=True": bool(args.activation_checkpointing),
+        "activation_checkpointing=True": bool(args.gradient_checkpointing),
     }
     wrong = [name for name, there in given.items() if there]
     if wrong:

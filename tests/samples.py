@@ -3,13 +3,17 @@
 import datasets
 import numpy as np
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer, TrainingArguments
 
 from clip_po.config import ContrastivePOConfig
 
 CLASSES = ["cat", "dog", "bird", "ship"]
 PROMPTS = [f"a photo of a {name}" for name in CLASSES]
 IMAGE_SIZE = 32
+
+# transformers 5.23 renamed gradient_checkpointing and warns where the old name is given.
+NEW_NAME = "activation_checkpointing"
+CHECKPOINTING = NEW_NAME if hasattr(TrainingArguments, NEW_NAME) else "gradient_checkpointing"
 
 
 def tiny_config(vision=None, **overrides):

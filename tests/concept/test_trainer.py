@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from samples import PROMPTS, make_labelled, make_preferences, run_config
+from samples import CHECKPOINTING, PROMPTS, make_labelled, make_preferences, run_config
 from torch.nn import functional as F
 from transformers import CLIPModel
 
@@ -143,7 +143,7 @@ def test_what_was_saved_folds_into_a_plain_model_that_says_the_same(make_trainer
         ({"peft_config": LoraConfig(target_modules=r".*vision_model.*q_proj")}, "peft_config"),
         ({"train_text_model": True}, "train_text_model=True"),
         ({"train_logit_scale": True}, "train_logit_scale=True"),
-        ({"activation_checkpointing": True}, "activation_checkpointing=True"),
+        ({CHECKPOINTING: True}, "activation_checkpointing=True"),
         ({"concept": ConceptTransform(8)}, "8"),
         ({"penalty_weight": -1.0}, "penalty_weight"),
     ],

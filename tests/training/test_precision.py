@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from samples import PROMPTS, make_preferences, run_config
+from samples import CHECKPOINTING, PROMPTS, make_preferences, run_config
 from torch._dynamo.utils import counters
 from transformers import CLIPModel
 
@@ -86,7 +86,7 @@ def plain(make_trainer):
 
 
 BF16 = {"bf16": True}
-CHECKPOINTED = {"activation_checkpointing": True}
+CHECKPOINTED = {CHECKPOINTING: True}
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_embeddings_kept_between_runs_are_not_taken_for_those_of_another_precisi
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_blocks_run_once_more_where_their_activations_are_checkpointed(make_trainer, plain, reentrant):
-    kwargs = {"use_reentrant": reentrant}
-    trainer = make_trainer(**KINDS["lora"], activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
+    kwargs = {f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
+    trainer = make_trainer(**KINDS["lora"], **CHECKPOINTED, **kwargs)
     calls = []
     trainer.encoder.vision_model.encoder.layers[1].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
     found = trained(trainer)
@@ -155,7 +155,7 @@ def test_blocks_run_once_more_where_their_activations_are_checkpointed(make_trai
 
 def test_no_gradient_flows_below_adapters_on_the_last_block(make_trainer):
     last = r".*vision_model.*layers\.1\..*(q_proj|v_proj)"
-    trainer = make_trainer(adapters=last, activation_checkpointing=True, max_steps=2)
+    trainer = make_trainer(adapters=last, **CHECKPOINTED, max_steps=2)
     needed = []
     blocks = trainer.encoder.vision_model.encoder.layers
     for block in blocks:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -169,9 +168,8 @@ def write_page(path: str | os.PathLike[str], page: Page) -> Path:
     shown = {change: [one for one in page.examples if one.example.change == change] for change in CHANGES}
     text = _template().render(
         page=page,
-        style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
+        style=(_FOLDER / "style.css").read_text(encoding="utf-8"),
         examples={change: cards for change, cards in shown.items() if cards},
-        svg=Markup,
     )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
