@@ -132,7 +132,7 @@ class FeedsRows(_Base):
                 prefetch_factor=self.args.dataloader_prefetch_factor,
                 # An evaluation has a loader of its own: its workers would stay for good.
                 persistent_workers=self.args.dataloader_persistent_workers and seed is not None,
-                multiprocessing_context=self.args.dataloader_multiprocessing_context,
+                multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
             )
         )
         # accelerate passes the epoch on to the sampler only from here; else a resume would replay epoch 0.

@@ -93,9 +93,6 @@ class ContrastivePOTrainer(
     Source: Afzali et al. 2025, arXiv 2411.08923.
     """
 
-    # compute_loss divides by the weights of the whole accumulated global batch itself.
-    loss_is_scaled_for_ga = True
-
     args: ContrastivePOConfig
     model: PreTrainedModel | PeftModel
     processing_class: ProcessorMixin
@@ -155,6 +152,8 @@ class ContrastivePOTrainer(
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # compute_loss divides by the weights of the whole accumulated global batch itself.
+        self.model_accepts_loss_kwargs = True
         self.add_callback(NoInputGradients())
         self.add_callback(
             CheckpointMark(self.accelerator.wait_for_everyone, self.callback_handler, self.publish_checkpoint)

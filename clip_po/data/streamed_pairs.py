@@ -222,7 +222,10 @@ class StreamedPairs(PreferencePairs):
         try:
             if values[column] is None:
                 raise ValueError("there is none")
-            return to_rgb(dataclasses.replace(feature, decode=True).decode_example(values[column]))
+            found = values[column]
+            if not isinstance(found, Image.Image):  # datasets 4.7 to 5.0: a map of the stream decodes every image
+                found = dataclasses.replace(feature, decode=True).decode_example(found)
+            return to_rgb(found)
         except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
             reason = (
                 f"{where}: the image in column {column!r} can't be read ({type(error).__name__}: {error}). Mend the "

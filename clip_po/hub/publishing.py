@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import huggingface_hub
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
@@ -177,7 +178,7 @@ class SafePublishing(_Base):
             self.args.loss_type,
             {name: self.args.to_dict()[name] for name in CARD_SETTINGS},
             {k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_per_second"))},
-            kind="concept" if self.concept else "adapter" if hasattr(model, "peft_config") else "model",
+            kind="concept" if self.concept else "adapter" if isinstance(model, PeftModel) else "model",
             report=_report_table(folder),
         )
         tags = kwargs.get("tags") or []

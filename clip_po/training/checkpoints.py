@@ -130,7 +130,7 @@ class WholeCheckpoints(_Base):
         if self._saved_step == self.state.global_step:
             return  # by a signal or a callback, right after it was saved: while it is written again, there is none
         given = self.args.resume_from_checkpoint
-        if self.state.global_step == self._initial_global_step and given and Path(given).resolve() == folder.resolve():
+        if given and Path(given).resolve() == folder.resolve():
             return  # a finished run was resumed: while the same is written again, there would be none
         if self.args.should_save and folder.is_dir():
             _delete(folder)
