@@ -5,7 +5,7 @@ CONSTRAINTS ?= requirements/tested.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-numeric test-long suite lint help wheel lower-bounds clean
+.PHONY: demo test test-numeric test-long test-lowest test-newest suite lint help wheel clean
 
 demo: $(STAMP)
 	$(BIN)/clip-po demo --output_dir demo_output
@@ -38,17 +38,17 @@ help: $(STAMP)
 wheel: $(STAMP)
 	$(BIN)/python -m build
 
-# The suite on the oldest versions that pyproject.toml promises.
-lower-bounds:
-	$(MAKE) suite VENV=.venv-lower CONSTRAINTS=requirements/lower.txt
+# The suite on the oldest versions that pyproject.toml allows, and on the newest on the index.
+test-lowest test-newest: test-%:
+	$(MAKE) suite VENV=.venv-$* CONSTRAINTS=requirements/$*.txt
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$$($(PYTHON) --version) is too old: transformers 5.23 needs 3.11. Say which: make PYTHON=python3.12"; exit 1; }
+	  { echo "$$($(PYTHON) --version) is too old: clip_po needs 3.11. Name a newer one: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lower build dist demo_output *.egg-info
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist demo_output *.egg-info

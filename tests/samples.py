@@ -7,11 +7,22 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer, TrainerCallback
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPProcessor,
+    CLIPTokenizer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from clip_po.concept import ConceptConfig, ConceptTrainer
 from clip_po.config import ContrastivePOConfig
 from clip_po.trainer import ContrastivePOTrainer
+
+# transformers 5.23 renamed gradient_checkpointing and warns about the old name.
+NEW_NAME = "activation_checkpointing"
+CHECKPOINTING = NEW_NAME if hasattr(TrainingArguments, NEW_NAME) else "gradient_checkpointing"
 
 CLASSES = ["cat", "dog", "bird", "ship"]
 PROMPTS = [f"a photo of a {name}" for name in CLASSES]

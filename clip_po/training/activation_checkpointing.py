@@ -25,8 +25,8 @@ class NoInputGradientsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Take away the hooks that `Trainer.train` has just set."""
-        given = args.activation_checkpointing_kwargs or {}
+        given = args.gradient_checkpointing_kwargs or {}
         # torch's own default, where it gets arguments and this is none of them, is the reentrant kind.
         reentrant = given.get("use_reentrant", bool(given.keys() - TRANSFORMERS_OWN))
-        if args.activation_checkpointing and not reentrant:
+        if args.gradient_checkpointing and not reentrant:
             dual_encoder(model).disable_input_require_grads()

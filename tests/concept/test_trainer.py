@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from samples import PROMPTS, logged, make_labelled, make_preferences, weights
+from samples import CHECKPOINTING, PROMPTS, logged, make_labelled, make_preferences, weights
 from tolerances import LOGPS
 from torch.nn import functional as F
 from transformers import CLIPModel
@@ -125,7 +125,7 @@ def test_what_was_saved_folds_into_a_plain_model_that_says_the_same(make_concept
     [
         ({"train_text_model": True}, "train_text_model=True"),
         ({"train_logit_scale": True}, "train_logit_scale=True"),
-        ({"activation_checkpointing": True}, "activation_checkpointing=True"),
+        ({CHECKPOINTING: True}, "activation_checkpointing=True"),
         ({"concept": ConceptTransform(8)}, "8"),
         ({"penalty_weight": -1.0}, "penalty_weight"),
     ],

@@ -7,7 +7,7 @@ import samples
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from samples import PROMPTS, make_preferences
+from samples import CHECKPOINTING, PROMPTS, make_preferences
 from tolerances import LOGPS, RUNS, TRAINING, rounding
 from torch._dynamo.utils import counters
 from transformers import CLIPModel
@@ -78,7 +78,7 @@ def plain(clip_folder, tmp_path_factory):
 
 EAGER = {"model_init_kwargs": {"attn_implementation": "eager"}}
 BF16 = {"bf16": True}
-CHECKPOINTED = {"activation_checkpointing": True}
+CHECKPOINTED = {CHECKPOINTING: True}
 
 
 @pytest.mark.numeric
@@ -140,8 +140,8 @@ def test_embeddings_kept_between_runs_are_not_taken_for_those_of_another_precisi
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_blocks_run_once_more_where_their_activations_are_checkpointed(make_trainer, plain, reentrant):
-    kwargs = {"use_reentrant": reentrant}
-    trainer = make_trainer(**KINDS["lora"](), activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
+    kwargs = {f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
+    trainer = make_trainer(**KINDS["lora"](), **CHECKPOINTED, **kwargs)
     calls = []
     trainer.encoder.vision_model.encoder.layers[1].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
     found = trained(trainer)
@@ -152,7 +152,7 @@ def test_blocks_run_once_more_where_their_activations_are_checkpointed(make_trai
 
 def test_no_gradient_flows_below_adapters_on_the_last_block(make_trainer):
     last = r".*vision_model.*layers\.1\..*(q_proj|v_proj)"
-    trainer = make_trainer(peft_config=adapters(last), learning_rate=0.5, activation_checkpointing=True, max_steps=2)
+    trainer = make_trainer(peft_config=adapters(last), learning_rate=0.5, **CHECKPOINTED, max_steps=2)
     needed = []
     blocks = trainer.encoder.vision_model.encoder.layers
     for block in blocks:
