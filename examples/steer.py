@@ -5,7 +5,7 @@
 --dataset is a Hub id or a folder with train/<class>/*.jpg and test/<class>/*.jpg. A transformation of the embeddings
 is trained, each image is seen by the model once, and a plain CLIPModel is saved, with the transformation at --t in its
 projections: 0 is the original, 1 the trained one, in between lies neutral, below 0 words count for more.
-Every argument of ContrastivePOConfig is a flag. `clip-po steer` does the same, and chooses t on validation images.
+Every argument of ConceptConfig is a flag. `clip-po steer` does the same, and chooses t on validation images.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
 from clip_po import (
+    ConceptConfig,
+    ConceptTrainer,
     ConceptTransform,
-    ContrastivePOConfig,
-    ContrastivePOTrainer,
     RobustnessImages,
     TypographicAttack,
     TypographicPreferences,
@@ -38,7 +38,7 @@ class ScriptArguments:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, ContrastivePOConfig))
+    parser = TrlParser((ScriptArguments, ConceptConfig))
     parser.set_defaults_with_config(save_strategy="no", lr_scheduler_type="cosine", **SETTINGS)
     script_args, training_args = parser.parse_args_and_config()
     train, test = (load_split(script_args.dataset, split) for split in ("train", "test"))
@@ -50,13 +50,13 @@ if __name__ == "__main__":
     attack = TypographicAttack(words=names, fonts=training_fonts(), redraw="never")
     preferences = TypographicPreferences(train, attack)
     concept = ConceptTransform(model.config.projection_dim)
-    trainer = ContrastivePOTrainer(
-        model=model,
+    trainer = ConceptTrainer(
+        model,
+        concept,
         args=training_args,
         train_dataset=preferences,
         processing_class=processor,
         candidate_texts=preferences.candidate_texts,
-        concept=concept,
     )
     trainer.train()
 

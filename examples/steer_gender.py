@@ -5,7 +5,7 @@
 By default with FairFace: faces prefer the text of the other gender, and ordinary photographs hold all else. What this
 trains is the reversed model (t = 1); a scale between it and the original (t = 0) makes gender count for less. Printed
 for each --t: the share of faces whose gender the model names, and the skew of searches that name none. The model at
---save_t is saved as a plain CLIPModel. Every argument of ContrastivePOConfig is a flag.
+--save_t is saved as a plain CLIPModel. Every argument of ConceptConfig is a flag.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from datasets import ClassLabel
 from transformers import CLIPModel, CLIPProcessor
 from trl import TrlParser
 
-from clip_po import ConceptTransform, ContrastivePOConfig, ContrastivePOTrainer, zero_shot_accuracy
+from clip_po import ConceptConfig, ConceptTrainer, ConceptTransform, zero_shot_accuracy
 from clip_po.concept.preferences import reverse_attribute
 from clip_po.data.loading import load_split
 from clip_po.evaluation.fairness.queries import load_queries
@@ -55,7 +55,7 @@ class ScriptArguments:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, ContrastivePOConfig))
+    parser = TrlParser((ScriptArguments, ConceptConfig))
     parser.set_defaults_with_config(save_strategy="no", lr_scheduler_type="cosine", **SETTINGS)
     args, training_args = parser.parse_args_and_config()
     config = args.dataset_config or ("0.25" if args.dataset == ScriptArguments.dataset else None)
@@ -67,8 +67,9 @@ if __name__ == "__main__":
     processor = CLIPProcessor.from_pretrained(args.model)
 
     concept = ConceptTransform(model.config.projection_dim)
-    trainer = ContrastivePOTrainer(
-        model=model,
+    trainer = ConceptTrainer(
+        model,
+        concept,
         args=training_args,
         train_dataset=reverse_attribute(
             train,
@@ -79,7 +80,6 @@ if __name__ == "__main__":
         ),
         reg_dataset=ordinary.rename_columns({args.reg_image_column: "image"}),
         processing_class=processor,
-        concept=concept,
     )
     trainer.train()
 

@@ -20,8 +20,8 @@ from clip_po.cli.compare import CompareArguments
 from clip_po.cli.demo import DemoArguments
 from clip_po.cli.evaluate import EvaluateArguments
 from clip_po.cli.main import COMMANDS
-from clip_po.cli.steer import DEFAULTS as STEER_DEFAULTS
-from clip_po.cli.steer import SteerArguments
+from clip_po.cli.steer_arguments import DEFAULTS as STEER_DEFAULTS
+from clip_po.cli.steer_arguments import SteerArguments
 from clip_po.cli.train_arguments import DEFAULTS, TrainArguments
 from clip_po.config import ContrastivePOConfig
 

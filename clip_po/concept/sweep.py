@@ -23,8 +23,8 @@ from clip_po.policy import encode_images, evaluating
 SCALES = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 """From the concept at its strongest over the original model (0) and the trained transformation (1) to its opposite."""
 
-SEEN = ("clean", "typographic")
-"""The images of an item that a sweep looks at."""
+VARIANTS = ("clean", "typographic")
+"""The two variants of each image that a sweep measures: as it is, and with a word on it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class VariantEmbeddings:
     """What a model makes of the images of a `RobustnessImages` and of the prompts: all that a scale t changes.
 
     Attributes:
-        images: By name of `SEEN`, Tensor[N, D], float32, unit-norm.
+        images: By name of `VARIANTS`, Tensor[N, D], float32, unit-norm.
         texts: Tensor[T, C, D], the prompts of C classes in T templates, float32, unit-norm.
         label: Array [N] of true classes.
         word: Array [N], the class that the written word names; -1 where it names none.
@@ -52,7 +52,7 @@ class VariantEmbeddings:
             transform: Any transformation of embeddings of D numbers; None for the model as it is.
 
         Returns:
-            Arrays [N], by name of `SEEN`.
+            Arrays [N], by name of `VARIANTS`.
         """
         device = self.texts.device if transform is None else transform.image_weight.device
         found = {}
@@ -103,14 +103,14 @@ def embed_variants(
     dim, device, dtype = texts.shape[-1], texts.device, next(model.parameters()).dtype
 
     def embeds(batch: dict[str, Tensor]) -> Tensor:
-        return torch.cat([encode_images(model, batch[name].to(device, dtype)) for name in SEEN], dim=1)
+        return torch.cat([encode_images(model, batch[name].to(device, dtype)) for name in VARIANTS], dim=1)
 
     with evaluating(model):
         table = torch.from_numpy(
             collect_answers(
                 images,
                 embeds,
-                len(SEEN) * dim,
+                len(VARIANTS) * dim,
                 batch_size,
                 num_workers,
                 accelerator,
@@ -121,7 +121,7 @@ def embed_variants(
         )
     parts = (F.normalize(part, dim=-1) for part in table.split(dim, dim=1))
     return VariantEmbeddings(
-        dict(zip(SEEN, parts, strict=True)), texts.cpu(), images.label, images.word, images.cluster
+        dict(zip(VARIANTS, parts, strict=True)), texts.cpu(), images.label, images.word, images.cluster
     )
 
 
