@@ -40,7 +40,7 @@ class TaskArguments(ScriptArguments):
     name_until: str | None = field(
         default=None,
         metadata={
-            "help": "Text at which to cut the dataset's class names. Use a comma for lists of synonyms, as in ImageNet."
+            "help": "Text at which to cut the dataset's class names: a comma for lists of synonyms, as in ImageNet."
         },
     )
     prompt_template: str | None = field(
@@ -193,8 +193,8 @@ class Task:
             return cls(class_names=list(found["class_names"]), prompt_template=str(found["prompt_template"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{str(file)!r} does not contain class_names and prompt_template as JSON ({type(error).__name__}: {error}). "
-                "Delete it and give --class_names and --prompt_template, or save the model again."
+                f"{str(file)!r} does not contain class_names and prompt_template as JSON ({type(error).__name__}: "
+                f"{error}). Delete it and give --class_names and --prompt_template, or save the model again."
             ) from error
 
 

@@ -66,9 +66,9 @@ class TrainArguments(TaskArguments):
     max_clean_cost: float | None = field(
         default=None,
         metadata={
-            "help": "Clean accuracy that may be lost, in percentage points. After training, of the interpolations from "
-            "base to aligned model that cost at most this much on validation images (95% confidence), the most robust "
-            "is saved.",
+            "help": "Clean accuracy that may be lost, in percentage points. After training, of the interpolations "
+            "from base to aligned model that cost at most this much on validation images (95% confidence), the most "
+            "robust is saved.",
         },
     )
     moving_average: float | None = field(
@@ -80,8 +80,8 @@ class TrainArguments(TaskArguments):
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
-            "help": "Stop after this many evaluations without improvement and keep the best checkpoint, by typographic "
-            "accuracy within max_clean_cost. Requires eval_strategy and the same save_strategy.",
+            "help": "Stop after this many evaluations without improvement and keep the best checkpoint, by "
+            "typographic accuracy within max_clean_cost. Requires eval_strategy and the same save_strategy.",
         },
     )
     preset: str | None = field(
@@ -183,7 +183,7 @@ def workers(processes: int) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, ModelConfig]:
-    """Parse the arguments. Flags override `--config` (YAML), which overrides `--preset`, which overrides `DEFAULTS`."""
+    """Parse the arguments. Flags override `--config` (YAML), that overrides `--preset`, and that `DEFAULTS`."""
     parser = TrlParser([TrainArguments, ContrastivePOConfig, ModelConfig], prog="clip-po train")
     chosen = flag_value("preset", argv)
     share = workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -293,7 +293,7 @@ def test_other_words_and_several_words_reach_training_and_validation(command):
     assert {len(row["rejected"]) for row in rows} == {1, 2}
     assert set(rejected) & set(CLASSES)
     assert set(rejected) & set(EVERYDAY_WORDS)
-    assert trainer.candidate_texts == trainer.train_dataset.preferences.texts
+    assert list(trainer.candidate_texts.texts) == trainer.train_dataset.preferences.texts
 
 
 def test_words_of_the_users_own(command):
