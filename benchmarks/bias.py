@@ -33,6 +33,7 @@ from clip_po.cli import demo
 from clip_po.cli.arguments import DEFAULT_TEMPLATE
 from clip_po.cli.train import adapters
 from clip_po.cli.train_arguments import BATCH_SIZE, DEFAULTS, fit_to_size
+from clip_po.concept.trainer import ConceptConfig, ConceptTrainer
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
@@ -185,9 +186,12 @@ def train(case: Case, args: argparse.Namespace, redraw: str, settings: Mapping[s
     rows = TypographicPreferences(case.train, attack, names, case.template)
     with tempfile.TemporaryDirectory() as folder:
         common = {"seed": args.seed, "max_steps": args.max_steps, "use_cpu": args.bf16}
-        trainer = ContrastivePOTrainer(
+        trainer_class, config = ContrastivePOTrainer, ContrastivePOConfig
+        if "concept" in how:
+            trainer_class, config = ConceptTrainer, ConceptConfig
+        trainer = trainer_class(
             case.load(),
-            args=ContrastivePOConfig(folder, **{**case.training, **common, **settings}),
+            args=config(folder, **{**case.training, **common, **settings}),
             train_dataset=rows,
             processing_class=case.processor,
             candidate_texts=rows.candidate_texts,

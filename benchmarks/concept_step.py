@@ -18,6 +18,7 @@ import torch
 from timing import Clock
 from transformers import CLIPProcessor, PrinterCallback
 
+from clip_po.concept.trainer import ConceptConfig, ConceptTrainer
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
@@ -30,7 +31,7 @@ from clip_po.trainer import ContrastivePOTrainer
 def steps_per_second(rows, processor, concept: ConceptTransform | None, batch_size: int, steps: int) -> float:
     """Of the steps after the first, which fills caches."""
     with tempfile.TemporaryDirectory() as folder:
-        args = ContrastivePOConfig(
+        args = (ContrastivePOConfig if concept is None else ConceptConfig)(
             folder,
             max_steps=steps + 1,
             per_device_train_batch_size=batch_size,
@@ -41,13 +42,13 @@ def steps_per_second(rows, processor, concept: ConceptTransform | None, batch_si
             disable_tqdm=True,
         )
         clock = Clock()
-        trainer = ContrastivePOTrainer(
-            load_model(str(MODEL_PATH)),
+        model = load_model(str(MODEL_PATH))
+        trainer = (ContrastivePOTrainer if concept is None else ConceptTrainer)(
+            *([model] if concept is None else [model, concept]),
             args=args,
             train_dataset=rows,
             processing_class=processor,
             candidate_texts=rows.candidate_texts,
-            concept=concept,
             callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)

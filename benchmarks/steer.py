@@ -14,7 +14,9 @@ import tempfile
 import torch
 from torch import Tensor
 
-from clip_po.cli.steer import Case, concept_trainer, digits_case, parse
+from clip_po.cli.steer import concept_trainer
+from clip_po.cli.steer_arguments import parse
+from clip_po.cli.steer_data import Case, digits_case
 from clip_po.concept.sweep import VariantEmbeddings, embed_variants, measure_transform
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig

@@ -24,6 +24,7 @@ from peft import LoraConfig
 from timing import Contestant, Step, parser, ratio, report, take_turns
 from transformers import PrinterCallback
 
+from clip_po.concept.trainer import ConceptConfig, ConceptTrainer
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.typographic import TypographicPreferences
@@ -77,9 +78,15 @@ def make_trainer(
     adapters = LoraConfig(r=16, lora_alpha=32, target_modules=rf".*vision_model.*\.({blocks})\..*\.(q_proj|v_proj)")
     config = {name: options.pop(name) for name in tuple(options) if name in ContrastivePOConfig.__dataclass_fields__}
     model, processor = read_model(folder)
-    trainer = ContrastivePOTrainer(
-        model,
-        args=ContrastivePOConfig(
+    trainer_class, config_class, models = ContrastivePOTrainer, ContrastivePOConfig, [model]
+    if way.concept:
+        trainer_class, config_class = ConceptTrainer, ConceptConfig
+        models.append(ConceptTransform(model.config.projection_dim))
+    else:
+        options["peft_config"] = adapters if way.lora is not None else None
+    trainer = trainer_class(
+        *models,
+        args=config_class(
             output,
             **{
                 "per_device_train_batch_size": PAIRS,
@@ -97,9 +104,7 @@ def make_trainer(
         ),
         train_dataset=rows,
         processing_class=processor,
-        peft_config=adapters if way.lora is not None else None,
         candidate_texts=rows.candidate_texts,
-        concept=ConceptTransform(model.config.projection_dim) if way.concept else None,
         **options,
     )
     trainer.remove_callback(PrinterCallback)

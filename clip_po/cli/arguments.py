@@ -1,4 +1,4 @@
-"""Arguments that the commands share."""
+"""Arguments shared by the commands, and the task saved with a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,41 +19,45 @@ from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.attacks.words import EVERYDAY_WORDS
 from clip_po.data.loading import load_split
 from clip_po.models import crop_side, image_size
+from clip_po.validation import COUNT, check_number
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 
 TASK_FILE = "clip_po_task.json"
-"""Beside a checkpoint: the class names and prompt template that it was aligned with."""
+"""Name of the file in a checkpoint with the class names and prompt template of its training."""
 
 
 @dataclass
 class TaskArguments(ScriptArguments):
-    """What the images are, what they are called, and what is written on them."""
+    """Arguments for labelled images, their class names and the attack on them."""
 
     image_column: str = field(default="image", metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of classes."})
     class_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes by label; default: those of the data set."}
+        default=None,
+        metadata={"help": "Names of the classes, in the order of the labels. Default: the names in the dataset."},
     )
     name_until: str | None = field(
         default=None,
-        metadata={"help": "Cut the data set's class names there: a comma, where they list synonyms as ImageNet's do."},
+        metadata={
+            "help": "Text at which to cut the dataset's class names: a comma for lists of synonyms, as in ImageNet."
+        },
     )
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "Prompt of a class, one {} for its name; default: the checkpoint's, else 'a photo of a {}'."
+            "help": "Prompt of a class, with {} for its name. Default: the checkpoint's, else 'a photo of a {}'."
         },
     )
     attack_words: list[str] | None = field(
-        default=None, metadata={"help": "Words that are written on images; default: the class names."}
+        default=None, metadata={"help": "Words to write on images. Default: the class names."}
     )
     attack_other_words: list[str] | None = field(
         default=None,
-        metadata={"help": "Words that are no class, for attack_other_share; default: 173 everyday nouns."},
+        metadata={"help": "Words that are not classes, for attack_other_share. Default: 173 everyday nouns."},
     )
     attack_other_share: float = field(
-        default=0.0, metadata={"help": "Share of the written words that are drawn from attack_other_words, 0 to 1."}
+        default=0.0, metadata={"help": "Share of the written words to draw from attack_other_words, 0 to 1."}
     )
     attack_count: list[int] = field(
         default_factory=lambda: list(TypographicAttack.count),
@@ -61,7 +65,9 @@ class TaskArguments(ScriptArguments):
     )
     attack_fonts: list[str] | None = field(
         default=None,
-        metadata={"help": "Font files, or pillow for Pillow's own; evaluate's default fonts are none of train's."},
+        metadata={
+            "help": "Font files, or pillow for Pillow's own font. By default train and evaluate use different fonts."
+        },
     )
     attack_size: list[float] = field(
         default_factory=lambda: list(TypographicAttack.size),
@@ -70,7 +76,7 @@ class TaskArguments(ScriptArguments):
     attack_places: list[str] = field(
         default_factory=lambda: list(TypographicAttack.places),
         metadata={
-            "help": "Where words stand: anywhere, center, top, left, right, bottom, or a corner as bottom-left."
+            "help": "Positions of words: anywhere, center, top, left, right, bottom, or a corner such as bottom-left."
         },
     )
     attack_rotation: list[float] = field(
@@ -80,21 +86,21 @@ class TaskArguments(ScriptArguments):
     attack_sticker: float = field(
         default=TypographicAttack.sticker, metadata={"help": "Share of words on a sticker, 0 to 1."}
     )
-    max_samples: int | None = field(default=None, metadata={"help": "Use that many rows, drawn at random."})
+    max_samples: int | None = field(default=None, metadata={"help": "Maximum number of rows to use, drawn at random."})
 
     def __post_init__(self) -> None:
-        """Refuse what can't work before anything is loaded."""
+        """Raise if arguments can't work, before anything is loaded."""
         if self.dataset_name is None:
-            raise ValueError("--dataset_name is missing: a Hub id or a folder of labelled images.")
+            raise ValueError("--dataset_name is missing. Give a Hub id or a folder of labelled images.")
         self.check()
 
     def check(self) -> None:
-        """Refuse numbers that can't work."""
+        """Raise if numbers are out of range or streaming is requested."""
         for name in ("attack_size", "attack_rotation", "attack_count"):
             if len(getattr(self, name)) != 2:
                 raise ValueError(f"--{name} takes two numbers, the lowest and the highest, got {getattr(self, name)}.")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"--max_samples must be at least 1, got {self.max_samples}.")
+        if self.max_samples is not None:
+            check_number("--max_samples", self.max_samples, COUNT)
         if self.dataset_streaming:
             raise ValueError(
                 "--dataset_streaming is not supported by the commands. Leave it out, or train from Python on a "
@@ -102,19 +108,23 @@ class TaskArguments(ScriptArguments):
             )
 
     def load(self, split: str, seed: int) -> Dataset:
-        """A split of the data set, cut to `max_samples`."""
+        """Load a split of the dataset, with at most `max_samples` rows.
+
+        Raises:
+            ValueError: If the split is empty.
+        """
         dataset = load_split(str(self.dataset_name), split, self.dataset_config)
         if len(dataset) == 0:
-            raise ValueError(f"The split {split!r} of {self.dataset_name!r} is empty; give one with images.")
+            raise ValueError(f"The split {split!r} of {self.dataset_name!r} is empty. Give one with images.")
         if self.max_samples is not None and self.max_samples < len(dataset):
             dataset = dataset.shuffle(seed=seed).select(range(self.max_samples))
         return dataset
 
     def names(self, dataset: Dataset, task: Task | None = None) -> list[str]:
-        """The class names: as given, else the checkpoint's where it has as many classes, else the data set's.
+        """Return `class_names`, else the checkpoint's if it has as many classes, else the dataset's.
 
         Raises:
-            ValueError: None of them has any.
+            ValueError: If there are no class names in any of them.
         """
         feature = dataset.features.get(self.label_column)
         known = feature.names if isinstance(feature, ClassLabel) else None
@@ -127,14 +137,14 @@ class TaskArguments(ScriptArguments):
         if known is not None:
             return list(known)
         raise ValueError(
-            f"The column {self.label_column!r} is {feature}, which carries no class names (columns: "
+            f"The column {self.label_column!r} is {feature}, which has no class names (columns: "
             f"{dataset.column_names}). Give --class_names, one for each label, or --label_column."
         )
 
     def attack(
         self, words: Sequence[str], fonts: Sequence[str], processor: ProcessorMixin, seed: int
     ) -> TypographicAttack:
-        """The typographic attack that the arguments describe, on what the processor shows of an image."""
+        """Return the typographic attack that the arguments describe, on the part of an image that the model sees."""
         low, high = self.attack_size
         return TypographicAttack(
             words=self.attack_words or list(words),
@@ -154,18 +164,22 @@ class TaskArguments(ScriptArguments):
 
 @dataclass(frozen=True)
 class Task:
-    """What a checkpoint was aligned with, kept beside it."""
+    """Class names and prompt template of a checkpoint, saved in its folder."""
 
     class_names: Sequence[str]
     prompt_template: str
 
     def save(self, folder: str | Path) -> None:
-        """Write it into the checkpoint's folder."""
+        """Write the task into the folder of a checkpoint."""
         Path(folder, TASK_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Task | None:
-        """Read it from a checkpoint's folder or the one above, or from the Hub; None where there is none."""
+        """Read the task from a checkpoint's folder, its parent folder or the Hub. None if there is no task.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
         file = next((f for f in (Path(folder, TASK_FILE), Path(folder).parent / TASK_FILE) if f.is_file()), None)
         if file is None and not Path(folder).exists():
             try:
@@ -179,13 +193,13 @@ class Task:
             return cls(class_names=list(found["class_names"]), prompt_template=str(found["prompt_template"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{str(file)!r} holds no class_names and prompt_template as JSON ({type(error).__name__}: {error}). "
-                "Delete it and give --class_names and --prompt_template, or save the model again."
+                f"{str(file)!r} does not contain class_names and prompt_template as JSON ({type(error).__name__}: "
+                f"{error}). Delete it and give --class_names and --prompt_template, or save the model again."
             ) from error
 
 
 def flag_value(name: str, argv: Sequence[str]) -> str | None:
-    """The value of a flag that must be known before all others are parsed, from the flags or the YAML file."""
+    """Return the value of a flag that is needed before the others are parsed, from flags or YAML file."""
     for position, word in enumerate(argv):
         if word == f"--{name}":
             return argv[position + 1] if position + 1 < len(argv) else None
@@ -197,28 +211,28 @@ def flag_value(name: str, argv: Sequence[str]) -> str | None:
 
 
 def parse_flags(parser: TrlParser, argv: Sequence[str]) -> tuple[Any, ...]:
-    """The arguments that flags and `--config` give, one object for each class of the parser.
+    """Parse flags and `--config` into one object for each class of the parser.
 
     Raises:
-        ValueError, OSError: As for `read_recipe`.
+        ValueError, OSError: As in `read_recipe`.
     """
     if (file := flag_value("config", argv)) is not None:
-        read_recipe(file)  # TrlParser says nothing of the file that it can't read
+        read_recipe(file)  # TrlParser's own errors do not name the file
     return parser.parse_args_and_config(list(argv))
 
 
 def read_recipe(file: str) -> dict[str, Any]:
-    """What a YAML file of flags says.
+    """Read a YAML file of flags and their values.
 
     Raises:
-        ValueError: It is no YAML, or no mapping of flags to values.
-        OSError: It can't be read.
+        ValueError: If the file is not YAML, or not a mapping of flags to values.
+        OSError: If the file can't be read.
     """
     with open(file, encoding="utf-8") as stream:
         try:
             found = yaml.safe_load(stream)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config {file!r} is no YAML file ({error}). Mend it.") from error
+            raise ValueError(f"--config {file!r} is not a YAML file ({error}). Fix its syntax.") from error
     if found is not None and not isinstance(found, dict):
         raise ValueError(f"--config {file!r} must hold flags and their values, such as beta: 0.1, got {found!r}.")
     return found or {}

@@ -21,8 +21,8 @@ from clip_po.cli.compare_arguments import CompareArguments
 from clip_po.cli.demo import DemoArguments
 from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.cli.main import COMMANDS
-from clip_po.cli.steer import DEFAULTS as STEER_DEFAULTS
-from clip_po.cli.steer import SteerArguments
+from clip_po.cli.steer_arguments import DEFAULTS as STEER_DEFAULTS
+from clip_po.cli.steer_arguments import SteerArguments
 from clip_po.cli.train_arguments import DEFAULTS as TRAIN_DEFAULTS
 from clip_po.cli.train_arguments import TrainArguments
 from clip_po.config import ContrastivePOConfig

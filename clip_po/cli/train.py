@@ -1,9 +1,10 @@
-"""clip-po train: align a CLIP on labelled images on which words are written."""
+"""clip-po train: align a CLIP on labelled images with words written on them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,40 +20,98 @@ from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.typographic import TypographicPreferences
-from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.interpolation import choose_alpha, interpolate, interpolation_table, sweep_interpolation
 from clip_po.evaluation.pseudo_labels import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import init_kwargs, load_model, load_processor
 from clip_po.trainer import ContrastivePOTrainer
-from clip_po.training.callbacks import EvaluatorCallback
 from clip_po.validation import check_writable
 
-VISION_ATTENTION = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-"""Where adapters go by default: the linear layers of the vision tower."""
+VISION_LINEAR_LAYERS = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+"""Default target modules of LoRA: the linear layers of attention and MLP in the vision tower."""
 
 
-def adapters(model_args: ModelConfig) -> PeftConfig | None:
-    """The adapters that the LoRA flags describe, by default on the linear layers of the vision tower."""
-    model_args.lora_task_type = None
-    if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = VISION_ATTENTION
-    return get_peft_config(model_args)
+def main(argv: Sequence[str]) -> None:
+    """Train, then save the checkpoint with processor, task and model card."""
+    task_args, args, model_args = parse(argv)
+    start = time.time()
+    trainer, task = align(task_args, args, model_args)
+    save(trainer, task)
+    if trainer.is_world_process_zero():
+        print(f"Aligned {model_args.model_name_or_path} in {time.time() - start:.0f} s: {args.output_dir}")
+    trainer.accelerator.end_training()
 
 
 def align(
     task_args: TrainArguments, args: ContrastivePOConfig, model_args: ModelConfig
 ) -> tuple[ContrastivePOTrainer, Task]:
-    """Train and choose; the trainer holds the model that is to be saved, for the task."""
+    """Train, and apply --max_clean_cost.
+
+    Returns:
+        The trainer, which holds the model to save, and the task.
+    """
+    check_model_arguments(args, model_args)
+    dataset = task_args.load(task_args.dataset_train_split, args.seed)
+    task = Task(task_args.names(dataset), task_args.prompt_template or DEFAULT_TEMPLATE)
+    model, processor = load_start(args, model_args)
+    rows = load_preferences(dataset, task, model, processor, task_args, args)
+    trainer = make_trainer(model, processor, rows, task_args, args, model_args)
+    templates = [task.prompt_template]
+    images = None if rows.validation is None else validation_images(rows.validation, processor)
+    if images is not None and args.eval_strategy != "no":
+        evaluator = RobustnessEvaluator(
+            images,
+            templates,
+            max_clean_cost=task_args.max_clean_cost,
+            batch_size=args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+        )
+        trainer.add_callback(EvaluatorCallback(trainer, evaluator))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if images is not None and task_args.max_clean_cost is not None:
+        keep_clean_accuracy(trainer, images, templates, task_args.max_clean_cost)
+    if args.eval_strategy != "no" and task_args.saves_other_weights(args):
+        trainer.evaluate()
+    return trainer, task
+
+
+def check_model_arguments(args: ContrastivePOConfig, model_args: ModelConfig) -> None:
+    """Raise if the model or the output folder can't be used, before anything is loaded.
+
+    Raises:
+        ValueError: If there is no model, or it is to be quantized.
+        OSError: If the output folder is not writable.
+    """
     if model_args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing: a Hub id or the folder of a CLIPModel.")
+        raise ValueError("--model_name_or_path is missing. Give a Hub id or the folder of a CLIPModel.")
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("--load_in_4bit and --load_in_8bit are not supported: a CLIP is small. Leave them out.")
     if args.should_save:
         check_writable(args.output_dir, "--output_dir")
-    dataset = task_args.load(task_args.dataset_train_split, args.seed)
-    task = Task(task_args.names(dataset), task_args.prompt_template or DEFAULT_TEMPLATE)
-    model, processor = load_start(args, model_args)
+
+
+@dataclass(frozen=True)
+class TrainPreferences:
+    """Preferences of a run.
+
+    Attributes:
+        train: Preferences to train on.
+        validation: Preferences to evaluate and choose on. None if nothing is measured.
+    """
+
+    train: TypographicPreferences
+    validation: TypographicPreferences | None
+
+
+def load_preferences(
+    dataset: Dataset,
+    task: Task,
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    task_args: TrainArguments,
+    args: ContrastivePOConfig,
+) -> TrainPreferences:
+    """Split and label the rows as the arguments say, and attack their images."""
     validation = None
     if task_args.validates(args):
         dataset, validation = task_args.with_validation(dataset, args.seed)
@@ -70,46 +129,51 @@ def align(
             rows, attack, task.class_names, task.prompt_template, rejected=task_args.rejected, **columns
         )
 
+    return TrainPreferences(
+        preferences(dataset, args.seed), None if validation is None else preferences(validation, args.seed + 1)
+    )
+
+
+def make_trainer(
+    model: CLIPModel,
+    processor: CLIPProcessor,
+    rows: TrainPreferences,
+    task_args: TrainArguments,
+    args: ContrastivePOConfig,
+    model_args: ModelConfig,
+) -> ContrastivePOTrainer:
+    """Return the trainer. Arguments that are not given are filled in from the size of model and data."""
     peft_config = adapters(model_args)
-    for name, value in fit_to_size(model.config.vision_config.hidden_size, len(dataset), bool(peft_config)).items():
+    width = model.config.vision_config.hidden_size
+    for name, value in fit_to_size(width, len(rows.train), bool(peft_config)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     task_args.stop_early(args)
     if peft_config is not None and task_args.max_clean_cost is not None:
-        # Adapters are merged in the end: those of earlier saves would stay beside the merged model on the Hub.
+        # The final model has its adapters merged. Adapters pushed by earlier saves would stay beside it on the Hub.
         args.hub_strategy = HubStrategy.END
-    train = preferences(dataset, args.seed)
-    held_out = None if validation is None else preferences(validation, args.seed + 1)
-    trainer = ContrastivePOTrainer(
+    return ContrastivePOTrainer(
         model,
         args=args,
-        train_dataset=train,
-        eval_dataset=held_out if args.eval_strategy != "no" else None,
+        train_dataset=rows.train,
+        eval_dataset=rows.validation if args.eval_strategy != "no" else None,
         processing_class=processor,
         peft_config=peft_config,
-        candidate_texts=train.all_texts,
+        candidate_texts=rows.train.all_texts,
         callbacks=task_args.callbacks(),
     )
-    images = None if held_out is None else validation_images(held_out, processor)
-    if images is not None and args.eval_strategy != "no":
-        evaluator = RobustnessEvaluator(
-            images,
-            [task.prompt_template],
-            max_clean_cost=task_args.max_clean_cost,
-            batch_size=args.per_device_eval_batch_size,
-            num_workers=args.dataloader_num_workers,
-        )
-        trainer.add_callback(EvaluatorCallback(trainer, evaluator))
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if images is not None and task_args.max_clean_cost is not None:
-        keep_clean_accuracy(trainer, images, [task.prompt_template], task_args.max_clean_cost)
-    if args.eval_strategy != "no" and task_args.saves_other_weights(args):
-        trainer.evaluate()
-    return trainer, task
+
+
+def adapters(model_args: ModelConfig) -> PeftConfig | None:
+    """Return the adapters that the LoRA flags describe, by default on `VISION_LINEAR_LAYERS`."""
+    model_args.lora_task_type = None
+    if model_args.lora_target_modules is None:
+        model_args.lora_target_modules = VISION_LINEAR_LAYERS
+    return get_peft_config(model_args)
 
 
 def load_start(args: ContrastivePOConfig, model_args: ModelConfig) -> tuple[CLIPModel, CLIPProcessor]:
-    """The model that training starts from, and its processor."""
+    """Load the model that training starts from, and its processor."""
     init = {"dtype": model_args.dtype, "revision": model_args.model_revision, **init_kwargs(args.model_init_kwargs)}
     if model_args.attn_implementation is not None:
         init["attn_implementation"] = model_args.attn_implementation
@@ -123,8 +187,8 @@ def load_start(args: ContrastivePOConfig, model_args: ModelConfig) -> tuple[CLIP
 def own_answers(
     rows: Dataset, model: CLIPModel, processor: CLIPProcessor, task: Task, image_column: str, args: ContrastivePOConfig
 ) -> Dataset:
-    """The rows with the model's own answers for labels, and its confidence for weights."""
-    # As the trainer's own will be: there is one state of all accelerators of a process.
+    """Return the rows with the model's own predictions as labels and its confidence as weights."""
+    # Configured as the trainer's own: all accelerators of a process share one state.
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.use_cpu)
     return pseudo_labels(
         model.to(accelerator.device),
@@ -141,7 +205,7 @@ def own_answers(
 
 
 def validation_images(rows: TypographicPreferences, processor: CLIPProcessor) -> RobustnessImages:
-    """The images of validation preferences, with the same attacks."""
+    """Return the images of validation preferences, with the same attacks."""
     return RobustnessImages(
         rows.dataset,
         rows.attack,
@@ -155,9 +219,15 @@ def validation_images(rows: TypographicPreferences, processor: CLIPProcessor) ->
 def keep_clean_accuracy(
     trainer: ContrastivePOTrainer, images: RobustnessImages, templates: Sequence[str], max_clean_cost: float
 ) -> None:
-    """Give the trainer the interpolation from base to aligned model that is sure to cost no more than a bound.
+    """Replace the trainer's model by an interpolation from base to aligned model that keeps clean accuracy.
 
-    Adapters are merged: an interpolation of weights is a plain model.
+    Adapters are merged, because an interpolation of weights is a plain model.
+
+    Args:
+        trainer: The trainer after training.
+        images: Validation images.
+        templates: Prompt templates with one `{}`.
+        max_clean_cost: Clean accuracy that may be lost, in percentage points, >= 0.
     """
     points = sweep_interpolation(
         trainer.reference.model,
@@ -178,22 +248,11 @@ def keep_clean_accuracy(
     trainer.replace_model(chosen)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Train, save the checkpoint with its processor and task, and write its model card."""
-    task_args, args, model_args = parse(argv)
-    start = time.time()
-    trainer, task = align(task_args, args, model_args)
-    save(trainer, task)
-    if trainer.is_world_process_zero():
-        print(f"Aligned {model_args.model_name_or_path} in {time.time() - start:.0f} s: {args.output_dir}")
-    trainer.accelerator.end_training()
-
-
 def save(trainer: ContrastivePOTrainer, task: Task) -> None:
-    """Save the model with its processor, task and card; pushes too, where the arguments say so."""
+    """Save the model with processor, task and model card, and push it if the arguments say so."""
     if trainer.is_world_process_zero():
         if not isinstance(trainer.model, PeftModel):
-            # Of an earlier save: from_pretrained would take them for the model.
+            # Adapters of an earlier save: from_pretrained would load them instead of the model.
             for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 Path(trainer.args.output_dir, file).unlink(missing_ok=True)
         task.save(trainer.args.output_dir)

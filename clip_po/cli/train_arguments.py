@@ -1,4 +1,4 @@
-"""Arguments of clip-po train: flags over YAML over a preset over the command line's defaults."""
+"""Arguments of clip-po train. Flags override YAML, which overrides a preset, which overrides the defaults."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from clip_po.cli.arguments import TaskArguments, flag_value, parse_flags
 from clip_po.config import PRESETS, ContrastivePOConfig, preset, preset_batch_size
 from clip_po.evaluation.interpolation import check_bound
 from clip_po.training.averaging import BetaMovingAverageCallback
+from clip_po.validation import COUNT, check_number
 
 BATCH_SIZE = 64
 
@@ -28,78 +29,84 @@ DEFAULTS: Mapping[str, Any] = {
     "warmup_steps": 0.1,
     "save_strategy": "epoch",
     "save_total_limit": 1,
-    # Chosen where they are not given: batch size and workers in `parse`, the others in `fit_to_size`.
+    # Filled in if they are not given: batch size and workers by `parse`, the others by `fit_to_size`.
     "per_device_train_batch_size": None,
     "dataloader_num_workers": None,
     "learning_rate": None,
     "num_train_epochs": None,
 }
-"""Defaults of the command line, chosen by comparison (benchmarks/photographs.yaml, docs/results.md).
+"""Defaults of the command, chosen by comparison (benchmarks/photographs.yaml, docs/results.md).
 
-DPO alone moves one difference of logits: it unlearns the word, but not what the ink hides. Cross-entropy on the chosen
-text teaches that too, and the reference's answer on the clean image, as a soft target, holds the other classes."""
+DPO alone changes one difference of logits: the model learns to ignore the word, but not to recognize what the ink
+hides. Cross-entropy on the chosen text teaches that too. The reference's prediction on the clean image, as a soft
+target, preserves the other classes."""
 
 
 @dataclass
 class TrainArguments(TaskArguments):
-    """Arguments of `clip-po train` beside those of the trainer, the model and LoRA."""
+    """Arguments of `clip-po train` in addition to those of the trainer, the model and LoRA."""
 
     rejected: Literal["word", "others"] = field(
         default="word",
         metadata={
-            "help": "Rejected texts: word, that of the written word alone; others, all other classes too (S-DPO).",
+            "help": "Rejected texts. word: only the text of the written word; others: the other classes too (S-DPO).",
         },
     )
     labels: Literal["given", "reference"] = field(
         default="given",
         metadata={
-            "help": "Where classes come from: given, the label column; reference, the model's own answers on clean "
+            "help": "Source of the labels. given: the label column; reference: the model's own predictions on clean "
             "images, weighted by its confidence, for images without labels.",
         },
     )
     dataset_validation_split: str | None = field(
         default=None,
-        metadata={"help": "Split to evaluate and choose on; default: a tenth of the training rows, kept out of them."},
+        metadata={"help": "Split to evaluate and choose on. Default: a tenth of the training rows, held out."},
     )
     max_clean_cost: float | None = field(
         default=None,
         metadata={
-            "help": "Clean accuracy that may be lost, in points: after training, the most robust interpolation from "
-            "the base to the aligned model is saved that is sure (95%) to cost no more on the validation images.",
+            "help": "Clean accuracy that may be lost, in percentage points. After training, of the interpolations "
+            "from base to aligned model that cost at most this much on validation images (95% confidence), the most "
+            "robust is saved.",
         },
     )
     moving_average: float | None = field(
         default=None,
-        metadata={"help": "Save the Beta moving average of the weights of all steps; the paper's is 0.7."},
+        metadata={
+            "help": "Save the Beta moving average of the weights of all steps, with this beta. The paper uses 0.7."
+        },
     )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
-            "help": "Stop after that many evaluations without a better one, and keep the best: by typographic "
-            "accuracy within max_clean_cost; needs an eval_strategy and the same save_strategy.",
+            "help": "Stop after this many evaluations without improvement and keep the best checkpoint, by "
+            "typographic accuracy within max_clean_cost. Requires eval_strategy and the same save_strategy.",
         },
     )
     preset: str | None = field(
         default=None,
-        metadata={"help": "The paper's settings, which single flags override.", "choices": sorted(PRESETS)},
+        metadata={"help": "Settings of the paper. Other flags override them.", "choices": sorted(PRESETS)},
     )
 
     def __post_init__(self) -> None:
-        """Refuse what can't work before anything is loaded."""
+        """Raise if arguments can't work, before anything is loaded."""
         super().__post_init__()
         if self.max_clean_cost is not None:
             check_bound(self.max_clean_cost)
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise ValueError(
-                f"--early_stopping_patience must be at least 1 evaluation, got {self.early_stopping_patience}."
-            )
+        if self.early_stopping_patience is not None:
+            check_number("--early_stopping_patience", self.early_stopping_patience, COUNT)
 
     def validates(self, args: ContrastivePOConfig) -> bool:
-        """Whether anything is measured on validation images."""
+        """Return whether anything is measured on validation images."""
         return args.eval_strategy != "no" or self.max_clean_cost is not None
 
     def with_validation(self, dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-        """Training and validation rows: those of the validation split, or a tenth of the training rows."""
+        """Return training and validation rows. Without a validation split, a tenth of the training rows is held out.
+
+        Raises:
+            ValueError: If there are fewer than two validation rows.
+        """
         validation = None
         if self.dataset_validation_split is not None:
             validation = self.load(self.dataset_validation_split, seed)
@@ -109,12 +116,16 @@ class TrainArguments(TaskArguments):
         if validation is None or len(validation) < 2:
             raise ValueError(
                 "Validation takes at least two images. Without --dataset_validation_split it gets a tenth of the "
-                "training rows: give more than ten of them, or name a split with more images."
+                "training rows. Give more than ten training rows, or name a split with more images."
             )
         return dataset, validation
 
     def stop_early(self, args: ContrastivePOConfig) -> None:
-        """Let the trainer keep its best checkpoint, where training is to stop early."""
+        """Configure the trainer to keep its best checkpoint if early stopping is on.
+
+        Raises:
+            ValueError: If evaluations and checkpoints do not coincide.
+        """
         if self.early_stopping_patience is None:
             return
         if args.eval_strategy == "no" or args.eval_strategy != args.save_strategy:
@@ -132,11 +143,11 @@ class TrainArguments(TaskArguments):
         args.metric_for_best_model = "typographic_accuracy" if self.max_clean_cost is None else "trade_off"
 
     def saves_other_weights(self, args: ContrastivePOConfig) -> bool:
-        """Whether what is saved are not the weights of the last evaluation, so that it is to be measured itself."""
+        """Return whether the saved weights differ from those of the last evaluation, and need one of their own."""
         return args.load_best_model_at_end or self.moving_average is not None or self.max_clean_cost is not None
 
     def callbacks(self) -> list[TrainerCallback]:
-        """The callbacks that the arguments ask for."""
+        """Return the callbacks that the arguments ask for."""
         found: list[TrainerCallback] = []
         if self.moving_average is not None:
             found.append(BetaMovingAverageCallback(self.moving_average))
@@ -146,15 +157,18 @@ class TrainArguments(TaskArguments):
 
 
 def fit_to_size(width: int, rows: int, adapters: bool) -> dict[str, float]:
-    """Learning rate and epochs where the user gives none.
+    """Return learning rate and number of epochs for a model and dataset, for users who give none.
 
-    The learning rate falls with the square of the vision tower's width, from what was found best at 128, so that
-    it is near 1e-5 for ViT-B; adapters, which are small, take more. Small data sets are seen more often.
+    The learning rate falls with the square of the vision tower's width, starting from the best rate found for width
+    128, and is near 1e-5 for ViT-B. Adapters train with four times that. Small datasets are repeated more often.
 
     Args:
         width: Hidden size of the vision tower.
-        rows: Rows of the training data.
-        adapters: Whether only adapters train.
+        rows: Number of training rows.
+        adapters: Whether only adapters are trained.
+
+    Returns:
+        `learning_rate` and `num_train_epochs`, 3..10.
     """
     full = 3e-4 * (128 / width) ** 2
     return {
@@ -164,16 +178,16 @@ def fit_to_size(width: int, rows: int, adapters: bool) -> dict[str, float]:
 
 
 def workers(processes: int) -> int:
-    """Processes that draw attacks beside each training process: half of its share of the cores, 1 to 8."""
+    """Return the number of data workers per training process: half of its share of the cores, 1 to 8."""
     return min(8, max(1, (os.cpu_count() or 2) // (2 * processes)))
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, ModelConfig]:
-    """The arguments: flags over YAML (`--config`) over `--preset` over the command line's defaults."""
+    """Parse the arguments. Flags override `--config` (YAML), that overrides `--preset`, and that `DEFAULTS`."""
     parser = TrlParser([TrainArguments, ContrastivePOConfig, ModelConfig], prog="clip-po train")
     chosen = flag_value("preset", argv)
     share = workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    # None would become "trainer_output", in whatever folder the command is called.
+    # None would become "trainer_output" in the current folder.
     defaults = {**DEFAULTS, "output_dir": "", "lora_target_modules": None, "dataloader_num_workers": share}
     if chosen is not None:
         defaults |= preset(chosen)

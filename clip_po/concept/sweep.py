@@ -1,4 +1,4 @@
-"""A concept's scale t, measured and chosen: what reads the word, what sees the image, and what both cost."""
+"""Measure and choose the scale t of a concept: answers that follow the word, right answers, and clean accuracy."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from clip_po.evaluation.zero_shot import class_embeddings, collect_answers
 from clip_po.policy import encode_images, evaluating
 
 SCALES = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
-"""From the concept at its strongest over the original model (0) and the trained transformation (1) to its opposite."""
+"""Default scales. 0 is the original model, 1 the trained transformation; negative scales strengthen the concept."""
 
-SEEN = ("clean", "typographic")
-"""The images of an item that a sweep looks at."""
+VARIANTS = ("clean", "typographic")
+"""The two variants of each image that a sweep measures: as it is, and with a word on it."""
 
 
 @dataclass(frozen=True)
 class VariantEmbeddings:
-    """What a model makes of the images of a `RobustnessImages` and of the prompts: all that a scale t changes.
+    """Embeddings of the images of a `RobustnessImages` and of the prompts. A scale t changes nothing else.
 
     Attributes:
-        images: By name of `SEEN`, Tensor[N, D], float32, unit-norm.
-        texts: Tensor[T, C, D], the prompts of C classes in T templates, float32, unit-norm.
+        images: For each of `VARIANTS`, Tensor[N, D], float32, unit-norm.
+        texts: Tensor[T, C, D], prompts of C classes in T templates, float32, unit-norm.
         label: Array [N] of true classes.
-        word: Array [N], the class that the written word names; -1 where it names none.
+        word: Array [N], the class that the written word names, or -1 if it names none.
         cluster: Array [N] of cluster numbers.
     """
 
@@ -46,13 +46,13 @@ class VariantEmbeddings:
     cluster: np.ndarray
 
     def answers(self, transform: ConceptTransform | None = None) -> dict[str, np.ndarray]:
-        """The class that each image is answered by, as the folded model (`fold_into`) would answer.
+        """Classify the images as the folded model (`ConceptTransform.fold_into`) would.
 
         Args:
-            transform: Any transformation of embeddings of D numbers; None for the model as it is.
+            transform: A transformation of D-dimensional embeddings. None for the original model.
 
         Returns:
-            Arrays [N], by name of `SEEN`.
+            For each of `VARIANTS`, an array [N] of classes.
         """
         device = self.texts.device if transform is None else transform.image_weight.device
         found = {}
@@ -76,41 +76,41 @@ def embed_variants(
     accelerator: Accelerator | None = None,
     disable_tqdm: bool = False,
 ) -> VariantEmbeddings:
-    """Run the towers once for all scales: each is matrix algebra on what they gave.
+    """Embed images and prompts once, for all scales. Measuring a scale then needs no tower.
 
     Args:
         model: CLIPModel, or PeftModel around one, which W was trained on.
         images: The images.
-        templates: Prompts with one `{}`, as for `class_embeddings`.
+        templates: Prompts with one `{}`, as in `class_embeddings`.
         batch_size: Items per batch and process, >= 1.
-        num_workers: As for `evaluate_robustness`.
-        accelerator: As for `evaluate_robustness`.
-        disable_tqdm: Shows no progress bar.
+        num_workers: As in `evaluate_robustness`.
+        accelerator: As in `evaluate_robustness`.
+        disable_tqdm: Whether to hide the progress bar.
 
     Returns:
         Embeddings on the CPU, the same in every process.
 
     Raises:
-        ValueError: No written word names a class; as for `evaluate_robustness`.
-        TypeError: As for `clip_po.policy.dual_encoder`.
+        ValueError: If no written word names a class, and as in `evaluate_robustness`.
+        TypeError: As in `clip_po.policy.dual_encoder`.
     """
     if not (images.word >= 0).any():
         raise ValueError(
-            "None of the written words names a class, so that no answer can be the word's. Draw them from the class "
+            "None of the written words names a class, so no answer can follow the word. Draw words from the class "
             "names: TypographicAttack(words=class_names)."
         )
     texts = torch.stack([class_embeddings(model, images.processor, images.class_names, [t]) for t in templates])
     dim, device, dtype = texts.shape[-1], texts.device, next(model.parameters()).dtype
 
     def embeds(batch: dict[str, Tensor]) -> Tensor:
-        return torch.cat([encode_images(model, batch[name].to(device, dtype)) for name in SEEN], dim=1)
+        return torch.cat([encode_images(model, batch[name].to(device, dtype)) for name in VARIANTS], dim=1)
 
     with evaluating(model):
         table = torch.from_numpy(
             collect_answers(
                 images,
                 embeds,
-                len(SEEN) * dim,
+                len(VARIANTS) * dim,
                 batch_size,
                 num_workers,
                 accelerator,
@@ -121,13 +121,13 @@ def embed_variants(
         )
     parts = (F.normalize(part, dim=-1) for part in table.split(dim, dim=1))
     return VariantEmbeddings(
-        dict(zip(SEEN, parts, strict=True)), texts.cpu(), images.label, images.word, images.cluster
+        dict(zip(VARIANTS, parts, strict=True)), texts.cpu(), images.label, images.word, images.cluster
     )
 
 
 @dataclass(frozen=True)
 class ScalePoint:
-    """What one scale was measured at, with 95% intervals.
+    """Measurements at one scale, with 95% intervals.
 
     Attributes:
         t: The scale.
@@ -136,7 +136,7 @@ class ScalePoint:
         right: Share of the typographic images answered by their own class, 0..1.
         difference: Right minus reading, in percentage points, paired.
         clean_accuracy: 0..1.
-        clean_cost: Clean accuracy lost against the model as it is (t = 0), in percentage points, paired.
+        clean_cost: Clean accuracy lost relative to the original model (t = 0), in percentage points, paired.
         clean_cost_upper: Upper end of the one-sided 95% interval of the clean cost.
     """
 
@@ -149,7 +149,7 @@ class ScalePoint:
     clean_cost_upper: float
 
     def metrics(self) -> dict[str, Estimate]:
-        """The estimates as reports name them: those of `robustness_report`, and the difference."""
+        """Return the estimates under the names of `robustness_report`, plus the difference."""
         return {
             "clean_accuracy": self.clean_accuracy,
             "typographic_accuracy": self.right,
@@ -171,14 +171,14 @@ _STATISTICS: dict[str, Statistic] = {
 def measure_transform(
     embeds: VariantEmbeddings, transform: ConceptTransform, t: float = 1.0, *, resamples: int = 1000, seed: int = 0
 ) -> ScalePoint:
-    """Measure a transformation as it is, with K < D rows too.
+    """Measure a transformation unscaled. It may have K < D rows.
 
     Args:
         embeds: From `embed_variants`.
         transform: The transformation.
-        t: The scale that it stands for.
-        resamples: As for `bootstrap_interval`.
-        seed: As for `bootstrap_interval`.
+        t: The scale to report.
+        resamples: As in `bootstrap_interval`.
+        seed: As in `bootstrap_interval`.
 
     Returns:
         The point of `t`.
@@ -196,7 +196,7 @@ def measure_transform(
     def estimate(name: str, confidence: float = 0.95) -> Estimate:
         return bootstrap_interval(_STATISTICS[name], columns, embeds.cluster, confidence, resamples, seed)
 
-    # Both ends of the 90% interval leave out 5%: its upper one is the end of the one-sided 95% interval.
+    # Each end of the 90% interval leaves out 5%, so its upper end is that of the one-sided 95% interval.
     upper = estimate("clean_cost", 0.9).high
     return ScalePoint(t, **{name: estimate(name) for name in _STATISTICS}, clean_cost_upper=upper)
 
@@ -210,21 +210,21 @@ def sweep_scales(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[ScalePoint]:
-    """Measure a transformation at several scales, each against the original model on the same images.
+    """Measure a transformation at several scales, each relative to the original model on the same images.
 
     Args:
-        embeds: From `embed_variants`: validation images to choose a scale, others to report what was chosen.
+        embeds: From `embed_variants`. Use validation images to choose a scale and others to report it.
         transform: The trained transformation.
-        ts: Scales, as for `ConceptTransform.at`.
-        path: As for `ConceptTransform.at`.
-        resamples: As for `bootstrap_interval`.
-        seed: As for `bootstrap_interval`.
+        ts: Scales, as in `ConceptTransform.at`.
+        path: As in `ConceptTransform.at`.
+        resamples: As in `bootstrap_interval`.
+        seed: As in `bootstrap_interval`.
 
     Returns:
         One point per scale, in their order.
 
     Raises:
-        ValueError: No scales; as for `ConceptTransform.at`.
+        ValueError: No scales; as in `ConceptTransform.at`.
     """
     if not ts:
         raise ValueError(f"ts is empty; give at least one scale, such as those of SCALES: {list(SCALES)}.")
@@ -232,16 +232,16 @@ def sweep_scales(
 
 
 def choose_neutral(points: Sequence[ScalePoint]) -> ScalePoint:
-    """The point at which the written word's answers and the right ones meet, the crossing nearest to t = 0.
+    """Choose the point at which as many answers are right as follow the written word: the crossing closest to t = 0.
 
     Args:
         points: From `sweep_scales`, in any order.
 
     Returns:
-        Of the two points around the crossing, the one with the smaller difference.
+        The point next to the crossing with the smaller absolute difference.
 
     Raises:
-        ValueError: They don't meet between the lowest and the highest t.
+        ValueError: If there is no crossing between the lowest and the highest t.
     """
     ordered = sorted(points, key=lambda point: point.t)
     crossings = [
@@ -250,50 +250,51 @@ def choose_neutral(points: Sequence[ScalePoint]) -> ScalePoint:
     if not crossings:
         nearest = min(ordered, key=lambda point: abs(point.difference.value), default=None)
         told = (
-            "" if nearest is None else f" They come nearest at t={nearest.t:g}, {nearest.difference.value:.1f} points."
+            "" if nearest is None else f" They are closest at t={nearest.t:g}, {nearest.difference.value:.1f} points."
         )
         raise ValueError(
-            f"The answers of the written word and the right ones don't meet at any of the {len(points)} scales.{told} "
-            "Sweep farther, or train longer or with a smaller penalty_weight or reg_weight."
+            "The share of right answers and the share that follow the written word don't cross at any of the "
+            f"{len(points)} scales.{told} Sweep a wider range, train longer, or train with a smaller "
+            "penalty_weight or reg_weight."
         )
     around = min(crossings, key=lambda pair: min(abs(point.t) for point in pair))
     return min(around, key=lambda point: abs(point.difference.value))
 
 
 def choose_within(points: Sequence[ScalePoint], max_clean_cost: float) -> ScalePoint:
-    """The point that reads least among those sure to cost no more clean accuracy than a bound.
+    """Choose the point with the lowest reading among those whose clean cost is within a bound with 95% confidence.
 
-    Sure is a point whose one-sided 95% interval ends at or below the bound; the original model always is.
-    `clip_po.evaluation.interpolation.choose_alpha` says what such an interval does not know.
+    A point qualifies if its one-sided 95% interval ends at or below the bound. The original model always does.
+    `clip_po.evaluation.interpolation.choose_alpha` describes what such an interval does not cover.
 
     Args:
         points: From `sweep_scales`.
         max_clean_cost: Clean accuracy that may be lost, in percentage points, >= 0.
 
     Returns:
-        The point; of those that read as little, the one that answers most images right.
+        The point. Ties go to the higher share of right answers.
 
     Raises:
-        ValueError: A negative bound, or no point holds it and t = 0 was not measured.
+        ValueError: If the bound is negative, or no point is within it and t = 0 was not measured.
     """
     check_bound(max_clean_cost)
     sure = [point for point in points if point.t == 0 or within(point.clean_cost_upper, max_clean_cost)]
     if not sure:
         raise ValueError(
-            f"None of the {len(points)} scales is sure to cost at most {max_clean_cost!r} points of clean accuracy. "
-            "Measure t = 0 too, the original model, which costs nothing."
+            f"None of the {len(points)} scales costs at most {max_clean_cost!r} points of clean accuracy with 95% "
+            "confidence. Measure t = 0 too, the original model, which costs nothing."
         )
     return min(sure, key=lambda point: (point.reading.value, -point.right.value))
 
 
 def scale_table(points: Mapping[str, ScalePoint]) -> str:
-    """Points as a Markdown table, with intervals in brackets.
+    """Format points as a Markdown table, with intervals in brackets.
 
     Args:
-        points: By what heads their row, such as "0.5".
+        points: By the heading of their row, such as "0.5".
 
     Returns:
-        One row a point.
+        The table, one row per point.
     """
     columns = ["t", "reading", "right", "right - reading (points)", "clean", "clean cost (points)", "at most (95%)"]
     rows: list[list[Estimate | str | float | None]] = [

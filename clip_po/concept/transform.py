@@ -1,36 +1,35 @@
-"""One concept turned up, off or around: a linear transformation of frozen embeddings, scaled by one number.
+"""A concept turned up, down or around: a linear transformation of frozen embeddings, scaled by one number.
 
-The towers stay frozen and their unit-norm embeddings x (image) and y (text) become W x and W y, normalized again.
-W is trained with the preference losses plus a weight times ||I - W W^T||_F. That penalty draws W near the orthogonal
-matrices and no farther: under a shared, exactly orthogonal W every cosine is what it was, so whatever the shared
-transformation learns lives in what the penalty leaves free. The norm is not squared, so it has a kink where W is
-orthogonal, and too large a weight holds a shared W there for good, with nothing learned: from the identity, a weight
-of half the norm of the symmetric part of the losses' gradient or more.
+The towers stay frozen. Their unit-norm embeddings x (image) and y (text) become W x and W y, normalized again. The
+loss for W is a preference loss plus a weight times the penalty ||I - W W^T||_F. The penalty draws W towards the
+orthogonal matrices. A shared, exactly orthogonal W changes no cosine, so a shared W learns only what the penalty
+leaves free. The norm is not squared and has a kink at orthogonal W. If the weight is too large, a shared W therefore
+stays where it started and learns nothing. From the identity, this happens at half the norm of the symmetric part of
+the gradient of the losses, or more.
 
 Two paths lead from the original model (t = 0) to the trained one (t = 1) and beyond both:
 
 ==========  ==================  =================  ===================================================================
-path        W_t                 offered for        what it does
+path        W_t                 offered for        effect
 ==========  ==================  =================  ===================================================================
-singular    U S^t V^T           shared, square W   Similarity x^T V S^(2t) V^T y: a direction that training shrank by s
-                                                   is shrunk by s^t. No direction is turned around: what changes
-                                                   is which of them decides. Below 0 it enlarges without bound what
-                                                   training shrank.
-straight    (1 - t) I + t W     every square W     Linear in t. A direction that training shrank by s passes through
-                                                   0 at t = 1 / (1 - s) and comes back beyond it: under a shared W it
-                                                   has changed its sign on both sides, which no similarity sees.
-                                                   Only sensible for a W trained from the identity: the rotation in
-                                                   an orthogonal start is no step towards the concept.
+singular    U S^t V^T           shared, square W   Similarity x^T V S^(2t) V^T y: a direction that training scaled by s
+                                                   is scaled by s^t. No direction is reversed; only the weights of
+                                                   the directions change. With t < 0, directions that training shrank
+                                                   grow without bound.
+straight    (1 - t) I + t W     every square W     Linear in t. A direction that training scaled by s < 1 is 0 at
+                                                   t = 1 / (1 - s) and changes its sign there. A shared W changes the
+                                                   sign on both sides, which leaves the similarity the same.
+                                                   Only sensible for a W trained from the identity: the rotation of
+                                                   an orthogonal start is not a step towards the concept.
 ==========  ==================  =================  ===================================================================
 
-Source: Afzali et al. 2025, arXiv 2411.08923; (1 - t) I + t W is the interpolation of Wortsman et al. 2022, arXiv
+Source: Afzali et al. 2025, arXiv 2411.08923. (1 - t) I + t W is the interpolation of Wortsman et al. 2022, arXiv
 2109.01903, applied to W.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -45,9 +44,10 @@ from transformers import CLIPModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from clip_po.policy import dual_encoder
+from clip_po.validation import FINITE, check_number
 
 CONCEPT_FILE = "concept.safetensors"
-"""What `ConceptTransform.save` writes into its folder."""
+"""Name of the file that `ConceptTransform.save` writes."""
 
 Towers = Literal["shared", "each", "image"]
 Start = Literal["identity", "orthogonal"]
@@ -55,7 +55,7 @@ ScalePath = Literal["singular", "straight"]
 
 
 class ConceptTransform(nn.Module):
-    """A linear transformation W of frozen, unit-norm embeddings, which are normalized again afterwards.
+    """Linear transformation W of frozen, unit-norm embeddings, followed by normalization.
 
     Example:
 
@@ -66,19 +66,19 @@ class ConceptTransform(nn.Module):
 
     Args:
         dim: D, the size of an embedding: `model.config.projection_dim`.
-        output_dim: K, the size of a transformed embedding, 1 <= K <= D; D where it is None.
-        towers: "shared": one W for both towers; "each": one for each; "image": one for images, texts stay.
+        output_dim: K, the size of a transformed embedding, 1 <= K <= D. Defaults to D.
+        towers: "shared": one W for both towers; "each": one W for each; "image": W for images only.
         start: "identity": the identity, for K < D its first K rows; "orthogonal": a random matrix with orthonormal
-            rows, the same for both towers, under which every cosine of a square W is what it was.
+            rows, the same for both towers. If it is square, it changes no cosine.
         seed: Seed of the orthogonal start.
 
     Attributes:
-        image_weight: Parameter[K, D], W of the images; with towers="shared" of the texts too.
+        image_weight: Parameter[K, D], W of the images, and with towers="shared" also of the texts.
         text_weight: Parameter[K, D], W of the texts with towers="each", else None.
 
     Raises:
-        ValueError: A size is out of range, a name is unknown, or `towers`="image" comes with K < D or with an
-            orthogonal start, either of which would take the images away from the texts.
+        ValueError: If a size is out of range, a name is unknown, or `towers`="image" is combined with K < D or an
+            orthogonal start, either of which would separate the images from the texts.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ConceptTransform(nn.Module):
         super().__init__()
         output_dim = dim if output_dim is None else output_dim
         if not 1 <= output_dim <= dim:
-            raise ValueError(f"output_dim must lie between 1 and dim={dim}, got {output_dim!r}.")
+            raise ValueError(f"output_dim must be between 1 and dim={dim}, got {output_dim!r}.")
         if towers not in get_args(Towers):
             raise ValueError(f"towers must be one of {list(get_args(Towers))}, got {towers!r}.")
         if start not in get_args(Start):
@@ -123,40 +123,39 @@ class ConceptTransform(nn.Module):
 
     @property
     def weights(self) -> tuple[Tensor, Tensor | None]:
-        """W of the images and W of the texts, Tensor[K, D] each; None for the texts where they stay."""
+        """W of the images and W of the texts, Tensor[K, D] each. None if texts are not transformed."""
         return self.image_weight, self.image_weight if self.towers == "shared" else self.text_weight
 
     def forward(self, image_embeds: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Transformed embeddings, unit-norm.
+        """Transform embeddings and normalize them.
 
         Args:
             image_embeds: Tensor[B, D], unit-norm.
             text_embeds: Tensor[M, D], unit-norm.
 
         Returns:
-            Tensor[B, K] and Tensor[M, K], at least float32; with towers="image" the texts as they came.
+            Tensor[B, K] and Tensor[M, K], unit-norm, at least float32. With towers="image" the texts are unchanged.
         """
         image_weight, text_weight = self.weights
         texts = text_embeds if text_weight is None else _transformed(text_embeds, text_weight)
         return _transformed(image_embeds, image_weight), texts
 
     def penalty(self) -> Tensor:
-        """||I - W W^T||_F, summed over the towers' own matrices, Tensor[], >= 0; 0 where all are orthogonal."""
+        """Return ||I - W W^T||_F, summed over the matrices: Tensor[], >= 0, and 0 if all are orthogonal."""
         distances = []
-        for weight in self.parameters():
-            with torch.autocast(weight.device.type, enabled=False):
-                distances.append(torch.eye(len(weight), device=weight.device).sub(weight @ weight.T).norm())
+        for matrix in self.parameters():
+            with torch.autocast(matrix.device.type, enabled=False):
+                distances.append(torch.eye(len(matrix), device=matrix.device).sub(matrix @ matrix.T).norm())
         return torch.stack(distances).sum()
 
     @torch.no_grad()
     def at(self, t: float, path: ScalePath = "singular") -> ConceptTransform:
-        """The transformation at scale t: 0 is the original model, 1 this transformation.
+        """Return the transformation at scale t: 0 is the original model, 1 this transformation.
 
-        Between 0 and 1 the concept is turned down (or wherever training took it), beyond 1 farther the same way,
-        below 0 the opposite way. Below 0 the singular path divides by powers of the singular values: with the
-        smallest s and the largest 1, a direction is enlarged by s^t against the rest (at t = -4 and s = 0.1 by
-        10,000) and everything else drowns in it. A larger penalty or regularization keeps s up; the straight path
-        stays bounded.
+        From 0 to 1 the model changes as training changed it, beyond 1 further in the same direction, and below 0 in
+        the opposite direction. Below 0 the singular path divides by powers of the singular values. With the smallest s
+        and the largest 1, a direction grows by s^t relative to the rest (10,000 times at t = -4 and s = 0.1) and
+        dominates everything else. A larger penalty or regularization keeps s larger; the straight path stays bounded.
 
         Args:
             t: Any finite number.
@@ -166,50 +165,49 @@ class ConceptTransform(nn.Module):
             A new transformation on the same device and in the same dtype.
 
         Raises:
-            ValueError: `t` is not finite; `path` is unknown or has no t = 0 that is the original model; W is not
-                finite; t < 0 on the singular path and W has no inverse.
+            ValueError: If `t` or W is not finite, `path` is unknown or does not start at the original model, or t < 0
+                on the singular path and W has no inverse.
         """
-        if not math.isfinite(t):
-            raise ValueError(f"t must be a finite number, got {t!r}; 0 is the original model, 1 the trained one.")
+        check_number("t", t, FINITE, "0 is the original model, 1 the trained one.")
         if path not in get_args(ScalePath):
             raise ValueError(f"path must be one of {list(get_args(ScalePath))}, got {path!r}.")
         self._check_path(path)
         scaled = copy.deepcopy(self)
-        for weight in scaled.parameters():
-            wide = weight.double()
+        for matrix in scaled.parameters():
+            wide = matrix.double()
             if not wide.isfinite().all():
-                raise ValueError("W holds numbers that are not finite: its training diverged. Lower learning_rate.")
+                raise ValueError("W has values that are not finite: its training diverged. Lower learning_rate.")
             if path == "straight":
-                weight.copy_(torch.lerp(torch.eye(len(wide), dtype=wide.dtype, device=wide.device), wide, t))
+                matrix.copy_(torch.lerp(torch.eye(len(wide), dtype=wide.dtype, device=wide.device), wide, t))
             else:
-                weight.copy_(_singular_power(wide, t))
+                matrix.copy_(_singular_power(wide, t))
         return scaled
 
     @torch.no_grad()
     def fold_into(self, model: nn.Module, t: float | None = None, path: ScalePath = "singular") -> CLIPModel:
-        """A plain CLIPModel whose embeddings are the transformed ones: W multiplied into its projections.
+        """Return a plain CLIPModel with W multiplied into its projections, so that its embeddings are transformed.
 
-        It saves, loads and runs without clip_po. With K < D rows of W its `projection_dim` is K.
+        It can be saved, loaded and used without clip_po. If W has K < D rows, its `projection_dim` is K.
 
         Args:
-            model: CLIPModel (or PeftModel around one) whose embeddings W was trained on. It is not changed.
-            t: Scale, as for `at`; None folds the transformation as it is.
-            path: As for `at`; only read where `t` is given.
+            model: CLIPModel (or PeftModel around one) whose embeddings W was trained on. Not changed.
+            t: Scale, as in `at`. None folds W itself.
+            path: As in `at`. Ignored if `t` is None.
 
         Returns:
-            A copy of the model with other projections, in evaluation mode, with adapters merged. The products are
-            computed in float64 and have the model's dtype.
+            A copy of the model with new projections, in evaluation mode, with adapters merged. The products are
+            computed in float64 and stored in the model's dtype.
 
         Raises:
-            ValueError: W is made for embeddings of another size; the product is beyond the range of the model's
-                dtype; as for `at`.
-            TypeError: As for `clip_po.policy.dual_encoder`.
+            ValueError: If the embeddings of the model have another size, or the product is out of range of its dtype;
+                and as in `at`.
+            TypeError: As in `clip_po.policy.dual_encoder`.
         """
         dim = dual_encoder(model).config.projection_dim
         if dim != self.dim:
             raise ValueError(
-                f"The transformation is made for embeddings of {self.dim} numbers, the model's have {dim}. Fold it "
-                "into the model that it was trained on."
+                f"The transformation is for embeddings of {self.dim} numbers, but the model's have {dim}. Fold it "
+                "into the model it was trained on."
             )
         scaled = self if t is None else self.at(t, path)
         copied = copy.deepcopy(model)
@@ -225,13 +223,13 @@ class ConceptTransform(nn.Module):
         return folded
 
     def save(self, folder: str | Path) -> None:
-        """Write the transformation as `concept.safetensors`; `load` reads it.
+        """Write the transformation to `concept.safetensors`, which `load` reads.
 
         Args:
-            folder: Made where it does not exist.
+            folder: The folder. Created if it does not exist.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tensors = {name: weight.contiguous().cpu() for name, weight in self.state_dict().items()}
+        tensors = {name: matrix.contiguous().cpu() for name, matrix in self.state_dict().items()}
         metadata = {
             "format": "pt",
             "towers": self.towers,
@@ -241,27 +239,29 @@ class ConceptTransform(nn.Module):
         save_file(tensors, Path(folder) / CONCEPT_FILE, metadata=metadata)
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write what `load` reads, and the same weights under the name that a Trainer resumes from.
+        """Save the transformation for `load`, and its weights under the name from which a Trainer resumes.
 
         Args:
-            folder: Made where it does not exist.
-            state_dict: The weights as a Trainer gathered them; those of the transformation where it is None.
+            folder: The folder. Created if it does not exist.
+            state_dict: The weights as gathered by a Trainer. Defaults to the weights of the transformation.
         """
         self.save(folder)
-        weights = {name: weight.contiguous().cpu() for name, weight in (state_dict or self.state_dict()).items()}
+        weights = {name: matrix.contiguous().cpu() for name, matrix in (state_dict or self.state_dict()).items()}
         save_file(weights, Path(folder) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     @classmethod
     def load(cls, folder: str | Path) -> ConceptTransform:
-        """Read what `save` wrote, on the CPU.
+        """Load a transformation that `save` wrote, on the CPU.
 
         Raises:
-            FileNotFoundError: The folder holds no transformation.
-            ValueError: The file holds something else.
+            FileNotFoundError: If the folder does not contain a transformation.
+            ValueError: If the file is damaged or is something else.
         """
         file = Path(folder) / CONCEPT_FILE
         if not file.is_file():
-            raise FileNotFoundError(f"{str(folder)!r} holds no {CONCEPT_FILE}; ConceptTransform.save writes one.")
+            raise FileNotFoundError(
+                f"{str(folder)!r} does not contain {CONCEPT_FILE}. ConceptTransform.save writes one."
+            )
         try:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
@@ -270,57 +270,57 @@ class ConceptTransform(nn.Module):
             transform.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
         except (SafetensorError, KeyError, ValueError, RuntimeError, StopIteration) as error:
             raise ValueError(
-                f"{str(file)!r} is no transformation that ConceptTransform.save wrote "
+                f"{str(file)!r} is not a transformation written by ConceptTransform.save "
                 f"({type(error).__name__}: {error}). Save it again from the trained one."
             ) from error
         return transform
 
     def extra_repr(self) -> str:
-        """Sizes and towers, for `print`."""
+        """Return sizes and towers, for `print`."""
         return f"dim={self.dim}, output_dim={self.output_dim}, towers={self.towers!r}"
 
     def _check_path(self, path: ScalePath) -> None:
         if self.output_dim < self.dim:
             raise ValueError(
-                f"W is {self.output_dim} x {self.dim}: with fewer rows than columns it has dropped directions that "
-                "no scale brings back, so t = 0 would not be the original model. Train a square W (leave output_dim "
-                "out) to scale it; transform.fold_into(model) uses this one as it is."
+                f"W is {self.output_dim} x {self.dim}: with fewer rows than columns it drops directions that "
+                "no scale restores, so t = 0 would not be the original model. To scale W, train a square one (leave "
+                "output_dim out). To use this W unscaled, call transform.fold_into(model)."
             )
         if path == "singular" and self.towers != "shared":
             raise ValueError(
-                f"path='singular' needs one W for both towers, but this one has towers={self.towers!r}: U V^T, left "
-                "over at t = 0, turns one side against the other, so t = 0 would not be the original model. Use "
-                "path='straight'."
+                f"path='singular' needs one W for both towers, but this one has towers={self.towers!r}. The rotation "
+                "U V^T that is left at t = 0 would differ between the towers, so t = 0 would not be the original "
+                "model. Use path='straight'."
             )
 
 
-def _transformed(embeds: Tensor, weight: Tensor) -> Tensor:
+def _transformed(embeds: Tensor, matrix: Tensor) -> Tensor:
     dtype = torch.promote_types(embeds.dtype, torch.float32)
     with torch.autocast(embeds.device.type, enabled=False):
-        return F.normalize(embeds.to(dtype) @ weight.to(dtype).T, dim=-1)
+        return F.normalize(embeds.to(dtype) @ matrix.to(dtype).T, dim=-1)
 
 
-def _singular_power(weight: Tensor, t: float) -> Tensor:
-    """U S^t V^T of a square matrix in float64."""
-    u, s, vh = torch.linalg.svd(weight)
-    # W was trained in float32: a singular value below its rounding is 0 but for noise.
+def _singular_power(matrix: Tensor, t: float) -> Tensor:
+    """Return U S^t V^T of a square matrix in float64."""
+    u, s, vh = torch.linalg.svd(matrix)
+    # W was trained in float32: a singular value below its rounding error counts as 0.
     lowest = s[0] * len(s) * torch.finfo(torch.float32).eps
     if t < 0 and s[-1] <= lowest:
         raise ValueError(
             f"W has {int((s <= lowest).sum())} singular values of 0 (the smallest is {s[-1]:.1e}, the largest "
             f"{s[0]:.1e}), which t={t} would divide by. Use t >= 0 or path='straight', or train with a larger weight "
-            "of the penalty or of the regularization."
+            "of the penalty or the regularization."
         )
     return (u * s**t) @ vh
 
 
-def _product(weight: Tensor, projection: nn.Linear) -> nn.Linear:
+def _product(matrix: Tensor, projection: nn.Linear) -> nn.Linear:
     before = projection.weight
-    product = (weight.to(before.device, torch.float64) @ before.double()).to(before.dtype)
+    product = (matrix.to(before.device, torch.float64) @ before.double()).to(before.dtype)
     if not product.isfinite().all():
         raise ValueError(
-            f"A folded projection holds numbers beyond the range of {before.dtype}: W is too large at this t. Use a t "
-            "nearer to 0, or fold into the model in float32 (model.float())."
+            f"A folded projection has values out of range of {before.dtype}: W is too large at this t. Use a t "
+            "closer to 0, or fold into the model in float32 (model.float())."
         )
     folded = nn.Linear(product.shape[1], product.shape[0], bias=False, device=before.device, dtype=before.dtype)
     folded.weight = nn.Parameter(product, requires_grad=before.requires_grad)

@@ -1,4 +1,4 @@
-"""Activation checkpointing that adds no gradients below the trained parameters."""
+"""Activation checkpointing without gradients for the inputs of the towers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from clip_po.policy import dual_encoder
 
 TRANSFORMERS_OWN = {"every_n_layers", "offload"}
-"""Of `activation_checkpointing_kwargs`, those that do not go to torch."""
+"""Keys of `activation_checkpointing_kwargs` that transformers does not pass on to torch."""
 
 
 class NoInputGradientsCallback(TrainerCallback):
-    """Lets no gradient flow below what trains where activations are checkpointed.
+    """Callback that stops the backward pass at the lowest trained layer when activations are checkpointed.
 
-    With activation checkpointing transformers makes the inputs of both towers require gradients, which the reentrant
-    kind needs and the other, its default, does not. Below adapters on the last blocks, all blocks would be run once
-    more for gradients that go nowhere; and torch.compile would break its graph at the input of either tower.
+    With activation checkpointing, transformers makes the inputs of both towers require gradients. Only the reentrant
+    kind needs that; the default is the other kind. With adapters on the last blocks, all blocks below would be
+    recomputed for gradients that nothing uses, and torch.compile would break its graph at the input of each tower.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Take away the hooks that `Trainer.train` has just set."""
+        """Remove the hooks that `Trainer.train` has just set."""
         given = args.gradient_checkpointing_kwargs or {}
-        # torch's own default, where it gets arguments and this is none of them, is the reentrant kind.
+        # If torch gets other arguments but not use_reentrant, its own default applies: reentrant.
         reentrant = given.get("use_reentrant", bool(given.keys() - TRANSFORMERS_OWN))
         if args.gradient_checkpointing and not reentrant:
             dual_encoder(model).disable_input_require_grads()

@@ -1,8 +1,7 @@
-"""The average of the weights that a training passes through."""
+"""Moving average of the weights along a training run."""
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,25 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from clip_po.atomic_write import atomic_write
 from clip_po.training.checkpoints import saving
+from clip_po.validation import POSITIVE, check_number
 
 AVERAGE_FILE = "moving_average.safetensors"
-"""What `BetaMovingAverageCallback` adds to every checkpoint."""
+"""Name of the file that `BetaMovingAverageCallback` adds to every checkpoint."""
 
 
 class BetaMovingAverageCallback(TrainerCallback):
-    """The average of the weights along a training, which the model gets when the training ends.
+    """Callback that averages the weights along a training run and puts the average into the model at its end.
 
-    The weights after step t of T (t = 0: as training starts) count with the density of Beta(beta, beta) at
-    (t + 0.5) / (T + 1), and a running mean of the trainable parameters is kept in float32 on their device.
-    Nothing else changes: training and its evaluations run on the weights as they are, and so do checkpoints, each
-    of which also gets the mean so far (`moving_average.safetensors`), so that a resumed run ends with the same
-    average bit for bit. A run that is stopped early ends with the mean so far. With LoRA the factors A and B are
-    averaged, each on its own, and not their product.
+    The weights after step t of T (t = 0: before training) are weighted by the density of Beta(beta, beta) at
+    (t + 0.5) / (T + 1). A running mean of the trainable parameters is kept in float32 on their device. Training,
+    evaluations and checkpoints use the current weights, not the mean. Each checkpoint also gets the mean so far
+    (`moving_average.safetensors`), so that a resumed run ends with the same average bit for bit. A run that is stopped
+    early ends with the mean so far. With LoRA the factors A and B are averaged separately, not their product.
 
-    T is known beforehand, so the weight at the start and at the end can be raised (beta < 1: zero-shot and
-    fine-tuned weights count most) or lowered (beta > 1); beta = 1 is the plain mean.
+    With beta < 1 the first and last steps count most (zero-shot and fine-tuned weights), with beta > 1 the middle
+    ones; beta = 1 is the plain mean.
 
     Example:
 
@@ -44,18 +44,17 @@ class BetaMovingAverageCallback(TrainerCallback):
         beta: Both parameters of the Beta distribution, finite and > 0.
 
     Raises:
-        ValueError: `beta` is out of range. From the trainer: `load_best_model_at_end=True`, which asks for
-            one step's weights instead; a resumed run that is to be averaged over other steps, parameters or with
-            another beta than before.
-        FileNotFoundError: From the trainer: the checkpoint to resume from has no `moving_average.safetensors`.
+        TypeError: If `beta` is not a number.
+        ValueError: If `beta` is out of range. From the trainer: if `load_best_model_at_end=True`, which asks for the
+            weights of one step instead; or if a resumed run has other steps, parameters or another beta than before.
+        FileNotFoundError: From the trainer: if the checkpoint to resume from has no `moving_average.safetensors`.
 
     Source: Shu et al. 2023 (CLIPood), arXiv 2302.00864, Sec. 3.3 (there beta = 0.5); Afzali et al. 2025, arXiv
     2411.08923.
     """
 
     def __init__(self, beta: float = 0.7) -> None:
-        if not 0 < beta < math.inf:
-            raise ValueError(f"beta must be a finite number > 0, got {beta!r}; 1 is the plain mean.")
+        check_number("beta", beta, POSITIVE, "1 is the plain mean.")
         self.beta = beta
         self._average: dict[str, Tensor] = {}
         self._weight_sum = 0.0
@@ -63,13 +62,13 @@ class BetaMovingAverageCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse arguments that would lose the average."""
+        """Raise if arguments would discard the average."""
         _refuse_best_model(args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Start with the weights as they are, or with the mean in the checkpoint that training resumes from."""
+        """Start from the current weights, or from the mean in the checkpoint that training resumes from."""
         _refuse_best_model(args)
         self._average = {
             name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
@@ -99,10 +98,8 @@ class BetaMovingAverageCallback(TrainerCallback):
             return
         file = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", AVERAGE_FILE)
         metadata = {**self._key(state), "weight_sum": repr(self._weight_sum)}
-        partial = file.with_suffix(".partial")
-        with saving(file, str(args.output_dir)):
+        with saving(file, str(args.output_dir)), atomic_write(file) as partial:
             save_file({name: average.contiguous() for name, average in self._average.items()}, partial, metadata)
-            os.replace(partial, file)
 
     @torch.no_grad()
     def on_train_end(
@@ -114,12 +111,12 @@ class BetaMovingAverageCallback(TrainerCallback):
         self._average = {}
 
     def _weight(self, state: TrainerState) -> float:
-        """The density of Beta(beta, beta) at this step over that in the middle; 0 after the last step."""
+        """Return the density of Beta(beta, beta) at this step relative to the middle; 0 after the last step."""
         place = (state.global_step + 0.5) / (state.max_steps + 1)
         return (4 * place * (1 - place)) ** (self.beta - 1) if place < 1 else 0.0
 
     def _key(self, state: TrainerState) -> dict[str, str]:
-        """What a file must agree with, so that its mean can be gone on with."""
+        """Return the metadata that a stored mean must have for this run to continue it."""
         return {"beta": repr(float(self.beta)), "step": str(state.global_step), "steps": str(state.max_steps)}
 
     def _restore(self, file: Path, state: TrainerState) -> None:
@@ -130,14 +127,14 @@ class BetaMovingAverageCallback(TrainerCallback):
                 raise ValueError(
                     f"{file} holds the mean of weights for {found}, but this run is at {wanted}: the weights of all "
                     "steps depend on beta and on the number of steps. Resume with the settings of the run that was "
-                    "interrupted, or start anew."
+                    "interrupted, or start a new run."
                 )
             shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
             if shapes != {name: tuple(average.shape) for name, average in self._average.items()}:
                 differ = sorted(names.symmetric_difference(self._average)) or sorted(names)
                 raise ValueError(
-                    f"{file} holds the mean of other parameters than those that train now (such as {differ[0]!r}). "
-                    "Resume with the same model, adapters and trained parts as before, or start anew."
+                    f"{file} holds the mean of other parameters than the trained ones (such as {differ[0]!r}). "
+                    "Resume with the same model, adapters and trained parts as before, or start a new run."
                 )
             for name, average in self._average.items():
                 average.copy_(stored.get_tensor(name))
@@ -149,8 +146,8 @@ def _opened(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is no safetensors file ({error}), so no mean that BetaMovingAverageCallback wrote, and is not "
-            "read. Resume from an earlier checkpoint, resume without the callback, or start anew."
+            f"{file} is not a safetensors file ({error}), so BetaMovingAverageCallback did not write it, or it is "
+            "damaged. Resume from an earlier checkpoint, resume without the callback, or start a new run."
         ) from error
 
 
@@ -169,7 +166,7 @@ def _refuse_best_model(args: TrainingArguments) -> None:
 
 
 def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
-    """The mean in the checkpoint that training resumes from, whose folder Trainer does not tell callbacks."""
+    """Return the file in the checkpoint that training resumes from. Trainer does not pass its folder to callbacks."""
     files = [Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", AVERAGE_FILE)]
     given = args.resume_from_checkpoint
     if isinstance(given, (str, os.PathLike)) and Path(given).is_dir():
@@ -180,5 +177,5 @@ def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
     raise FileNotFoundError(
         f"BetaMovingAverageCallback found no mean of the first {state.global_step} steps: there is no "
         f"{' and no '.join(map(str, files))}. If the checkpoint was written without this callback, or was "
-        "cut off, resume from an earlier one, resume without the callback, or start anew."
+        "cut off, resume from an earlier one, resume without the callback, or start a new run."
     )

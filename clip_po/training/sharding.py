@@ -1,4 +1,4 @@
-"""CLIPModel under FSDP2: what stands in the way of sharding its parameters, taken away."""
+"""Preparation of CLIPModel for FSDP2."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from transformers import CLIPModel
 
 
 def allow_sharding(encoder: CLIPModel) -> None:
-    """Make a CLIPModel one that accelerate's preparation for FSDP2, and torch's `fully_shard`, accept.
+    """Change a CLIPModel so that accelerate's FSDP2 preparation and torch's `fully_shard` accept it.
 
-    Its logit scale is a parameter of shape [], which can't be split among processes: it becomes a buffer, whole in
-    every process and the same in a checkpoint. And CLIPModel names no input embeddings, which become a unit of
-    their own: they are those of its text tower.
+    The logit scale is a parameter of shape [], which can't be split among processes. It becomes a buffer, which is
+    whole in every process and has the same name in checkpoints. CLIPModel also defines no input embeddings, which
+    accelerate shards as a unit of their own: the embeddings of the text tower are used.
 
     Args:
-        encoder: Changed in place, before it is sharded.
+        encoder: The model before sharding. Changed in place.
 
     Raises:
-        ValueError: The logit scale trains, which no buffer does.
+        ValueError: If the logit scale is trained, because a buffer can't be.
     """
     scale = encoder.logit_scale
     if scale.requires_grad:
@@ -29,10 +29,10 @@ def allow_sharding(encoder: CLIPModel) -> None:
         )
     del encoder.logit_scale
     encoder.register_buffer("logit_scale", scale.detach())
-    # A method, not a lambda: it is bound anew in a copy of the model.
+    # A method, not a lambda, so that a copy of the model gets a method bound to the copy.
     encoder.get_input_embeddings = types.MethodType(_text_embeddings, encoder)
 
 
 def _text_embeddings(encoder: CLIPModel) -> nn.Module:
-    # Not the table of tokens inside: it is sharded already where CLIPTextEmbeddings is wrapped as a unit.
+    # Not the token table inside: it is already sharded if CLIPTextEmbeddings is wrapped as a unit.
     return encoder.text_model.embeddings

@@ -77,7 +77,7 @@ CASES = {
     "no-batch": (lambda f, c, d: ["evaluate", "--dataset_name", d, "--batch_size", -1], ("--batch_size", "got -1")),
     "recipe-is-no-yaml": (
         lambda f, c, d: ["evaluate", "--config", recipe(f, "a: [1")],
-        ("recipe.yaml' is no YAML file", "Mend it"),
+        ("recipe.yaml' is not a YAML file", "Fix its syntax"),
     ),
     "recipe-is-a-list": (
         lambda f, c, d: ["train", "--config", recipe(f, "- a\n- b\n")],
@@ -90,7 +90,7 @@ CASES = {
     ),
     "task-is-broken": (
         lambda f, c, d: ["evaluate", "--dataset_name", d, "--model_name_or_path", broken_task(f)],
-        ("clip_po_task.json' holds no class_names", "Delete it"),
+        ("clip_po_task.json' does not contain class_names", "Delete it"),
     ),
     "not-a-model": (
         lambda f, c, d: [

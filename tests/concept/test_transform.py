@@ -138,8 +138,8 @@ def test_scales_multiply_and_can_be_undone(embeds):
 @pytest.mark.parametrize(
     ("transform", "path", "reason"),
     [
-        (ConceptTransform(DIM, towers="each"), "singular", "turns one side against the other.*path='straight'"),
-        (ConceptTransform(DIM, towers="image"), "singular", "turns one side against the other.*path='straight'"),
+        (ConceptTransform(DIM, towers="each"), "singular", "would differ between the towers.*path='straight'"),
+        (ConceptTransform(DIM, towers="image"), "singular", "would differ between the towers.*path='straight'"),
         (ConceptTransform(DIM, 4), "singular", "4 x 16.*would not be the original"),
         (ConceptTransform(DIM, 4), "straight", "4 x 16.*would not be the original"),
         (ConceptTransform(DIM), "curved", "path must be one of"),
@@ -210,13 +210,13 @@ def test_files_that_hold_no_transformation_are_refused(tmp_path):
         ConceptTransform.load(tmp_path)
     file = tmp_path / CONCEPT_FILE
     file.write_bytes(b"not tensors")
-    with pytest.raises(ValueError, match="is no transformation"):
+    with pytest.raises(ValueError, match="is not a transformation"):
         ConceptTransform.load(tmp_path)
     save_file({"image_weight": torch.eye(4)}, file)
-    with pytest.raises(ValueError, match="is no transformation"):
+    with pytest.raises(ValueError, match="is not a transformation"):
         ConceptTransform.load(tmp_path)
     save_file({"image_weight": torch.eye(4)}, file, metadata={"dim": "5", "output_dim": "5", "towers": "shared"})
-    with pytest.raises(ValueError, match="is no transformation"):
+    with pytest.raises(ValueError, match="is not a transformation"):
         ConceptTransform.load(tmp_path)
 
 
@@ -270,7 +270,7 @@ def test_a_fold_that_can_not_be_is_refused(model):
     transform = ConceptTransform(DIM)
     with torch.no_grad():
         transform.image_weight[0, 0] = 1e-2
-    with pytest.raises(ValueError, match=r"beyond the range of torch.float16.*model.float\(\)"):
+    with pytest.raises(ValueError, match=r"out of range of torch.float16.*model.float\(\)"):
         transform.fold_into(model.half(), t=-4)
     with pytest.raises(TypeError, match="got Linear"):
         transform.fold_into(torch.nn.Linear(2, 2))
