@@ -1,9 +1,10 @@
-"""The straight step, as the method's text describes it: the baseline of the other benchmarks.
+"""The straight step: a direct implementation of the paper, and the baseline of the other benchmarks.
 
-Policy and reference are whole CLIPModels. Both run on every image, those of the preferences and the ordinary ones,
-and on every candidate text, each step; gradients go through both towers; the average of the weights is a further copy
-of them all. It is not made slower than that: one forward a model for both sets of images, the reference without
-gradients, texts padded to the longest of them as clip_po does, and the same losses, rows and pixels as clip_po's own.
+Policy and reference are whole CLIPModels. In each step, both run on every image (preferences and ordinary images) and
+on every candidate text. Gradients go through both towers. The average of the weights is one more copy of all of them.
+The baseline is not made slower than necessary: each model runs one forward pass for both sets of images, the reference
+runs without gradients, texts are padded to the longest text as in clip_po, and losses, rows and pixels are clip_po's
+own.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from clip_po.losses import LossSettings, PreferenceLogps, kl_regularization, pre
 
 
 class StraightStep:
-    """One step of DPO with the regularization, lambda = 1.
+    """One step of DPO with the regularization at lambda = 1.
 
     Args:
-        model: The policy, trained as a whole.
+        model: The policy. All of it is trained.
         processor: Its processor.
-        candidate_texts: M texts, among which the policy of every row chooses.
+        candidate_texts: M candidate texts, shared by all rows.
         beta: As for `sigmoid_loss`.
     """
 
@@ -41,7 +42,7 @@ class StraightStep:
         self.steps = 0
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """The loss of a batch as clip_po's collator makes it, Tensor[]."""
+        """Return the loss, Tensor[], of a batch from clip_po's collator."""
         tokens = self.processor.tokenizer(self.candidate_texts, padding=True, return_tensors="pt")
         inputs = {
             "input_ids": tokens["input_ids"],
@@ -63,7 +64,7 @@ class StraightStep:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Add the weights as they are to the running mean."""
+        """Add the current weights to the running mean."""
         self.steps += 1
         for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
             average.lerp_(weight, 1 / self.steps)

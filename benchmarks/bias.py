@@ -1,12 +1,12 @@
-"""Bias by the written word, before and after: full training, LoRA and the transformation of embeddings.
+"""Bias by the written word before and after full training, LoRA and the transformation of embeddings.
 
     python benchmarks/bias.py --data digits
     python benchmarks/bias.py --data photographs --model path/to/clip --dataset path/to/photographs
 
-Queries are class prompts, images carry a random word, groups are the words. Models are as trained, and of each way the
-one that is chosen on validation images, with the attack of training: the method and the share of its weights, or the
-scale t, with the lowest NDKL within `--max_clean_cost`. All are measured on test images, with fonts that no training
-saw. The last rows say how little skew there can be.
+Queries are class prompts, images carry a random word, and groups are the words. The table shows all models as trained,
+and one chosen model for each way of training. The choice is made on validation images with the attack of training: the
+method, and the share of its weights or the scale t, with the lowest NDKL within `--max_clean_cost`. All models are
+measured on test images, with fonts that training did not use. The last rows show the floor of the skew.
 """
 
 from __future__ import annotations
@@ -73,27 +73,27 @@ CONCEPT: Mapping[str, Any] = {
     "per_device_train_batch_size": 128,
     "bf16": False,
 }
-"""What the transformations of `CONCEPTS` share."""
-LORA_RATE = 4  # times the learning rate of full training, as `fit_to_size` has it
+"""Arguments shared by the transformations of `CONCEPTS`."""
+LORA_RATE = 4  # times the learning rate of full training, as in `fit_to_size`
 SCALES = tuple(quarter / 4 for quarter in range(1, 17))
 SHARES = (0.4, 0.6, 0.8, 1.0)
-"""Of the trained weights, between those before and them."""
+"""Shares of the way from the original weights to the trained weights."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained and measured.
+    """One data setup: what is trained and measured.
 
     Attributes:
         model: Folder or Hub id.
         init: Arguments for loading it.
         processor: Its processor.
         template: Prompt of a class.
-        train: Images to learn from.
+        train: Images to train on.
         attack: The attack of training.
         validation: Images to choose on.
         test: Images to report.
-        training: Arguments that all trainings of weights share.
+        training: Arguments shared by all trainings of weights.
         methods: Arguments by method of full training.
     """
 
@@ -109,12 +109,12 @@ class Case:
     methods: Mapping[str, Mapping[str, Any]]
 
     def load(self) -> CLIPModel:
-        """The model before anything is done to it."""
+        """Load the original model."""
         return load_model(self.model, **self.init)
 
 
 def digits(args: argparse.Namespace) -> Case:
-    """The embedded model, with the settings of `clip-po demo`."""
+    """Return the case of the embedded model, with the settings of `clip-po demo`."""
     processor = CLIPProcessor.from_pretrained(MODEL_PATH)
 
     def images(split: str, renderings: int, seed: int, settings: str) -> RobustnessImages:
@@ -137,7 +137,7 @@ def digits(args: argparse.Namespace) -> Case:
 
 
 def photographs(args: argparse.Namespace) -> Case:
-    """Any labelled images, with the settings of `clip-po train`."""
+    """Return the case of any labelled images, with the settings of `clip-po train`."""
     processor = CLIPProcessor.from_pretrained(args.model)
     train, validation, test = (
         cut(load_split(args.dataset, split), args.rows, args.seed)
@@ -163,7 +163,7 @@ def photographs(args: argparse.Namespace) -> Case:
         images(validation, attack(training_fonts(), args.seed + 100), 1),
         images(test, attack(unseen_fonts(), args.seed + 1), args.renderings or 2),
         {
-            **demo.TRAINING,  # how it is logged
+            **demo.TRAINING,  # logging arguments
             **{name: value for name, value in DEFAULTS.items() if value is not None},
             **fit_to_size(width, len(train), False),
             "per_device_train_batch_size": BATCH_SIZE,
@@ -175,12 +175,12 @@ def photographs(args: argparse.Namespace) -> Case:
 
 
 def cut(dataset: Dataset, rows: int | None, seed: int) -> Dataset:
-    """At most so many rows, drawn at random."""
+    """Return at most that many rows, drawn at random."""
     return dataset if rows is None or rows >= len(dataset) else dataset.shuffle(seed=seed).select(range(rows))
 
 
 def train(case: Case, args: argparse.Namespace, redraw: str, settings: Mapping[str, Any], **how: Any) -> Any:
-    """A model, or the transformation of its embeddings, trained on the case's preferences."""
+    """Train a model, or the transformation of its embeddings, on the preferences of the case."""
     names = case.test.class_names
     attack = dataclasses.replace(case.attack, redraw=redraw)
     rows = TypographicPreferences(case.train, attack, names, case.template)
@@ -203,12 +203,12 @@ def train(case: Case, args: argparse.Namespace, redraw: str, settings: Mapping[s
 
 
 def told(text: str) -> None:
-    """Say how far it is, beside the table, which alone goes to standard output."""
+    """Print progress to standard error. Only the table goes to standard output."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def train_weights(case: Case, args: argparse.Namespace, way: str) -> dict[str, CLIPModel]:
-    """The models by method, trained in full or with LoRA."""
+    """Train the models, in full or with LoRA, and return them by method."""
     found = {}
     for method, settings in case.methods.items():
         if way == "LoRA" and method not in args.lora:
@@ -221,12 +221,12 @@ def train_weights(case: Case, args: argparse.Namespace, way: str) -> dict[str, C
 
 
 def train_concepts(case: Case, args: argparse.Namespace) -> dict[str, ConceptTransform]:
-    """The transformations by method."""
+    """Train the transformations and return them by method."""
     found = {}
     for method, settings in CONCEPTS.items():
         told(f"transformation: {method}")
         concept = ConceptTransform(case.load().config.projection_dim)
-        # On embeddings a run takes seconds: the settings of training the weights, such as bf16, are not its own.
+        # On embeddings a run takes seconds, so the settings for training weights, such as bf16, do not apply.
         found[method] = train(case, args, "never", {**CONCEPT, **settings}, concept=concept)
     return found
 
@@ -234,7 +234,7 @@ def train_concepts(case: Case, args: argparse.Namespace) -> dict[str, ConceptTra
 def scaled_scores(
     case: Case, concepts: Mapping[str, ConceptTransform], images: RobustnessImages, batch_size: int
 ) -> dict[str, Any]:
-    """Scores of the transformations at `SCALES`, each image embedded once; BEFORE is the model without any."""
+    """Score the transformations at `SCALES`, embedding each image once. BEFORE is the model without one."""
     model = case.load()
     texts = class_embeddings(model, case.processor, images.class_names, [case.template])
     found: dict[str, Any] = {}
@@ -255,7 +255,7 @@ def scaled_scores(
 
 
 def choose(scores: dict[str, Any], images: RobustnessImages, max_clean_cost: float) -> Any:
-    """The key of the model that is least biased on validation images at the clean cost that is allowed."""
+    """Return the key of the least biased model on validation images within the allowed clean cost."""
     found = written_word_report(scores, images, BEFORE, resamples=0)
     asked = {key: found[key] for key in scores["clean"] if key != BEFORE}
     for key, metrics in asked.items():
@@ -264,7 +264,7 @@ def choose(scores: dict[str, Any], images: RobustnessImages, max_clean_cost: flo
 
 
 def contestants(case: Case, args: argparse.Namespace) -> dict[str, CLIPModel]:
-    """All models of the table by name: as trained, and of each way the one that is chosen."""
+    """Return all models of the table by name: as trained, and the chosen one for each way of training."""
     base, images = case.load(), case.validation
     found: dict[str, Any] = {BEFORE: base}
     chosen: dict[str, Any] = {}
@@ -293,19 +293,23 @@ def main() -> None:
     parser.add_argument("--train_split", default="train[:4000]")
     parser.add_argument("--validation_split", default="train[18000:]")
     parser.add_argument("--test_split", default="test")
-    parser.add_argument("--train_renderings", type=int, default=1, help="for digits: how often each is drawn to train")
-    parser.add_argument("--renderings", type=int, help="attacks for each test image; 10 for digits, 2 for photographs")
-    parser.add_argument("--rows", type=int, help="use at most that many rows of each split")
+    parser.add_argument("--train_renderings", type=int, default=1, help="for digits: training renderings of each")
+    parser.add_argument("--renderings", type=int, help="attacks per test image; 10 for digits, 2 for photographs")
+    parser.add_argument("--rows", type=int, help="use at most this many rows of each split")
     parser.add_argument(
-        "--lora", nargs="+", default=list(SOFT), choices=sorted({*demo.METHODS, *SOFT}), help="trained with LoRA too"
+        "--lora",
+        nargs="+",
+        default=list(SOFT),
+        choices=sorted({*demo.METHODS, *SOFT}),
+        help="methods to train with LoRA",
     )
-    parser.add_argument("--max_clean_cost", type=float, default=0.5, help="points that what is chosen may cost")
-    parser.add_argument("--max_steps", type=int, default=-1, help="stop every training after that many steps")
+    parser.add_argument("--max_clean_cost", type=float, default=0.5, help="maximum clean cost of a chosen model")
+    parser.add_argument("--max_steps", type=int, default=-1, help="stop every training after this many steps")
     parser.add_argument("--bf16", action="store_true", help="for photographs: train in bf16, faster on a CPU")
-    parser.add_argument("--batch_size", type=int, default=250, help="images a forward where nothing is trained")
+    parser.add_argument("--batch_size", type=int, default=250, help="images per forward pass outside training")
     parser.add_argument("--resamples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write all metrics there")
+    parser.add_argument("--json", type=Path, help="also write all metrics to this file")
     args = parser.parse_args()
     if args.data == "photographs" and not (args.model and args.dataset):
         parser.error("--data photographs needs --model and --dataset")

@@ -1,9 +1,9 @@
-"""Steps per second of a concept's transformation on embeddings, beside a step of the full image tower, in one run.
+"""Steps per second of a concept's transformation on embeddings, compared with a step of the full image tower.
 
     python benchmarks/concept_step.py --batch_sizes 32 128
 
-Both are trained by the product's trainer on the embedded digits, on the same fixed attacks, with the reference's
-embeddings computed beforehand; the two alternate, and the best of several rounds counts.
+clip_po's trainer trains both in one run, on the embedded digits and the same fixed attacks, with precomputed reference
+embeddings. The two alternate, and the best of several rounds counts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from clip_po.trainer import ContrastivePOTrainer
 
 
 def steps_per_second(rows, processor, concept: ConceptTransform | None, batch_size: int, steps: int) -> float:
-    """Of the steps after the first, which fills caches."""
+    """Return steps per second, without the first step, which fills caches."""
     with tempfile.TemporaryDirectory() as folder:
         args = (ContrastivePOConfig if concept is None else ConceptConfig)(
             folder,
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="also write the table there")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     processor = CLIPProcessor.from_pretrained(MODEL_PATH)
     attack = replace(digit_attack("training"), redraw="never")

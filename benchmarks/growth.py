@@ -1,11 +1,10 @@
-"""How a step's time grows with candidates and batch, and memory with the data set.
+"""How the time of a step grows with candidates and batch size, and memory with the size of the dataset.
 
     python benchmarks/growth.py --json growth.json
 
-ViT-B/32 with random weights and a vocabulary of 49,408 tokens, as in step.py: the same step at 10 and at 1,000
-candidate texts, and at 16 and 32 preferences, in turns. Memory is measured on towers of six narrow blocks, on images
-of 640 x 480 in files of their own, at N and at 4 N rows, each in a process of its own: the smaller the rest of a
-process, the better what a data set adds is seen.
+Time: ViT-B/32 with random weights and a vocabulary of 49,408 tokens, as in step.py. The same step takes turns at 10
+and at 1,000 candidate texts, and at 16 and 32 preferences. Memory: towers of six narrow blocks, on image files of 640
+x 480, at N and at 4 N rows, each in its own process. The small model makes the growth with the dataset visible.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ SIDES = (640, 480)
 
 
 def training(folder: Path, rows: int) -> Step:
-    """Two epochs on fixed images, with the reference's embeddings of every image."""
+    """Train two epochs on fixed images, with reference embeddings of every image."""
     data = preferences(folder, rows, CANDIDATES, "never")
 
     def run() -> None:
@@ -40,7 +39,7 @@ def training(folder: Path, rows: int) -> Step:
 
 
 def evaluation(folder: Path, rows: int) -> Step:
-    """The trainer's evaluation of preferences."""
+    """Run the trainer's evaluation of preferences."""
     data = preferences(folder, rows, CANDIDATES, "never")
 
     def run() -> None:
@@ -51,7 +50,7 @@ def evaluation(folder: Path, rows: int) -> Step:
 
 
 def robustness(folder: Path, rows: int) -> Step:
-    """The evaluation of clean and typographic accuracy."""
+    """Run the evaluation of clean and typographic accuracy."""
     data = preferences(folder, rows, CANDIDATES, "never")
     model, processor = read_model(folder)
     attack = TypographicAttack(words=data.class_names)
@@ -60,7 +59,7 @@ def robustness(folder: Path, rows: int) -> Step:
 
 
 def times(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The ratios of the steps' times, and which way has a gradient for the text tower's embeddings."""
+    """Return the ratios of the step times, and the ways with a gradient for the text tower's embeddings."""
     step = functools.partial(trained, folder, quick=args.quick)
     found: dict[str, dict[str, Any]] = {}
     pairs = {
@@ -85,7 +84,7 @@ def times(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def memory(folder: Path, rows: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Peaks at `rows` and at four times as many, and the bytes that a row adds."""
+    """Return the peaks at `rows` and at four times as many rows, and the bytes added by a row."""
     found: dict[str, dict[str, Any]] = {}
     for make in (training, evaluation, robustness):
         peaks = []
@@ -99,7 +98,7 @@ def memory(folder: Path, rows: int, args: argparse.Namespace) -> dict[str, dict[
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--rows", type=int, help="N of the memory; default 500, 50 with --quick")
+    arguments.add_argument("--rows", type=int, help="N of the memory test; default 500, 50 with --quick")
     args = arguments.parse_args()
     rows = args.rows or (50 if args.quick else 500)
     with tempfile.TemporaryDirectory() as name:

@@ -1,12 +1,12 @@
-"""Images per second and core of attack and processor, beside what Pillow alone needs for the same images, in one run.
+"""Images per second and core of attack and processor, compared with Pillow alone on the same images.
 
     python benchmarks/input_pipeline.py --dataset_name path/to/photographs --json input_pipeline.json
 
-Pillow alone decodes a file, resizes it to the model's input and writes a word on it; the product reads the row of a
-data set, draws its attack and makes the pixels that the model reads. They take turns on the same files, on one thread,
-by processor time. Like is compared with like: upright words alone, and the attack as it is by default (turned,
-outlined, half of the words on stickers), which Pillow is then made to draw too. Shares of Pillow's upright words, the
-least that can be drawn, stand beside them. Loaders with workers are timed by the clock, on whole batches.
+Pillow alone decodes a file, resizes it to the model's input size and writes a word on it. clip_po reads a row of a
+dataset, draws its attack and computes the model's pixels. They take turns on the same files, on one thread, measured
+in processor time. Two drawings are compared: upright words only, and the default attack (turned, outlined, half of the
+words on stickers), which Pillow then draws too. A further column relates all to Pillow's upright words, the least
+drawing possible. Loaders with workers are timed by wall clock, on whole batches.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ UPRIGHT, TURNED = "upright words", "turned, outlined, half on stickers"
 
 
 def made_up_photographs(rows: int) -> Dataset:
-    """JPEG files of ordinary size with made-up classes, in memory."""
+    """Create JPEG files of ordinary size with made-up classes, in memory."""
     files = []
     for row in range(rows):
         blocks = np.random.default_rng(row).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -58,7 +58,7 @@ def made_up_photographs(rows: int) -> Dataset:
 
 @dataclass
 class PillowAlone:
-    """What one would write with Pillow alone: on one line, in a colour that may not be legible, wherever it falls."""
+    """A simple attack with Pillow alone: one line, at any position, in a colour that may not be legible."""
 
     files: list[bytes]
     words: list[str]
@@ -66,20 +66,20 @@ class PillowAlone:
     side: int
 
     def resized(self, row: int) -> Image.Image:
-        """Decoded, with the short side of the model's input."""
+        """Decode the image and resize its short side to the model's input size."""
         image = Image.open(io.BytesIO(self.files[row])).convert("RGB")
         scale = self.side / min(image.size)
         return image.resize((round(image.width * scale), round(image.height * scale)), BICUBIC)
 
     def upright(self, row: int) -> Image.Image:
-        """With a word in one call."""
+        """Draw an upright word in one call."""
         image, style = self.resized(row), self.styles[row]
         place = (style.place[0] * 0.5 * image.width, style.place[1] * 0.5 * image.height)
         ImageDraw.Draw(image).text(place, self.words[row], fill=style.colours[0], font=self._font(row))
         return image
 
     def turned(self, row: int) -> Image.Image:
-        """With a word that is turned, outlined and on its sticker, where the style says so."""
+        """Draw a word that is turned, outlined and on a sticker, as the style says."""
         image, style, word, font = self.resized(row), self.styles[row], self.words[row], self._font(row)
         stroke = round(style.outline * font.size)
         left, top, right, bottom = font.getbbox(word, stroke_width=stroke)
@@ -117,7 +117,7 @@ def processor_seconds(make: Callable[[int], object], rows: int) -> float:
 
 
 def take_turns(ways: dict[str, tuple[int, Callable[[int], object]]], rows: int, rounds: int) -> dict[str, list[float]]:
-    """Images per second and core of each way in each round, after a round that does not count."""
+    """Return images per second and core of each way in each round, after one warm-up round."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, (images, make) in ways.items():
@@ -128,7 +128,7 @@ def take_turns(ways: dict[str, tuple[int, Callable[[int], object]]], rows: int, 
 def loader_speeds(
     pairs: PreferencePairs, collator: DataCollatorForContrastivePreference, workers: list[int], rounds: int
 ) -> dict[int, list[float]]:
-    """Rows per second of whole epochs, by the clock, after an epoch that starts the workers and does not count."""
+    """Return rows per second of whole epochs by wall clock, after one warm-up epoch that starts the workers."""
     sampler = EpochSampler(len(pairs), BATCH, seed=0)
     found: dict[int, list[float]] = {count: [] for count in workers}
     loaders = {
@@ -147,7 +147,7 @@ def loader_speeds(
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--dataset_name", help="photographs with classes, as for clip-po train; else made-up ones")
+    arguments.add_argument("--dataset_name", help="photographs with classes; default: made-up ones")
     arguments.add_argument("--dataset_split", default="train")
     arguments.add_argument("--rows", type=int, default=400)
     arguments.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])

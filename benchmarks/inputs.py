@@ -1,4 +1,4 @@
-"""What the benchmarks run on: a CLIP of the real size with random weights, and images with made-up classes."""
+"""Inputs of the benchmarks: a CLIP of the real size with random weights, and images with made-up classes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from clip_po.models import load_model
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = 49_408
 MODEL, IMAGES = "model", "images"
-"""Folders that `write_inputs` makes."""
+"""Folders created by `write_inputs`."""
 
 
 def clip_config(quick: bool) -> CLIPConfig:
-    """CLIPConfig's defaults, which are ViT-B/32; or, for a quick try, towers of six narrow blocks."""
+    """Return CLIPConfig's defaults (ViT-B/32) or, for a quick try, towers of six narrow blocks."""
     if not quick:
         return CLIPConfig()
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 6}
@@ -35,7 +35,7 @@ def clip_config(quick: bool) -> CLIPConfig:
 
 
 def letter_processor(config: CLIPConfig) -> CLIPProcessor:
-    """A processor whose tokens are letters, numbered within the model's whole vocabulary.
+    """Return a processor whose tokens are letters, numbered within the model's whole vocabulary.
 
     A class name of 6 to 8 letters then has 8 to 10 tokens, as "a photo of a {class}" has in CLIP's own tokenizer.
     """
@@ -50,7 +50,7 @@ def letter_processor(config: CLIPConfig) -> CLIPProcessor:
 
 
 def class_names(count: int) -> list[str]:
-    """Different made-up words of 6 to 8 letters, the same ones each time."""
+    """Return distinct made-up words of 6 to 8 letters, always the same."""
     rng = random.Random(0)
     names: dict[str, None] = {}
     while len(names) < count:
@@ -73,17 +73,17 @@ def write_inputs(folder: Path, rows: int, quick: bool, sides: tuple[int, int] = 
 
 
 def read_model(folder: Path) -> tuple[CLIPModel, CLIPProcessor]:
-    """The model and the processor that `write_inputs` wrote, and no word about it."""
+    """Load the model and the processor written by `write_inputs`, without progress output."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # which PEFT asks for
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT reads it
     return load_model(str(folder / MODEL)), CLIPProcessor.from_pretrained(folder / MODEL)
 
 
 def preferences(
     folder: Path, rows: int, classes: int, redraw: Literal["never", "every_epoch"], first: int = 0
 ) -> TypographicPreferences:
-    """Preferences of the images that `write_inputs` wrote, from the `first` on; the files are read row by row."""
+    """Return preferences of the images written by `write_inputs`, from row `first` on. Files are read row by row."""
     names = class_names(classes)
     paths = [str(folder / IMAGES / f"{row:06}.jpg") for row in range(first, first + rows)]
     dataset = Dataset.from_dict({"image": paths, "label": [row % classes for row in range(rows)]})

@@ -1,12 +1,12 @@
-"""Kills a training run again and again, resumes it each time, and compares its end with that of a run left alone.
+"""Kill a training run repeatedly, resume it each time, and compare the result with an uninterrupted run.
 
     python benchmarks/kills.py --kills 20 --json kills.json
 
-The digits model trains with attacks drawn anew each epoch, dropout, accumulation, evaluations, an average of its
-weights and two workers that load its data; it keeps one checkpoint. The kills (SIGKILL, which no process can catch)
-come at moments drawn from a seed: at any time, while a checkpoint is being written, and while the older one is being
-deleted. What each one hit is read from what it left on the disk. From the first whole checkpoint on there must be one
-at every moment, and in the end every file of the last checkpoint, and the averaged model, must be the same.
+The digits model trains with attacks redrawn each epoch, dropout, accumulation, evaluations, an average of its weights
+and two data-loading workers. It keeps one checkpoint. The kills (SIGKILL, which no process can catch) come at moments
+drawn from a seed: at any time, while a checkpoint is being written, and while the older one is being deleted. The
+files left on disk show what each kill hit. From the first whole checkpoint on, there must always be one. At the end,
+every file of the last checkpoint and the averaged model must equal the files of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -46,35 +46,35 @@ WEIGHTS = "model.safetensors"
 PROGRESS = "steps_done"
 SAVE_STEPS = 2
 STEPS_EACH = 6
-"""Steps of the run for each kill: more than it makes on average until the next one."""
+"""Steps of the run per kill: more than the average number of steps between two kills."""
 
 AIMS = ("any", "writing", "rotating")
-"""What kills are aimed at, in turn."""
+"""Moments at which kills are aimed, in turn."""
 
 DELAYS = {"any": 0.5, "writing": 0.05, "rotating": 0.001}
-"""Longest seconds from the moment that was waited for to the kill."""
+"""Maximum seconds between the awaited moment and the kill."""
 
 PAUSE = 0.0002
-"""Seconds between two looks: a checkpoint is deleted in a millisecond."""
+"""Seconds between two checks of the folder. Deleting a checkpoint takes about a millisecond."""
 
 LONGEST = 300.0
-"""Seconds that a run may take to come to the moment of its kill."""
+"""Maximum seconds until a run reaches the moment of its kill."""
 
 TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 RUNS_OWN = ("training_args.bin", "training_args.json")
-"""What differs between two runs of the same settings: their folders, and how long things took."""
+"""Values that differ between two runs with the same settings: folders and durations."""
 
 
 class NoteSteps(TrainerCallback):
-    """Writes the number of steps done beside the checkpoints."""
+    """Write the number of completed steps next to the checkpoints."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Overwrite the number in place: there is always one to read."""
+        """Overwrite the number in place, so that there is always one to read."""
         Path(args.output_dir, PROGRESS).write_text(f"{state.global_step:9}")
 
 
 def train(folder: str, steps: int) -> None:
-    """Train to the end, from the last whole checkpoint if there is one: the process that is killed."""
+    """Train to the end, from the last whole checkpoint if there is one. This is the process that is killed."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -93,7 +93,7 @@ def train(folder: str, steps: int) -> None:
             per_device_train_batch_size=3,  # does not divide the rows
             gradient_accumulation_steps=2,
             dataloader_num_workers=2,
-            dataloader_multiprocessing_context="fork",  # they notice that this process is gone
+            dataloader_multiprocessing_context="fork",  # the workers notice when this process is gone
             save_strategy="steps",
             save_steps=SAVE_STEPS,
             save_total_limit=1,
@@ -118,15 +118,15 @@ def train(folder: str, steps: int) -> None:
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill, as found on the disk afterwards.
+    """One kill, as read from the disk afterwards.
 
     Attributes:
-        aim: "any", "writing" or "rotating": the moment that was waited for.
-        step: Optimizer steps that were done.
+        aim: "any", "writing" or "rotating": the awaited moment.
+        step: Completed optimizer steps.
         phase: What it hit: "writing" a checkpoint, "rotating" (the new one is marked, the older one not deleted
             yet), or "training": everything else.
         whole_step: Step of the last whole checkpoint; None before the first.
-        lost: Steps that have to be done again.
+        lost: Steps to repeat after the resume.
     """
 
     aim: str
@@ -138,13 +138,13 @@ class Kill:
 
 @dataclass
 class Outcome:
-    """Kills, and what came of them.
+    """Kills and their outcome.
 
     Attributes:
         kills: In order.
-        looks: How often it was looked whether there is a whole checkpoint, after the first.
-        looks_in_vain: How often there was none.
-        different: Files that differ from those of the run that was left alone.
+        looks: Number of checks for a whole checkpoint, after the first one was written.
+        looks_in_vain: Number of checks that found none.
+        different: Files that differ from the uninterrupted run.
     """
 
     kills: list[Kill] = field(default_factory=list)
@@ -154,12 +154,12 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was lost."""
+        """Whether every check passed and no file differs."""
         return not self.looks_in_vain and not self.different
 
 
 class Watched:
-    """The folder of a run, looked at from outside while it is written.
+    """The folder of a run, observed from outside while the run writes to it.
 
     Args:
         folder: Where the run writes; what it holds now is left over from earlier runs.
@@ -172,8 +172,8 @@ class Watched:
         self.before = self._folders()
 
     def look(self) -> tuple[list[int], list[int]]:
-        """Steps of the checkpoints that are whole, and of those of this run that are not."""
-        for _ in range(2):  # between listing and looking the one that was listed may give way to the next
+        """Return the steps of the whole checkpoints, and of the partial checkpoints of this run."""
+        for _ in range(2):  # a listed checkpoint may be replaced before it is read
             now = self._folders()
             whole = sorted(step for step in now if is_whole(self.folder / f"checkpoint-{step}"))
             if whole:
@@ -185,7 +185,7 @@ class Watched:
         return whole, [step for step in now if step not in whole and self.before.get(step) != now[step]]
 
     def phase(self) -> str:
-        """What the run is doing, as far as the disk tells."""
+        """Return what the run is doing, as far as the disk shows."""
         whole, partial = self.look()
         if any(step > max(whole, default=0) for step in partial):
             return "writing"
@@ -193,13 +193,13 @@ class Watched:
         return "rotating" if over else "training"
 
     def steps_done(self) -> int:
-        """Steps of the run so far."""
+        """Return the completed steps of the run."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             return int((self.folder / PROGRESS).read_text())
         return 0
 
     def _folders(self) -> dict[int, int]:
-        """Checkpoints by step, each with its inode, which tells an old folder from a new one of the same name."""
+        """Return checkpoints by step with their inodes, which tell old and new folders of the same name apart."""
         found = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
             for entry in entries:
@@ -209,7 +209,7 @@ class Watched:
 
 
 def wait_for(aim: str, rng: random.Random, watched: Watched, process: multiprocessing.process.BaseProcess) -> None:
-    """Return at the moment of a kill, or when the run has ended."""
+    """Wait for the moment of a kill, or for the end of the run."""
     deadline = time.monotonic() + LONGEST
     earliest = watched.steps_done() + rng.randint(1, 2 * SAVE_STEPS)
     delay = rng.uniform(0, DELAYS[aim])
@@ -224,21 +224,21 @@ def wait_for(aim: str, rng: random.Random, watched: Watched, process: multiproce
 def kill_and_resume(
     folder: Path, kills: int, seed: int = 0, said: Callable[[Kill], None] = lambda kill: None
 ) -> Outcome:
-    """Train twice, once with kills, and compare.
+    """Train twice, once with kills, and compare the results.
 
     Args:
         folder: An empty folder.
         kills: How many, >= 1.
         seed: Seed of their moments.
-        said: Is told of each kill.
+        said: Called with each kill.
 
     Returns:
-        What happened, and which files differ.
+        The kills, the checks and the files that differ.
 
     Raises:
-        RuntimeError: A run that was not killed did not end well.
+        RuntimeError: If a run that was not killed ends with an error.
     """
-    context = multiprocessing.get_context("forkserver")  # so that torch is imported once, and not for every run
+    context = multiprocessing.get_context("forkserver")  # imports torch once instead of once per run
     context.set_forkserver_preload(["clip_po.trainer", "clip_po.training.averaging", "sklearn.datasets", "peft"])
     steps, rng, outcome = STEPS_EACH * kills, random.Random(seed), Outcome()
     alone, killed = folder / "alone", folder / "killed"
@@ -274,14 +274,14 @@ def kill_and_resume(
 
 
 def differences(first: Path, second: Path, steps: int) -> list[str]:
-    """Files of two runs' ends that do not hold the same: the averaged model, and all of the last checkpoint."""
+    """Return the files that differ between two finished runs, in the averaged model and the last checkpoint."""
     checkpoint = f"checkpoint-{steps}"
     names = [WEIGHTS, *(f"{checkpoint}/{path.name}" for path in sorted((first / checkpoint).iterdir()))]
     return [name for name in names if not same(read(first / name), read(second / name))]
 
 
 def read(path: Path) -> Any:
-    """What a file of a checkpoint holds, as far as it is to be the same after a resume."""
+    """Return the contents of a checkpoint file that must be the same after a resume."""
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix in (".pt", ".pth"):
@@ -292,13 +292,13 @@ def read(path: Path) -> Any:
         return [
             {key: value for key, value in entry.items() if key not in TIMES}
             for entry in state["log_history"]
-            if "eval_loss" in entry  # what is logged of the training are means since the last resume
+            if "eval_loss" in entry  # logged training metrics are means since the last resume
         ]
     return None if path.name in RUNS_OWN else path.read_bytes()
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether two nests of tensors, arrays and numbers are equal bit for bit."""
+    """Return whether two nested structures of tensors, arrays and numbers are equal bit for bit."""
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
@@ -309,9 +309,9 @@ def same(first: Any, second: Any) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
     parser.add_argument("--quick", action="store_true", help="three kills, to try the script")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         outcome = kill_and_resume(
@@ -323,14 +323,12 @@ def main() -> None:
         for number, kill in enumerate(outcome.kills, start=1)
     ]
     print(format_table(columns, table))
-    print(
-        f"A whole checkpoint was there in all but {outcome.looks_in_vain} of {outcome.looks:,} looks after the first."
-    )
-    print(f"Files that differ from those of the run left alone: {', '.join(outcome.different) or 'none'}.")
+    print(f"{outcome.looks_in_vain} of {outcome.looks:,} checks after the first checkpoint found no whole checkpoint.")
+    print(f"Files that differ from the uninterrupted run: {', '.join(outcome.different) or 'none'}.")
     if args.json is not None:
         write_json(args.json, {**asdict(outcome), "passed": outcome.passed})
     if not outcome.passed:
-        sys.exit("Something was lost.")
+        sys.exit("Failed: a whole checkpoint was missing, or files differ from the uninterrupted run.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the trainer adds to a step: its time beside that of a bare torch loop with the same step, in one run.
+"""The trainer's overhead: the time of its step compared with a bare torch loop that does the same step.
 
     python benchmarks/overhead.py --json overhead.json
 
-Both train on the same fixed attacks with the reference's embeddings computed beforehand, read by loaders of the same
-rows in the same order, with the same loss, optimizer, clipping and schedule; the trainer logs its metrics every ten
-steps. They take turns; a step's time is that from its batch to the next one's, and the median counts.
+Both train in one run on the same fixed attacks with precomputed reference embeddings, read by loaders of the same rows
+in the same order, with the same loss, optimizer, clipping and schedule. The trainer logs its metrics every ten steps.
+They take turns. The time of a step is measured from its batch to the next batch, and the median counts.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from clip_po.trainer import ContrastivePOTrainer
 GOAL = 0.03
 LOGGING_STEPS = 10
 FEW = 160
-"""Rows for the larger model, whose reference sees each before the first step."""
+"""Rows for the larger model. Its reference embeds all of them before the first step."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model with its preferences, and rows of a batch."""
+    """A model, its preferences and the rows per batch."""
 
     name: str
     model: CLIPModel
@@ -54,7 +54,7 @@ class Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """The digits model, and one of the width of a ViT-S/32."""
+    """Return the digits model, and a model with the width of a ViT-S/32."""
     digits: Dataset = load_digits_dataset("train")
     attack = replace(digit_attack("training"), redraw="never")
     rows = TypographicPreferences(digits, attack, DIGIT_NAMES, PROMPT_TEMPLATE)
@@ -70,18 +70,18 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 class Begins(TrainerCallback):
-    """When each step began."""
+    """Record when each step begins."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Note the time at which the batch is there: what came before belongs to the step before."""
+        """Record the time at which the batch is ready. Earlier time belongs to the previous step."""
         self.times.append(time.perf_counter())
 
 
 def trainer_steps(case: Case, args: ContrastivePOConfig) -> list[float]:
-    """Seconds of each step of the trainer after the first."""
+    """Return the seconds of each step of the trainer after the first."""
     begins = Begins()
     trainer = ContrastivePOTrainer(
         case.model,
@@ -97,7 +97,7 @@ def trainer_steps(case: Case, args: ContrastivePOConfig) -> list[float]:
 
 
 def bare_steps(case: Case, args: ContrastivePOConfig) -> list[float]:
-    """Seconds of each step of a loop that does what the method asks for and nothing else."""
+    """Return the seconds of each step of a loop that does only what the method requires."""
     model, texts = case.model, case.rows.candidate_texts
     pairs = PreferencePairs(case.rows, "clean_image")
     collator = DataCollatorForContrastivePreference(case.processor, texts)
@@ -111,7 +111,7 @@ def bare_steps(case: Case, args: ContrastivePOConfig) -> list[float]:
     embeds = {
         name: F.normalize(torch.randn(len(pairs), model.config.projection_dim), dim=-1) for name in pairs.fixed_images
     }
-    pairs.attach_reference(embeds)  # what the reference says does not change what a step costs
+    pairs.attach_reference(embeds)  # the values of the reference do not change the cost of a step
     sampler = EpochSampler(len(pairs), case.batch_size, args.seed)
     loader = DataLoader(pairs, case.batch_size, sampler=sampler, collate_fn=collator)
     kind, settings = ContrastivePOTrainer.get_optimizer_cls_and_kwargs(args)
@@ -144,7 +144,7 @@ def bare_steps(case: Case, args: ContrastivePOConfig) -> list[float]:
 
 
 def seconds_between(ends: list[float]) -> list[float]:
-    """Of the steps after the first, which fills caches and makes the optimizer's state."""
+    """Return the median, without the first step, which fills caches and creates the optimizer's state."""
     return [end - start for start, end in itertools.pairwise(ends[1:])]
 
 

@@ -1,13 +1,13 @@
-"""A training step in float32 and bfloat16, eager and sdpa attention, compiled, checkpointed, in one run.
+"""A training step in float32 and bfloat16, with eager and sdpa attention, compiled and checkpointed.
 
     python benchmarks/precision.py --json precision.json
 
-The full vision tower is trained by the product's trainer, on fixed attacks with the reference's embeddings cached, on
-two models: ViT-B/32 with random weights (50 tokens an image; `--pairs` preferences with their ordinary images) and the
-small model of the demo (37 tokens). Each way is a process of its own and takes turns with the plain one (float32,
-sdpa, nothing else), of which it is a ratio. What is timed is forward and backward. `first step` is what the very first
-takes beyond that, which is where compiling shows; the peak memory holds weights, reference, gradients and the state of
-AdamW. A table before it has the seconds of one block's attention alone, by the tokens of an image.
+clip_po's trainer trains the full vision tower on fixed attacks with cached reference embeddings. There are two models:
+ViT-B/32 with random weights (50 tokens an image; `--pairs` preferences with their ordinary images) and the small model
+of the demo (37 tokens). Each way runs in its own process and takes turns with the plain way (float32, sdpa, nothing
+else), to which its ratio refers. The times cover forward and backward. `first step` is the additional time of the very
+first step, which shows the cost of compiling. The peak memory includes weights, reference, gradients and the state of
+AdamW. A first table shows the seconds of one block's attention alone, by the tokens of an image.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from clip_po.evaluation.tables import format_table
 
 CANDIDATES = 100
 STEPS = 2
-"""Optimizer steps before anything is timed, so that the losses differ where something is wrong."""
+"""Optimizer steps before the timing starts. If a way is wrong, its loss then differs."""
 MODELS = ("vit-b-32", "digits")
 LENGTHS = (50, 197, 577)
-"""Tokens an image of ViT-B/32 and B/16 at 224 pixels, and of L/14 at 336."""
+"""Tokens per image of ViT-B/32 and B/16 at 224 pixels, and of L/14 at 336."""
 TOKENS = 1600
-"""Of all images of a call, about."""
+"""Approximate number of tokens of all images in a call."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ PLAIN = ALL[0]
 
 
 class FirstStep(TrainerCallback):
-    """Seconds of the first step, the optimizer's part included."""
+    """Time the first step, including the optimizer."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -77,7 +77,7 @@ class FirstStep(TrainerCallback):
         self._begin = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop it, the first time."""
+        """Stop the clock after the first step."""
         self.seconds = self.seconds or time.perf_counter() - self._begin
 
 
@@ -91,7 +91,7 @@ def write_model(folder: Path, name: str, pairs: int, quick: bool) -> None:
 
 
 def read_rows(folder: Path, name: str, pairs: int) -> TypographicPreferences:
-    """A batch of preferences for a model of `MODELS`."""
+    """Return a batch of preferences for a model of `MODELS`."""
     if name == "vit-b-32":
         return preferences(folder, pairs, CANDIDATES, "never")
     digits = load_digits_dataset("train").select(range(pairs))
@@ -101,7 +101,7 @@ def read_rows(folder: Path, name: str, pairs: int) -> TypographicPreferences:
 
 
 def trained(folder: Path, name: str, way: Way, pairs: int, quick: bool) -> Step:
-    """The step of a way, after the first ones; it returns the loss and the seconds of the very first."""
+    """Return the step of a way after warm-up. The step returns the loss and the seconds of the very first step."""
     clock = FirstStep()
     with tempfile.TemporaryDirectory() as output:
         trainer = make_trainer(
@@ -132,7 +132,7 @@ def trained(folder: Path, name: str, way: Way, pairs: int, quick: bool) -> Step:
 
 
 def attention_seconds(rounds: int) -> list[dict[str, Any]]:
-    """Forward and backward of the attention of one block alone, in turns, the best of all rounds."""
+    """Time forward and backward of one block's attention alone, in turns. The best of all rounds counts."""
     module = CLIPAttention(CLIPVisionConfig())
     kinds = {"sdpa": sdpa_attention_forward, "eager": eager_attention_forward}
     cases = list(itertools.product(LENGTHS, (torch.float32, torch.bfloat16), kinds))
@@ -155,7 +155,7 @@ def attention_seconds(rounds: int) -> list[dict[str, Any]]:
 
 
 def measure(way: Way, plain: Contestant, ours: Contestant, rounds: int) -> dict[str, Any]:
-    """Seconds of a way and of the plain one, in turns."""
+    """Return the seconds of a way and of the plain way, in turns."""
     seconds = take_turns({"plain": plain, "ours": ours}, rounds)
     loss, first = ours.take()[1]
     return {
@@ -171,8 +171,8 @@ def measure(way: Way, plain: Contestant, ours: Contestant, rounds: int) -> dict[
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    arguments.add_argument("--pairs", type=int, default=16, help="preferences a step; it sees twice as many images")
-    arguments.add_argument("--without_compiled", action="store_true", help="leave out what needs a C++ compiler")
+    arguments.add_argument("--pairs", type=int, default=16, help="preferences per step, of two images each")
+    arguments.add_argument("--without_compiled", action="store_true", help="skip the ways that need a C++ compiler")
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     alone = attention_seconds(1 if args.quick else args.rounds)

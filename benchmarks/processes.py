@@ -1,13 +1,13 @@
-"""Images per second of two processes with one thread each, beside one process with one thread, in one run.
+"""Images per second of two processes with one thread each, compared with one process with one thread.
 
     python benchmarks/processes.py
 
-Each trains a CLIP of ViT-B/32's size (CLIPConfig's defaults, random weights) by the product's trainer on the same
-fixed images, with the reference's embeddings computed beforehand: the first on its own, the others launched by
-torchrun, on gloo. The batch of a process is the same in both, so that two processes take a global batch twice as
-large, as one does to use a second GPU; --fixed shares one global batch among them instead. An image is counted once
-for the preference and once for the regularization. The two alternate, and the best of several rounds counts. Peak
-memory is that of one process. Two unrelated runs at once say what the machine gives to any two processes.
+clip_po's trainer trains a CLIP of the size of ViT-B/32 (CLIPConfig's defaults, random weights) on the same fixed
+images, with precomputed reference embeddings. One process runs on its own; torchrun launches the two, on gloo. The
+batch of each process is the same in both cases, so the global batch of two processes is twice as large, as with a
+second GPU. With --fixed, the two share one global batch instead. Each image counts once for the preference and once
+for the regularization. The cases alternate, and the best of several rounds counts. Peak memory is per process. Two
+unrelated runs at the same time show what the machine can give to any two processes.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ TEXTS = [f"a photo of thing {number}" for number in range(100)]
 
 
 def vit(quick: bool) -> CLIPModel:
-    """CLIPConfig's defaults, or with two layers a tower."""
+    """Return CLIPConfig's defaults, or a model with two layers per tower."""
     torch.manual_seed(0)
     tower = {"num_hidden_layers": 2} if quick else {}
     return CLIPModel(CLIPConfig(text_config=tower, vision_config=tower))
 
 
 def preferences(rows: int) -> datasets.Dataset:
-    """Pictures of noise: what is on them does not change the time."""
+    """Return pictures of noise. Their content does not change the time."""
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)) for _ in range(rows)]
     columns = {
@@ -68,7 +68,7 @@ def preferences(rows: int) -> datasets.Dataset:
 
 
 def train(kind: str, batch_size: int, steps: int, quick: bool) -> dict[str, float]:
-    """Train in this process, which is one of several where torchrun started it.
+    """Train in this process. If torchrun started it, it is one of several.
 
     Returns:
         Images per second of all processes after the first step, which fills caches and starts DDP's buckets, and the
@@ -110,7 +110,7 @@ def train(kind: str, batch_size: int, steps: int, quick: bool) -> dict[str, floa
 
 
 def launched(processes: int, kind: str, batch_size: int, args: argparse.Namespace) -> dict[str, float]:
-    """The same in processes of their own, with one thread each."""
+    """Do the same in separate processes, with one thread each."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
@@ -122,7 +122,7 @@ def launched(processes: int, kind: str, batch_size: int, args: argparse.Namespac
 
 
 def unrelated(kind: str, batch_size: int, args: argparse.Namespace) -> float:
-    """Images per second of two runs side by side that know nothing of each other: what the machine has to give."""
+    """Return images per second of two independent runs side by side, the limit of the machine."""
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: launched(1, kind, batch_size, args), range(2)))
     return sum(found["images_per_second"] for found in both)
@@ -131,12 +131,12 @@ def unrelated(kind: str, batch_size: int, args: argparse.Namespace) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--batch_size", type=int, default=16, help="preferences a step of the one process")
+    parser.add_argument("--batch_size", type=int, default=16, help="preferences per step of the single process")
     parser.add_argument("--fixed", action="store_true", help="share one global batch among the two processes")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="two layers a tower and one round, to try it")
-    parser.add_argument("--json", type=Path, help="also write the table there")
+    parser.add_argument("--quick", action="store_true", help="two layers per tower and one round, to try the script")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:

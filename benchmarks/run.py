@@ -1,12 +1,12 @@
-"""A whole run of three epochs with an evaluation after each, beside the same run of straight steps (baseline.py).
+"""A whole run of three epochs with an evaluation after each, compared with a run of straight steps (baseline.py).
 
     python benchmarks/run.py --json run.json
 
-ViT-B/32 with random weights, 16 preferences a step with their ordinary images, 100 candidate texts, float32, AdamW.
-Timed is all from reading the model on: caches are built inside the time. Runs take turns; each is a process of its
-own, whose peak memory is its own too. Both read the same rows, with the same attack and collator; evaluation is the
-loss on rows of their own. The straight run averages all weights after each step, as the method's text has it; ours do
-where it says "averaged", of what trains.
+ViT-B/32 with random weights, 16 preferences per step with their ordinary images, 100 candidate texts, float32, AdamW.
+The time starts with loading the model and includes building the caches. Runs take turns, each in its own process with
+its own peak memory. Both read the same rows, with the same attack and collator. Evaluation computes the loss on
+separate rows. The straight run averages all weights after each step, as in the paper. clip_po's runs average only the
+trained weights, in the rows named "averaged".
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ PEAK_GOAL = 0.60
 
 @dataclass(frozen=True)
 class Run:
-    """A way of training, and the share of the straight run that it may take.
+    """A way of training, and its maximum share of the straight run.
 
     Attributes:
-        way: As for a step.
-        goal: At most so many times the straight run.
+        way: As in step.py.
+        goal: Maximum ratio to the time of the straight run.
         averaged: Whether the weights are averaged.
-        micro_batches: Into how many parts a step's preferences are cut, one after another.
+        micro_batches: Number of parts into which the preferences of a step are split.
     """
 
     way: Way
@@ -62,7 +62,7 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows are trained and evaluated on, and where they lie."""
+    """Number of rows for training and evaluation, and their folder."""
 
     folder: Path
     training: int
@@ -70,7 +70,7 @@ class Rows:
 
 
 def our_run(rows: Rows, ours: Run, quick: bool) -> Step:
-    """The whole run of the trainer, which returns the evaluation's last loss."""
+    """Run the trainer and return the last evaluation loss."""
 
     def run() -> float:
         held_out = preferences(rows.folder, rows.evaluation, CANDIDATES, ours.way.redraw, first=rows.training)
@@ -97,7 +97,7 @@ def our_run(rows: Rows, ours: Run, quick: bool) -> Step:
 
 
 def straight_run(rows: Rows) -> Step:
-    """The whole run of straight steps, which returns the evaluation's last loss."""
+    """Run straight steps and return the last evaluation loss."""
 
     def run() -> float:
         train = preferences(rows.folder, rows.training, CANDIDATES, "never")

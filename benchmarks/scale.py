@@ -1,10 +1,10 @@
-"""Memory, bytes exchanged and seconds of one step, on paper: every table of docs/scale.md.
+"""Memory, bytes exchanged and seconds of one step, on paper: prints every table of docs/scale.md.
 
     python benchmarks/scale.py --plot docs/images/scale.png
 
-Nothing is run: the numbers come from scale_formulas.py and from the constants below, which are a GPU maker's published
-figures and assumed shares of them. Give your own machine's to get your own tables. scale_check.py holds the formulas
-against what a step allocates and takes.
+No model runs. The numbers come from scale_formulas.py and from the constants below, which are the published figures of
+a GPU vendor and assumed shares of them. Pass the constants of your own machine to get your own tables. scale_check.py
+compares the formulas with the memory and time of real steps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from clip_po.evaluation.tables import format_table
 
 KILO, MEGA, GIGA, TERA = 1e3, 1e6, 1e9, 1e12
 USABLE = 0.9
-"""Share of a GPU's memory that a step may fill: the rest is the context's and the allocator's."""
+"""Share of a GPU's memory that a step may fill. The context and the allocator need the rest."""
 PROMPT = 10
 """Tokens of a prompt such as "a photo of a golden retriever", with its start and end."""
 FLEETS = (64, 256)
@@ -84,7 +84,7 @@ def sizes() -> Table:
 
 
 def shares(pairs: int, candidates: int) -> Table:
-    """Operations of a step over those of the straight step."""
+    """Return the operations of a step divided by the operations of the straight step."""
     columns = ["way", *SHOWN]
     rows = []
     for way, options in WAYS.items():
@@ -100,7 +100,7 @@ def shares(pairs: int, candidates: int) -> Table:
 
 
 def parts(pairs: int, candidates: int) -> Table:
-    """Memory by part, full and with LoRA, of one GPU among several."""
+    """Return the memory by part, full and with LoRA, of one GPU among several."""
     rows = []
     for name in MODELS:
         for way in ("full", "LoRA"):
@@ -110,7 +110,7 @@ def parts(pairs: int, candidates: int) -> Table:
 
 
 def fits(capacity: float, candidates: int) -> Table:
-    """The most pairs of a micro-batch that fit."""
+    """Return the largest number of pairs in a micro-batch that fits."""
     sharded = {"FSDP2 of 8, full": {"sharded": True}, "with checkpointing": {"sharded": True, "checkpointing": True}}
     ways = {way: {**options, "gpus": 2} for way, options in WAYS.items()}
     ways |= {way: {**options, "gpus": 8} for way, options in sharded.items()}
@@ -122,7 +122,7 @@ def fits(capacity: float, candidates: int) -> Table:
 
 
 def _most(step: Step, capacity: float) -> int:
-    """Peaks grow with the pairs in a straight line, but for the moment of the optimizer's step."""
+    """Solve for the pairs: peaks grow linearly with them, except during the optimizer's step."""
     low, high = 0, 1 << 14
     while low < high:
         middle = (low + high + 1) // 2
@@ -174,7 +174,7 @@ def exchange_table(pairs: int, machine: Machine) -> Table:
 
 
 def step_table(pairs: int, candidates: int, machine: Machine) -> Table:
-    """Milliseconds of a step, and the share of the pairs a second and GPU that one GPU alone would reach."""
+    """Return milliseconds of a step, and pairs per second and GPU relative to one GPU alone."""
     networks = {400: 50e9, 100: 12.5e9}
     runs = [(1, 400), (8, 400), (64, 400), (256, 400), (64, 100), (256, 100)]
     columns = ["model", "way", "GB", "1 GPU, ms", "pairs/s", "8 GPUs"]
@@ -243,7 +243,7 @@ def concept_table(pairs: int, candidates: int) -> Table:
 
 
 def draw(file: Path, pairs: int, candidates: int, machine: Machine) -> None:
-    """Memory by part against the size of the model, and how much of their speed many GPUs keep."""
+    """Plot memory by part against model size, and the share of their speed that many GPUs keep."""
     with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10.5, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(5, 4))
@@ -296,7 +296,7 @@ def _milliseconds(time: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=32, help="pairs a GPU")
+    parser.add_argument("--pairs", type=int, default=32, help="pairs per GPU")
     parser.add_argument("--candidates", type=int, default=1000)
     for name, unit in (
         ("flops", "operations a second of a GPU in bf16"),
@@ -310,9 +310,9 @@ def main() -> None:
         ("file", "bytes of an image file"),
     ):
         parser.add_argument(f"--{name}", type=float, default=getattr(Machine(), name), help=unit)
-    parser.add_argument("--node", type=int, default=Machine().node, help="GPUs a node")
-    parser.add_argument("--plot", type=Path, help="also draw the plot there")
-    parser.add_argument("--json", type=Path, help="also write the tables there")
+    parser.add_argument("--node", type=int, default=Machine().node, help="GPUs per node")
+    parser.add_argument("--plot", type=Path, help="also write the plot to this file")
+    parser.add_argument("--json", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     given = {name: value for name, value in vars(args).items() if hasattr(Machine(), name)}
     machine = Machine(**given)

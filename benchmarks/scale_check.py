@@ -1,11 +1,11 @@
-"""The formulas of docs/scale.md beside what a step allocates, and beside the seconds that it takes on this machine.
+"""The formulas of docs/scale.md compared with the allocations of a step and with its seconds on this machine.
 
     python benchmarks/scale_check.py
 
-Memory: the step is run on fake tensors, which have sizes and no numbers, and every allocation is counted; so the
-largest models fit. Seconds: the operations a second of one step (B/32, all of the tower) are measured, and the
-seconds of the others are predicted from it and measured, the optimizer apart. On a machine with a GPU they are those
-of the GPU.
+Memory: the step runs on fake tensors, which have sizes but no data, and every allocation is counted. This way the
+largest models fit. Seconds: the operations per second of one step (B/32, the whole tower) are measured. The seconds of
+the other steps are predicted from this rate and measured too, without the optimizer. If the machine has a GPU, the GPU
+is measured.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GIGA = 1e9
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the tensors that are alive, and the most that there were."""
+    """Count the bytes of live tensors and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Allocations(TorchDispatchMode):
 
 
 def stepper(step: Step, device: torch.device) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Forward and backward on rows made of nothing, of a model and reference as the trainer makes them; and AdamW."""
+    """Return forward and backward on fake rows, with the trainer's model and reference, and AdamW."""
     with torch.device("meta"):
         model: nn.Module = CLIPModel(step.config)
         for name, parameter in model.named_parameters():
@@ -85,24 +85,24 @@ def stepper(step: Step, device: torch.device) -> tuple[Callable[[], None], Calla
         reference = frozen_copy(model)
         if step.rank:
             reference.base_model.disable_adapter_layers()
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old one, whose number would be used again
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeps the old one, so that its id is not reused
     for module in (*model.modules(), *reference.modules()):
         for name, old in module.named_parameters(recurse=False):
             if id(old) not in made:
                 new = nn.Parameter(0.02 * torch.randn(old.shape, device=device), requires_grad=old.requires_grad)
                 made[id(old)] = old, new
             setattr(module, name, made[id(old)][1])
-        for name, old in module.named_buffers(recurse=False):  # the numbers of the positions
+        for name, old in module.named_buffers(recurse=False):  # position ids
             setattr(module, name, torch.arange(old.shape[-1], device=device).expand(old.shape))
     model.train()
     if step.checkpointing:
         dual_encoder(model).gradient_checkpointing_enable({"use_reentrant": False})
-    # All tensors at once, torch's default on a GPU alone, which makes a copy of them.
+    # foreach is torch's default only on a GPU. It makes a copy of all tensors.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=True)
     size, dim = step.config.vision_config.image_size, step.config.projection_dim
     encoded, known = torch.randn(step.candidates, dim, device=device), torch.randn(step.pairs, dim, device=device)
-    # Each text's embedding is kept, and all of them are stacked.
+    # Each text embedding is kept, and a stack of all of them too.
     texts = encoded.clone()
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
     rows = {
@@ -132,7 +132,7 @@ def stepper(step: Step, device: torch.device) -> tuple[Callable[[], None], Calla
 
 
 def counted_peak(step: Step) -> int:
-    """Most bytes alive during a second step, after one that made the optimizer's state."""
+    """Return the peak bytes of a second step, after a first step that creates the optimizer's state."""
     with FakeTensorMode(), Allocations() as live:
         passes, update = stepper(step, torch.device("cpu"))
         for _ in range(2):
@@ -143,7 +143,7 @@ def counted_peak(step: Step) -> int:
 
 
 def measured_seconds(step: Step, device: torch.device, rounds: int) -> float:
-    """Best of several forward and backward passes after the first."""
+    """Return the seconds of the best of several forward and backward passes after the first."""
     passes, update = stepper(step, device)
     best = float("inf")
     for number in range(rounds + 1):
@@ -168,7 +168,7 @@ MEMORY: list[tuple[str, str, dict[str, Any]]] = [
     ("bigG/14", "full", {"pairs": 8}),
     ("bigG/14", "LoRA", {"pairs": 8, "rank": 16}),
     ("bigG/14", "LoRA, checkpointing", {"pairs": 8, "rank": 16, "checkpointing": True}),
-    # The formulas were made with the steps above in view, without these.
+    # The formulas were developed with the steps above, without the steps below.
     ("B/16", "full, float32", {"pairs": 48, "bf16": False}),
     ("L/14-336", "full", {"pairs": 16}),
     ("L/14", "full, a stream", {"pairs": 16, "seen": 2}),
@@ -196,8 +196,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bf16", action="store_true", help="seconds under bf16 autocast instead of float32")
-    parser.add_argument("--quick", action="store_true", help="the smallest model alone")
-    parser.add_argument("--json", type=Path, help="also write the tables there")
+    parser.add_argument("--quick", action="store_true", help="the smallest model only")
+    parser.add_argument("--json", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     found: dict[str, Any] = {"memory": [], "seconds": []}
 

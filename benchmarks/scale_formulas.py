@@ -1,9 +1,9 @@
-"""Parameters, operations, memory, exchange and seconds of one step of the trainer, from sizes: what scale.py prints.
+"""Parameters, operations, memory, exchange and seconds of one step of the trainer, computed from sizes for scale.py.
 
-Sizes are those of a `CLIPConfig`: d width, m width between fc1 and fc2, T tokens, L blocks, D embedding, p patch side.
-A step is that of `ContrastivePOTrainer`: the vision tower forward and backward on two images a pair (the one with a
-word and the ordinary one), the reference forward on those that are not in its cache, the candidates' embeddings known.
-All numbers are of one GPU.
+Sizes come from a `CLIPConfig`: d width, m width between fc1 and fc2, T tokens, L blocks, D embedding, p patch side. A
+step of `ContrastivePOTrainer` runs the vision tower forward and backward on two images per pair (the image with a word
+and the ordinary image), and the reference forward on the images that are not in its cache. The candidate embeddings
+are known. All numbers are for one GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 FLOAT, HALF = 4, 2
 IMAGES = 2
-"""Images a pair that the policy sees: the one with a word, and the ordinary one."""
+"""Images per pair that the policy sees: the image with a word, and the ordinary image."""
 
 
 def _published(
@@ -57,19 +57,19 @@ MODELS = {
     "g/14": _published(14, (1408, 6144, 40, 16), (1024, 24, 16), 1024),
     "bigG/14": _published(14, (1664, 8192, 48, 16), (1280, 32, 20), 1280),
 }
-"""The published sizes: OpenAI's B and L, LAION's H, g and bigG, as CLIPModel holds them."""
+"""Published sizes as CLIPModel holds them: OpenAI's B and L, LAION's H, g and bigG."""
 
 
 # ---- Parameters --------------------------------------------------------------------------------------------
 
 
 def tokens_of(vision: CLIPVisionConfig) -> int:
-    """T: the patches of an image, and the class token."""
+    """Return T: the patches of an image plus the class token."""
     return (vision.image_size // vision.patch_size) ** 2 + 1
 
 
 def block_weights(tower: CLIPVisionConfig | CLIPTextConfig) -> int:
-    """Entries of a block's matrices: 4 d^2 + 2 d m."""
+    """Return the entries of a block's matrices: 4 d^2 + 2 d m."""
     return 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
 
 
@@ -79,7 +79,7 @@ def _block_parameters(tower: CLIPVisionConfig | CLIPTextConfig) -> int:
 
 
 def vision_parameters(config: CLIPConfig) -> int:
-    """Parameters of the vision tower and its projection."""
+    """Return the parameters of the vision tower and its projection."""
     v = config.vision_config
     patches = 3 * v.patch_size**2 * v.hidden_size
     embeddings = patches + (tokens_of(v) + 1) * v.hidden_size
@@ -88,7 +88,7 @@ def vision_parameters(config: CLIPConfig) -> int:
 
 
 def text_parameters(config: CLIPConfig) -> int:
-    """Parameters of the text tower and its projection."""
+    """Return the parameters of the text tower and its projection."""
     t = config.text_config
     embeddings = (t.vocab_size + t.max_position_embeddings) * t.hidden_size
     norms = 2 * t.hidden_size
@@ -96,7 +96,7 @@ def text_parameters(config: CLIPConfig) -> int:
 
 
 def adapter_parameters(config: CLIPConfig, rank: int, blocks: int) -> int:
-    """Parameters of LoRA on q_proj and v_proj of that many blocks of the vision tower."""
+    """Return the parameters of LoRA on q_proj and v_proj of `blocks` blocks of the vision tower."""
     return blocks * 2 * 2 * rank * config.vision_config.hidden_size
 
 
@@ -104,12 +104,12 @@ def adapter_parameters(config: CLIPConfig, rank: int, blocks: int) -> int:
 
 
 def _products(tower: CLIPVisionConfig | CLIPTextConfig, tokens: int) -> int:
-    """Operations of a block's products with its matrices, forward; a multiplication and an addition are two."""
+    """Return the forward operations of a block's matrices. A multiplication and an addition count as two."""
     return 2 * tokens * block_weights(tower)
 
 
 def _attention(tower: CLIPVisionConfig | CLIPTextConfig, tokens: int) -> int:
-    """Operations of a block's products of queries, keys and values, forward."""
+    """Return the forward operations of a block's products of queries, keys and values."""
     return 4 * tokens**2 * tower.hidden_size
 
 
@@ -118,14 +118,14 @@ def _patches(vision: CLIPVisionConfig) -> int:
 
 
 def image_flops(config: CLIPConfig) -> int:
-    """Operations to embed one image, forward."""
+    """Return the forward operations to embed one image."""
     v = config.vision_config
     block = _products(v, tokens_of(v)) + _attention(v, tokens_of(v))
     return _patches(v) + v.num_hidden_layers * block + 2 * v.hidden_size * config.projection_dim
 
 
 def text_flops(config: CLIPConfig, tokens: int) -> int:
-    """Operations to embed one text of that many tokens, forward."""
+    """Return the forward operations to embed one text of `tokens` tokens."""
     t = config.text_config
     block = _products(t, tokens) + _attention(t, tokens)
     return t.num_hidden_layers * block + 2 * t.hidden_size * config.projection_dim
@@ -137,18 +137,18 @@ class Step:
 
     Attributes:
         config: The model.
-        pairs: Rows a GPU and micro-batch.
-        candidates: Texts among which the policy chooses, given once for all rows.
-        gpus: Processes.
-        rank: Of the adapters on q_proj and v_proj; 0 trains the whole vision tower.
-        blocks: How many blocks have adapters, from the last one down; 0 for all.
-        seen: Images of a pair that the reference sees in each step: 0 where all are fixed and cached, 1 where the
-            attack is drawn anew, 2 where nothing is cached (a stream).
-        bf16: Autocast.
-        checkpointing: Activation checkpointing of each block.
-        sharded: FSDP2 instead of DDP.
-        averaged: `BetaMovingAverageCallback`.
-        accumulation: Micro-batches.
+        pairs: Rows per GPU and micro-batch.
+        candidates: Number of candidate texts, shared by all rows.
+        gpus: Number of processes.
+        rank: Rank of the adapters on q_proj and v_proj. 0 trains the whole vision tower.
+        blocks: Number of blocks with adapters, counted from the last. 0 means all.
+        seen: Images of a pair that the reference sees in each step: 0 if all are fixed and cached, 1 if the
+            attack is redrawn, 2 if nothing is cached (a stream).
+        bf16: Whether bf16 autocast is on.
+        checkpointing: Whether each block uses activation checkpointing.
+        sharded: Whether FSDP2 replaces DDP.
+        averaged: Whether `BetaMovingAverageCallback` is on.
+        accumulation: Number of micro-batches.
     """
 
     config: CLIPConfig
@@ -171,22 +171,22 @@ class Step:
 
     @property
     def trained(self) -> int:
-        """Parameters that train."""
+        """Number of trained parameters."""
         return (
             adapter_parameters(self.config, self.rank, self.reached) if self.rank else vision_parameters(self.config)
         )
 
     @property
     def images(self) -> int:
-        """Images of the policy a micro-batch."""
+        """Number of images that the policy sees in a micro-batch."""
         return IMAGES * self.pairs
 
 
 def policy_flops(step: Step) -> dict[str, int]:
-    """Operations of the policy on one image: "forward", "backward" and "recomputed" (checkpointing).
+    """Return the operations of the policy on one image: "forward", "backward" and "recomputed" (checkpointing).
 
-    A frozen block's backward pass has the gradients of its inputs alone; the first that has adapters not even all of
-    these, and the blocks below it no backward pass.
+    The backward pass of a frozen block computes only the gradients of its inputs. The first block with adapters needs
+    only some of them, and the blocks below it have no backward pass.
     """
     v, dim = step.config.vision_config, step.config.projection_dim
     tokens = tokens_of(v)
@@ -205,23 +205,23 @@ def policy_flops(step: Step) -> dict[str, int]:
 
 
 def step_flops(step: Step) -> int:
-    """Operations of a micro-batch in the towers: the policy on its images, the reference on those that it sees."""
+    """Return the operations of a micro-batch in the towers of policy and reference."""
     return step.images * sum(policy_flops(step).values()) + step.seen * step.pairs * image_flops(step.config)
 
 
 def candidate_flops(step: Step) -> int:
-    """Operations of a micro-batch's logits, in float32: policy forward and backward, reference forward."""
+    """Return the operations of a micro-batch's logits in float32: policy forward and backward, reference forward."""
     return 3 * step.images * 2 * step.candidates * step.config.projection_dim
 
 
 def straight_flops(config: CLIPConfig, pairs: int, candidates: int, text_tokens: int) -> int:
-    """Operations of a step without savings: policy and reference see all images and texts, both towers train."""
+    """Return the operations of a step without savings, on all images and texts, with both towers trained."""
     images = IMAGES * pairs * (4 * image_flops(config) - _patches(config.vision_config))
     return images + 4 * candidates * text_flops(config, text_tokens)
 
 
 def concept_flops(config: CLIPConfig, pairs: int, candidates: int) -> int:
-    """Operations of a step of a concept's transformation W, [D, D], on cached embeddings."""
+    """Return the operations of a step of a concept's transformation W, [D, D], on cached embeddings."""
     dim, images = config.projection_dim, IMAGES * pairs
     transformed = 2 * 2 * dim**2 * (images + candidates)
     penalty = 3 * 2 * dim**3
@@ -232,12 +232,12 @@ def concept_flops(config: CLIPConfig, pairs: int, candidates: int) -> int:
 
 
 def block_bytes(tower: CLIPVisionConfig | CLIPTextConfig, tokens: int, size: int, rank: int) -> int:
-    """Bytes that a block's forward pass keeps for its backward pass, with sdpa attention.
+    """Return the bytes that a block's forward pass keeps for its backward pass, with sdpa attention.
 
-    Of a block that trains, a token: the two residuals, the two norms' outputs as the linear layers read them (under
-    autocast in three casts for q, k and v), q, k, v and the attention's output, and what the activation function
-    keeps. A frozen linear layer keeps no input. Means and deviations of the norms, and the attention's log-sums, are
-    float32.
+    A trained block keeps for each token: the two residuals, the outputs of the two norms as the linear layers read
+    them (three casts for q, k and v under autocast), q, k, v, the output of the attention, and the tensors of the
+    activation function. A frozen linear layer keeps no input. Means and deviations of the norms, and the log-sums of
+    the attention, are float32.
     """
     half = size == HALF
     inner = (3 if tower.hidden_act == "quick_gelu" else 2) - (1 if rank else 0)
@@ -247,31 +247,31 @@ def block_bytes(tower: CLIPVisionConfig | CLIPTextConfig, tokens: int, size: int
 
 
 def text_activation_bytes(config: CLIPConfig, texts: int, tokens: int) -> int:
-    """Bytes that the blocks of a text tower that trains keep of so many texts, under bf16 autocast."""
+    """Return the bytes that the blocks of a trained text tower keep for `texts` texts, under bf16 autocast."""
     return config.text_config.num_hidden_layers * block_bytes(config.text_config, texts * tokens, HALF, rank=0)
 
 
 def _casts(step: Step) -> int:
-    """bf16 copies of the weights that gradients run through, alive from the forward to the backward pass."""
+    """Return the bytes of bf16 copies of weights that gradients run through, kept from forward to backward."""
     if not step.bf16 or step.sharded:
         return 0
     v = step.config.vision_config
     block = block_weights(v) + 4 * step.rank * v.hidden_size
     outer = v.hidden_size * (step.config.projection_dim + (0 if step.rank else 3 * v.patch_size**2))
-    if step.checkpointing:  # a block's are made anew for its second forward pass
+    if step.checkpointing:  # the copies of a block are recreated for its second forward pass
         return HALF * (block + outer)
-    # Of the first block with adapters, those that only its input's gradient would need are left out.
+    # The first block with adapters needs no copies that only serve the gradient of its input.
     first = (3 * v.hidden_size + 2 * step.rank) * v.hidden_size if step.rank else 0
     return HALF * (step.reached * block - first + outer)
 
 
 def activation_bytes(step: Step) -> int:
-    """Bytes that the vision tower keeps from the forward to the backward pass of a micro-batch, weights apart."""
+    """Return the bytes, without weights, that the vision tower keeps from forward to backward of a micro-batch."""
     v = step.config.vision_config
     residual = FLOAT * step.images * tokens_of(v) * v.hidden_size
     block = block_bytes(v, step.images * tokens_of(v), HALF if step.bf16 else FLOAT, step.rank)
-    # With checkpointing each block's input, and what one block keeps besides it; else the last block's output too, of
-    # which one token is read.
+    # With checkpointing: the input of each block, and what one block keeps besides. Without: all blocks, and the
+    # output of the last block, of which one token is read.
     kept = (step.reached - 1) * residual + block if step.checkpointing else step.reached * block + residual
     if step.rank:
         return kept - residual  # nothing below the first adapters keeps its input
@@ -279,29 +279,29 @@ def activation_bytes(step: Step) -> int:
 
 
 def working_bytes(step: Step) -> int:
-    """Bytes at work in the backward pass of one activation function: as many gradients as it keeps tensors."""
+    """Return the working bytes of one activation function's backward pass: one gradient per kept tensor."""
     v = step.config.vision_config
     inner = 3 if v.hidden_act == "quick_gelu" else 2
     return (HALF if step.bf16 else FLOAT) * step.images * tokens_of(v) * inner * v.intermediate_size
 
 
 def pixel_bytes(step: Step) -> int:
-    """Bytes of a micro-batch's pixels, float32."""
+    """Return the bytes of a micro-batch's pixels, float32."""
     return FLOAT * step.images * 3 * step.config.vision_config.image_size**2
 
 
 def candidate_bytes(step: Step) -> int:
-    """Bytes of the candidates: embeddings (each and stacked), log-probabilities of policy and reference, their KL."""
+    """Return the bytes of the candidates: embeddings (single and stacked), log-probabilities and their KL."""
     embeddings = 2 * FLOAT * step.candidates * step.config.projection_dim
-    # Four log-probabilities a pair and candidate, the reference's probability, and two at work.
+    # Per pair and candidate: four log-probabilities, the reference's probability, and two working values.
     return embeddings + step.pairs * step.candidates * 7 * FLOAT
 
 
 def memory(step: Step) -> dict[str, int]:
-    """Bytes of one GPU, by part; they are summed by `peak`.
+    """Return the bytes of one GPU by part. `peak` adds them up.
 
-    The policy and the reference share what does not train. With FSDP2 they share nothing: the policy's weights are a
-    share, of which two blocks at a time are gathered, and the reference, which is no part of what trains, stays whole.
+    The policy and the reference share the frozen weights. With FSDP2 they share nothing: the policy's weights are
+    sharded, with two blocks gathered at a time, and the reference, which does not train, stays whole.
     """
     vision, text = vision_parameters(step.config), text_parameters(step.config) + 1
     share = step.gpus if step.sharded else 1
@@ -322,9 +322,9 @@ def memory(step: Step) -> dict[str, int]:
 
 
 def peak(step: Step) -> int:
-    """Bytes at the fullest moment: as the forward pass ends, or as the optimizer steps with a copy at work.
+    """Return the peak bytes: at the end of the forward pass, or in the optimizer's step with its working copy.
 
-    Gradients grow as activations go, so with one micro-batch a step the two are not there at once.
+    Gradients grow while activations are freed, so with one micro-batch per step they do not add up.
     """
     parts = memory(step)
     passing = parts.pop("bf16 weights") + parts.pop("activations")
@@ -338,11 +338,11 @@ def peak(step: Step) -> int:
 
 
 def exchanged(step: Step) -> int:
-    """Bytes that each GPU sends in a step of one micro-batch.
+    """Return the bytes that each GPU sends in a step of one micro-batch.
 
-    DDP: one all-reduce of the gradients in float32, 2 (n - 1) / n of them. FSDP2: the vision tower's weights gathered
-    for the forward and for the backward pass, the frozen text tower's for the forward pass, and the gradients
-    reduce-scattered once, (n - 1) / n of each; in bf16 under autocast's policy, else in float32.
+    DDP: one all-reduce of the gradients in float32, 2 (n - 1) / n of them. FSDP2: the weights of the vision tower are
+    gathered for the forward and for the backward pass, the frozen text tower for the forward pass, and the gradients
+    are reduce-scattered once, (n - 1) / n of each. They are bf16 under autocast, and float32 otherwise.
     """
     return _passed(step) * (step.gpus - 1) // step.gpus
 
@@ -356,19 +356,19 @@ def _passed(step: Step) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the seconds rest on.
+    """The assumed hardware.
 
     Attributes:
-        flops: Operations a second of one GPU in bf16, as published.
+        flops: Published operations per second of one GPU in bf16.
         flops_float: The same in float32.
         utilisation: Share of `flops` that the towers reach.
-        memory_bandwidth: Bytes a second of the GPU's memory.
-        node: GPUs a node.
-        within: Bytes a second and direction that a GPU sends within its node.
-        between: Bytes a second and direction that a node sends to others, of all its GPUs.
-        links: Share of `memory_bandwidth`, `within` and `between` that is reached.
-        cores: CPU cores a GPU.
-        rows: Pairs a second that one core reads, attacks and turns to pixels (input_pipeline.py measures it).
+        memory_bandwidth: Bytes per second of the GPU's memory.
+        node: GPUs per node.
+        within: Bytes per second and direction that a GPU sends within its node.
+        between: Bytes per second and direction that a node sends to others, for all its GPUs.
+        links: Share of `memory_bandwidth`, `within` and `between` that is reached in practice.
+        cores: CPU cores per GPU.
+        rows: Pairs per second that one core reads, attacks and processes (measured by input_pipeline.py).
         file: Bytes of an image file.
     """
 
@@ -386,10 +386,10 @@ class Machine:
 
 
 def seconds(step: Step, machine: Machine) -> dict[str, float]:
-    """Seconds of a step of one micro-batch, by part; "step" is their sum where nothing waits for data.
+    """Return the seconds of a step of one micro-batch by part. "step" is their sum if data arrive in time.
 
-    "exchange" runs beside the backward pass (FSDP2: beside both), and only what is left over counts in "waiting".
-    "data" is what the CPU cores need for the same rows, and runs beside all of it.
+    "exchange" overlaps with the backward pass (FSDP2: with both passes). Only the rest counts in "waiting". "data" is
+    the time of the CPU cores for the same rows, and overlaps with everything.
     """
     rate = machine.flops * machine.utilisation
     towers = step_flops(step) / rate
@@ -409,7 +409,7 @@ def seconds(step: Step, machine: Machine) -> dict[str, float]:
 
 
 def exchange_seconds(step: Step, machine: Machine) -> float:
-    """Seconds of the exchange alone: within each node, then between nodes, each of which sends once for its GPUs."""
+    """Return the seconds of the exchange alone: within each node, then between nodes, once per node."""
     within = min(step.gpus, machine.node)
     nodes = -(-step.gpus // machine.node)
     inside = (within - 1) / within / machine.within

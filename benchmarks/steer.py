@@ -1,9 +1,9 @@
-"""One W against one per tower, K < D and closed forms: the second table of docs/steer.md.
+"""One W compared with one W per tower, K < D and closed forms: the second table of docs/steer.md.
 
     python benchmarks/steer.py
 
-On the embedded digits, with the images of `clip-po steer`: each row is a transformation as it is (t = 1). The closed
-forms are computed from the same training images as the trained ones.
+The script uses the embedded digits and the images of `clip-po steer`. Each row is a transformation at t = 1. The
+closed forms are computed from the same training images as the trained transformations.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.tables import format_table
 
 KEPT = 0.25
-"""What the projector leaves of the words' directions."""
+"""Factor by which the projector shrinks the directions of the words."""
 
 
 def with_weight(weight: Tensor, **options: str) -> ConceptTransform:
-    """A transformation with a given W."""
+    """Return a transformation with a given W."""
     transform = ConceptTransform(len(weight), **options)
     transform.image_weight.data.copy_(weight)
     return transform
 
 
 def least_squares(train: VariantEmbeddings) -> ConceptTransform:
-    """W of the images alone that takes images with a word, and clean ones, nearest to the clean ones."""
+    """Return the least-squares W for images only, which maps images with a word and clean images to clean ones."""
     clean = train.images["clean"].double()
     seen = torch.cat([train.images["typographic"].double(), clean])
     weight = torch.linalg.lstsq(seen, torch.cat([clean, clean])).solution.T
@@ -43,7 +43,7 @@ def least_squares(train: VariantEmbeddings) -> ConceptTransform:
 
 
 def projector(train: VariantEmbeddings) -> ConceptTransform:
-    """A shared W that shrinks the directions in which the words move the mean embedding."""
+    """Return a shared W that shrinks the directions in which the words move the mean embedding."""
     moved = train.images["typographic"] - train.images["clean"]
     means = torch.stack([moved[torch.from_numpy(train.word == word)].mean(dim=0) for word in range(10)])
     directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False).Vh[:-1]  # ten words span nine
@@ -51,7 +51,7 @@ def projector(train: VariantEmbeddings) -> ConceptTransform:
 
 
 def freezing_weight(case: Case, config: ContrastivePOConfig, beta: float) -> float:
-    """The penalty_weight from which on W stays the identity: half the norm of the gradient's symmetric part."""
+    """Return the smallest penalty_weight that freezes W: half the norm of the symmetric part of the gradient."""
     alone = copy.copy(config)
     alone.beta, alone.penalty_weight = beta, 0.0
     trainer = concept_trainer(case, ConceptTransform(case.model.config.projection_dim), alone)

@@ -1,11 +1,12 @@
-"""Forward and backward of a step beside those of the straight step (baseline.py) and of the bare vision tower.
+"""Forward and backward of a step, compared with the straight step (baseline.py) and with the bare vision tower.
 
     python benchmarks/step.py --json step.json
 
 ViT-B/32 with random weights, 16 preferences with their 16 ordinary images, 100 candidate texts, float32. Each way of
-training takes turns with the two others; each is a process of its own, whose peak memory is its own too. What is timed
-is the trainer's own `training_step`, on a batch as its loader gives it: no optimizer, no reading of images. The
-straight step is timed without its average of the weights, which is updated after the optimizer's step and timed apart.
+training takes turns with the two others, each in its own process with its own peak memory. The timed code is the
+trainer's own `training_step` on a batch from its loader, without the optimizer and without reading images. The
+straight step is timed without its average of the weights. The average is updated after the optimizer's step and timed
+separately.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ BARE_GOAL = 1.05
 
 @dataclass(frozen=True)
 class Way:
-    """One way of training, and the share of the straight step that it may take.
+    """One way of training, and its maximum share of the straight step.
 
     Attributes:
-        goal: At most so many times the straight step.
-        redraw: Of the attack: "never" for fixed images.
-        lora: How many blocks of the vision tower get adapters on q and v, from the last; None trains the whole tower.
-        concept: Whether a transformation of the embeddings is trained instead.
+        goal: Maximum ratio to the time of the straight step.
+        redraw: `redraw` of the attack. "never" fixes the images.
+        lora: Number of blocks with adapters on q and v, from the last. None trains the whole vision tower.
+        concept: Whether to train a transformation of the embeddings instead.
         loss_type: As for the trainer.
     """
 
@@ -72,7 +73,7 @@ WAYS = {
 def make_trainer(
     folder: Path, way: Way, rows: TypographicPreferences, quick: bool, output: str, **options: Any
 ) -> ContrastivePOTrainer:
-    """The trainer of a way, on the model in a folder."""
+    """Return the trainer of a way, for the model in a folder."""
     depth = clip_config(quick).vision_config.num_hidden_layers
     blocks = "|".join(str(block) for block in range(max(0, depth - (way.lora or 0)), depth))
     adapters = LoraConfig(r=16, lora_alpha=32, target_modules=rf".*vision_model.*\.({blocks})\..*\.(q_proj|v_proj)")
@@ -112,11 +113,11 @@ def make_trainer(
 
 
 def trained(folder: Path, way: Way, quick: bool, pairs: int = PAIRS, candidates: int = CANDIDATES) -> Step:
-    """The step of the trainer, which returns the loss and whether the text tower's embeddings have a gradient."""
+    """Return the trainer's step. It returns the loss and whether the text embeddings have a gradient."""
     rows = preferences(folder, pairs, candidates, way.redraw)
     with tempfile.TemporaryDirectory() as output:
         trainer = make_trainer(folder, way, rows, quick, output, per_device_train_batch_size=pairs)
-    trainer.state.max_steps = 1  # as Trainer.train sets it
+    trainer.state.max_steps = 1  # Trainer.train sets it the same way
     batches, total = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.accelerator.device)
 
     def step() -> tuple[float, bool]:
@@ -128,7 +129,7 @@ def trained(folder: Path, way: Way, quick: bool, pairs: int = PAIRS, candidates:
 
 
 def straight(folder: Path, quick: bool, part: str = "step") -> Step:
-    """The straight step, or the update of its average alone."""
+    """Return the straight step, or only the update of its average."""
     rows = preferences(folder, PAIRS, CANDIDATES, "never")
     baseline = StraightStep(*read_model(folder), rows.candidate_texts, BETA)
     with tempfile.TemporaryDirectory() as output:
@@ -145,7 +146,7 @@ def straight(folder: Path, quick: bool, part: str = "step") -> Step:
 
 
 def bare(folder: Path) -> Step:
-    """Forward and backward of the vision tower with its projection, on as many images as a step has."""
+    """Return forward and backward of the vision tower with its projection, on the images of a step."""
     model, _ = read_model(folder)
     model.requires_grad_(False)
     model.vision_model.requires_grad_(True)
@@ -162,7 +163,7 @@ def bare(folder: Path) -> Step:
 
 
 def measure(folder: Path, way: Way, args: argparse.Namespace, others: dict[str, Contestant]) -> dict[str, Any]:
-    """Seconds of a way, of the straight step and of the bare tower, in turns."""
+    """Return the seconds of a way, of the straight step and of the bare tower, in turns."""
     with Contestant(trained, folder, way, args.quick, threads=args.threads) as ours:
         seconds = take_turns({**others, "ours": ours}, args.rounds)
         found = {

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: contestants take turns, each in a process of its own, and neighbours are compared."""
+"""Timing for the benchmarks: contestants take turns, each in its own process, and neighbouring rounds are compared."""
 
 from __future__ import annotations
 
@@ -26,50 +26,50 @@ _step: Step
 
 
 class Clock(TrainerCallback):
-    """When each step ended."""
+    """Record when each step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Note the time."""
+        """Record the time."""
         self.ends.append(time.perf_counter())
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that all of these benchmarks take."""
+    """Return a parser with the arguments shared by the benchmarks."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant; the median counts")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each contestant")
-    parser.add_argument("--quick", action="store_true", help="tiny, to try the script: the figures mean nothing")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--rounds", type=int, default=5, help="turns per contestant; the median counts")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads per contestant")
+    parser.add_argument("--quick", action="store_true", help="tiny, to try the script; the figures are meaningless")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser
 
 
 def report(args: argparse.Namespace, columns: Sequence[str], rows: Sequence[Sequence[Any]], found: Any) -> None:
-    """Print a table and on what it was measured; write the figures where `--json` says."""
+    """Print a table and the machine. Write the figures to the file of `--json`."""
     machine = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
     print(format_table(columns, rows))
-    print(machine + (", quick: the figures mean nothing" if args.quick else ""))
+    print(machine + (", quick: the figures are meaningless" if args.quick else ""))
     if args.json is not None:
         write_json(args.json, {"machine": machine, "quick": args.quick, "figures": found})
 
 
 def peak_memory() -> int:
-    """The largest resident memory of this process so far, in bytes."""
+    """Return the peak resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss of a started process begins with what its parent held
+    if status.exists():  # ru_maxrss of a child process starts at its parent's memory
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Contestant:
-    """A step that is made and taken in a process of its own, whose peak memory is its own too.
+    """A step that is created and run in its own process, with its own peak memory.
 
     Args:
-        make: A function of a module, which returns the step; it is called once, in the new process.
-        *args: Its arguments.
-        threads: Threads of the process.
+        make: A module-level function that returns the step. It is called once, in the new process.
+        *args: Arguments of `make`.
+        threads: Number of threads of the process.
     """
 
     def __init__(self, make: Callable[..., Step], *args: Any, threads: int) -> None:
@@ -83,11 +83,11 @@ class Contestant:
         self._process.shutdown()
 
     def take(self) -> tuple[float, Any]:
-        """One step: its seconds, and what it returns."""
+        """Run one step. Return its seconds and its result."""
         return self._process.submit(_take).result()
 
     def peak(self) -> int:
-        """The largest resident memory of its process so far, in bytes."""
+        """Return the peak resident memory of its process so far, in bytes."""
         return self._process.submit(peak_memory).result()
 
 
@@ -104,7 +104,7 @@ def _take() -> tuple[float, Any]:
 
 
 def take_turns(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant's step in each round, after a round that does not count."""
+    """Return the seconds of each contestant's step in each round, after one warm-up round."""
     for contestant in contestants.values():
         contestant.take()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -115,5 +115,5 @@ def take_turns(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, 
 
 
 def ratio(seconds: Sequence[float], of: Sequence[float]) -> float:
-    """The median of the rounds' ratios: neighbours in time share what else the machine does."""
+    """Return the median of the rounds' ratios. Steps of one round share the load of the machine."""
     return statistics.median(ours / theirs for ours, theirs in zip(seconds, of, strict=True))

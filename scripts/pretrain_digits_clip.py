@@ -53,19 +53,19 @@ FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "STIXGeneral",
     "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10",
 )  # fmt: skip
-"""Of those that matplotlib carries: neither DejaVu Serif nor DejaVu Sans Mono, on which it is tested."""
+"""Fonts from matplotlib, without DejaVu Serif and DejaVu Sans Mono, which are used for tests."""
 
 PLACES_OF_WORDS = ("top", "top-left", "top-right", "bottom", "bottom-left", "bottom-right", "anywhere")
 
 STAGES = {"plain": 4, "together": 7, "captions": 9}
-"""Stages of the training, and how many pools of images each takes."""
+"""Stages of the training, and the number of image pools in each."""
 
 NO_DIGIT, MEANINGLESS, NO_WORD = len(DIGIT_NAMES), len(WORDS), len(WORDS) + 1
 
 
 @dataclass
 class Examples:
-    """Rendered images and what is on them.
+    """Rendered images and their content.
 
     Attributes:
         images: uint8[N, 3, side, side].
@@ -126,7 +126,7 @@ def render_chunk(job: tuple[int, int, bool, float]) -> tuple[np.ndarray, ...]:
         if has_word:
             kind = rng.random()
             if not plain and not has_digit:
-                kind *= 0.7  # no meaningless string alone: its caption could name nothing
+                kind *= 0.7  # a meaningless string is never alone, because its caption could name nothing
             if kind < 0.5:
                 word = rng.randrange(len(DIGIT_NAMES))
             elif kind < 0.7:
@@ -143,7 +143,7 @@ def render_chunk(job: tuple[int, int, bool, float]) -> tuple[np.ndarray, ...]:
 
 
 def blacken(image: Image.Image) -> Image.Image:
-    """The same drawing in black on white."""
+    """Return the same drawing in black on white."""
     grey = image.convert("L")
     darkest, lightest = grey.getextrema()
     if darkest == lightest:  # nothing is drawn
@@ -152,7 +152,7 @@ def blacken(image: Image.Image) -> Image.Image:
 
 
 def gibberish(rng: random.Random, attack: TypographicAttack, row: int) -> str:
-    """A string that is no word of `WORDS`: mostly consonants, as in the control of occlusion."""
+    """Return a string that is not in `WORDS`, mostly consonants, as in the occlusion control."""
     if rng.random() < 0.7:
         return attack.meaningless(rng.choice(DIGIT_NAMES), row)
     while True:
@@ -177,7 +177,7 @@ def augment(images: Tensor, plain: bool, generator: torch.Generator) -> Tensor:
     Args:
         images: uint8[B, 3, side, side].
         plain: Shift it only.
-        generator: Source of chance.
+        generator: Random number generator.
 
     Returns:
         Tensor[B, 3, side, side], normalized to -1..1 as the image processor does.
@@ -186,7 +186,7 @@ def augment(images: Tensor, plain: bool, generator: torch.Generator) -> Tensor:
     reach = 1
     padded = nn.functional.pad(images.float() / 127.5 - 1, [reach] * 4, mode="replicate")
     down, right = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
-    if plain:  # the shape of letters first
+    if plain:  # teach the shape of letters first
         return padded[..., down : down + side, right : right + side]
     channels = torch.randperm(3, generator=generator)
     batch = padded[:, channels, down : down + side, right : right + side]
@@ -196,7 +196,7 @@ def augment(images: Tensor, plain: bool, generator: torch.Generator) -> Tensor:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A tokenizer of characters, with merges for the words of the prompts."""
+    """Return a character tokenizer with merges for the words of the prompts."""
     characters = string.ascii_lowercase + string.digits + string.punctuation
     tokens = [*characters, *(f"{character}</w>" for character in characters)]
     merges: list[tuple[str, str]] = []
@@ -214,7 +214,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """An untrained model for the tokenizer."""
+    """Return an untrained model for the tokenizer."""
     ends = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -243,13 +243,13 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     }
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
     model = CLIPModel._from_config(config, attn_implementation="eager")  # faster than sdpa at this length
-    # CLIP's start is for many layers of large patches; with it, reading begins three times as late.
+    # CLIP's initialization is for many layers of large patches. With it, the model learns to read three times as late.
     model.vision_model.embeddings.patch_embedding.weight.data.mul_(3)
     return model
 
 
 def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
-    """The processor of the model's input."""
+    """Return the processor of the model."""
     square = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     half = [0.5, 0.5, 0.5]
     image_processor = CLIPImageProcessorPil(
@@ -259,13 +259,13 @@ def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
 
 
 def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, positives: Tensor) -> Tensor:
-    """CLIP's loss over the batch's images and its unique captions.
+    """Compute CLIP's loss over the images and the unique captions of a batch.
 
     Args:
         image_embeds: Tensor[B, D], unit-norm.
         text_embeds: Tensor[M, D], unit-norm.
         scale: Tensor[], inverse temperature.
-        positives: int64[B], the caption of each image.
+        positives: int64[B], index of the caption of each image.
 
     Returns:
         Tensor[], mean of both directions; a caption's probability is shared by all images that it has.
@@ -282,7 +282,7 @@ def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, p
 def evaluate(
     model: CLIPModel, processor: CLIPProcessor, split: str, settings: str, renderings: int
 ) -> dict[str, float]:
-    """Zero-shot accuracy on clean, attacked and merely occluded renderings.
+    """Measure zero-shot accuracy on clean, attacked and occluded renderings.
 
     Returns:
         clean, typographic (another number's name is written), occluded (a meaningless string in the same
@@ -325,7 +325,7 @@ def show(results: dict[str, float]) -> str:
 
 
 class Pretraining:
-    """The model, its two heads and its optimizer.
+    """Training state: the model, its two heads and its optimizer.
 
     Args:
         seed: Seed of the weights, the order and the augmentation.
@@ -354,7 +354,7 @@ class Pretraining:
         self.learning_rate, self.steps, self.step_number = learning_rate, steps, 0
 
     def epoch(self, examples: Examples, stage: str, batch_size: int) -> Tensor:
-        """Go through the examples once.
+        """Train one epoch.
 
         Returns:
             Tensor[3], mean losses: digit, word, caption.
@@ -363,12 +363,12 @@ class Pretraining:
         return torch.stack([self.step(examples, rows, stage) for rows in batches]).mean(0)
 
     def step(self, examples: Examples, rows: Tensor, stage: str) -> Tensor:
-        """One optimizer step; the losses of digit, word and caption before it."""
+        """Take one optimizer step. Return the losses of digit, word and caption before it."""
         warmup = min(1.0, self.step_number / 300)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * warmup * max(0.01, 1 - self.step_number / self.steps)
         pixels = augment(examples.images[rows], stage == "plain", self.generator)
-        with torch.autocast("cpu", torch.bfloat16):  # three times as fast where the processor knows bfloat16
+        with torch.autocast("cpu", torch.bfloat16):  # three times as fast on processors with bfloat16
             features = self.model.vision_model(pixel_values=pixels).pooler_output
         features = features.float()
         digit_loss = nn.functional.cross_entropy(self.digit_head(features), examples.digits[rows])
@@ -381,7 +381,7 @@ class Pretraining:
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        self.model.logit_scale.data.clamp_(max=math.log(100))  # as CLIP's authors do
+        self.model.logit_scale.data.clamp_(max=math.log(100))  # as in the CLIP paper
         self.step_number += 1
         return torch.stack([digit_loss, word_loss, caption_loss]).detach()
 
