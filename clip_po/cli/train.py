@@ -20,11 +20,13 @@ from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.typographic import TypographicPreferences
+from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.interpolation import choose_alpha, interpolate, interpolation_table, sweep_interpolation
 from clip_po.evaluation.pseudo_labels import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import init_kwargs, load_model, load_processor
 from clip_po.trainer import ContrastivePOTrainer
+from clip_po.training.callbacks import EvaluatorCallback
 from clip_po.validation import check_writable
 
 VISION_LINEAR_LAYERS = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
