@@ -42,6 +42,7 @@ from clip_po.data.class_labels import read_labels
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.loading import load_split
 from clip_po.data.typographic import TypographicPreferences
+from clip_po.encoding import encode_images, evaluating
 from clip_po.evaluation.fairness import (
     WrittenWordEvaluator,
     class_size,
@@ -55,7 +56,6 @@ from clip_po.evaluation.report.report_file import write_report
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.zero_shot import class_embeddings, collect_answers
 from clip_po.models import image_size, load_model
-from clip_po.policy import encode_images, evaluating
 from clip_po.trainer import ContrastivePOTrainer
 
 BEFORE = "before"

@@ -32,8 +32,14 @@ from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.sampler import EpochSampler
 from clip_po.data.typographic import TypographicPreferences
+from clip_po.encoding import encode_texts
 from clip_po.losses import LossSettings, preference_loss
-from clip_po.policy import CandidateLogps, candidate_logps, encode_texts, preference_logps, regularization_kl
+from clip_po.policy import (
+    CandidateLogps,
+    candidate_logps,
+    preference_logps,
+    regularization_kl,
+)
 from clip_po.trainer import ContrastivePOTrainer
 
 GOAL = 0.03

@@ -29,7 +29,7 @@ from clip_po.concept.trainer import ConceptConfig, ConceptTrainer
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.typographic import TypographicPreferences
-from clip_po.policy import encode_images
+from clip_po.encoding import encode_images
 from clip_po.trainer import ContrastivePOTrainer
 
 PAIRS, CANDIDATES = 16, 100

@@ -23,8 +23,8 @@ from transformers import (
 from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
+from clip_po.encoding import dual_encoder
 from clip_po.hub.safe_loading import refuse_pickles
-from clip_po.policy import dual_encoder
 from clip_po.training.resuming import differences
 from clip_po.validation import check_finite
 

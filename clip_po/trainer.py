@@ -24,21 +24,19 @@ from clip_po.data.sampler import EpochSampler
 from clip_po.data.skipped_rows import SkippedRows
 from clip_po.data.stream_reader import StreamMark
 from clip_po.data.streamed_pairs import StreamedPairs, checked_stream, is_stream
+from clip_po.encoding import (
+    CachedTextEmbeddings,
+    dual_encoder,
+    encode_texts,
+    encode_texts_autocast,
+)
 from clip_po.evaluation.report.summary import measured_table
-from clip_po.hub.model_card import CARD_FILE, CARD_SETTINGS, CheckpointKind, last_evaluation, model_card
+from clip_po.hub.model_card import CARD_FILE, CheckpointKind, card_of_run
 from clip_po.hub.publishing import save_pretrained
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, preference_metrics
 from clip_po.models import check_processor, default_output_dir, load_policy, load_processor
-from clip_po.policy import (
-    CachedTextEmbeddings,
-    Policy,
-    dual_encoder,
-    encode_texts,
-    encode_texts_autocast,
-    preference_logps,
-    regularization_kl,
-)
+from clip_po.policy import Policy, preference_logps, regularization_kl
 from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback
 from clip_po.training.checkpoints import CheckpointCallback, saving, whole_checkpoint
@@ -463,16 +461,8 @@ class ContrastivePOTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        folder, settings = Path(str(self.args.output_dir)), self.args.to_dict()
-        card = model_card(
-            self.args.hub_model_id or model_name or folder.name,
-            self.args.base_model_id or self.encoder.config.name_or_path or "CLIPModel",
-            self.args.loss_type,
-            {name: settings[name] for name in CARD_SETTINGS if name in settings},
-            last_evaluation(self.state.log_history),
-            self.checkpoint_kind,
-            measured_table(folder),
-        )
+        folder = Path(str(self.args.output_dir))
+        card = card_of_run(self, model_name or folder.name, self.checkpoint_kind, measured_table(folder))
         tags = kwargs.get("tags") or []
         card.data.tags = [*card.data.tags, *([tags] if isinstance(tags, str) else tags)]
         card.save(folder / CARD_FILE)

@@ -7,7 +7,8 @@ from clip_po import candidates
 from clip_po.candidates import CandidateTexts, in_batch_candidates, share_of_texts
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.collator import DataCollatorForContrastivePreference
-from clip_po.policy import CachedTextEmbeddings, Policy
+from clip_po.encoding import CachedTextEmbeddings
+from clip_po.policy import Policy
 from clip_po.trainer import ContrastivePOTrainer
 
 

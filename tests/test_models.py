@@ -7,6 +7,7 @@ from samples import picture, tiny_config, tiny_processor
 from transformers import AutoProcessor, BertConfig, BertModel, CLIPModel, CLIPVisionModelWithProjection
 
 from clip_po.config import ContrastivePOConfig
+from clip_po.encoding import encode_images
 from clip_po.models import (
     check_processor,
     default_output_dir,
@@ -15,7 +16,6 @@ from clip_po.models import (
     load_policy,
     load_processor,
 )
-from clip_po.policy import encode_images
 from clip_po.reference import initial_policy
 
 VISION = r".*vision_model.*\.(q_proj|v_proj)"

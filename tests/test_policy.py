@@ -10,14 +10,16 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModel
 from clip_po.candidates import CandidateTexts
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.pairs import PreferencePairs
-from clip_po.policy import (
+from clip_po.encoding import (
     CachedTextEmbeddings,
-    CandidateLogps,
-    Policy,
-    candidate_logps,
     dual_encoder,
     encode_images,
     encode_texts,
+)
+from clip_po.policy import (
+    CandidateLogps,
+    Policy,
+    candidate_logps,
     preference_logps,
     regularization_kl,
 )

@@ -13,7 +13,8 @@ from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.embedding_cache import EmbeddingCache
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.typographic import TypographicPreferences
-from clip_po.policy import CachedTextEmbeddings, Policy, candidate_logps, encode_images, encode_texts
+from clip_po.encoding import CachedTextEmbeddings, encode_images, encode_texts
+from clip_po.policy import Policy, candidate_logps
 from clip_po.reference import ReferencePolicy, embed_fixed_images, frozen_copy
 
 

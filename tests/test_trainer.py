@@ -16,8 +16,9 @@ from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.images import to_pixels
 from clip_po.data.typographic import TypographicPreferences
+from clip_po.encoding import encode_images, encode_texts
 from clip_po.losses import kl_regularization
-from clip_po.policy import candidate_logps, encode_images, encode_texts
+from clip_po.policy import candidate_logps
 from clip_po.trainer import ContrastivePOTrainer
 
 VISION_LORA = {"r": 4, "lora_alpha": 8, "target_modules": r".*vision_model.*\.(q_proj|v_proj)"}

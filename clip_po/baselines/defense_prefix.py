@@ -21,9 +21,10 @@ from transformers import CLIPModel
 
 from clip_po.data.images import to_pixels
 from clip_po.data.typographic import TypographicPreferences
+from clip_po.encoding import dual_encoder, encode_images, evaluating
 from clip_po.evaluation.zero_shot import class_embeddings
 from clip_po.losses import kl_regularization
-from clip_po.policy import candidate_logps, dual_encoder, encode_images, evaluating
+from clip_po.policy import candidate_logps
 from clip_po.validation import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, check_class_names, check_number, check_template
 
 _ENCODING_BATCH = 64
@@ -113,7 +114,7 @@ def learn_prefix(
         The token.
 
     Raises:
-        TypeError: If a number has the wrong type; also as in `clip_po.policy.dual_encoder`.
+        TypeError: If a number has the wrong type; also as in `clip_po.encoding.dual_encoder`.
         ValueError: If an argument is out of range; also as in `prefix_class_embeddings`.
 
     Source: Azuma and Matsui 2023, arXiv 2304.04512, the defense loss and the identity loss, with the settings of
@@ -183,7 +184,7 @@ def prefix_class_embeddings(
         Tensor[C, D], float32, unit-norm, on the device of the model, without gradients.
 
     Raises:
-        TypeError: As in `clip_po.policy.dual_encoder`.
+        TypeError: As in `clip_po.encoding.dual_encoder`.
         ValueError: If names are missing or repeated, a template does not have exactly one `{}`, the token has
             another size, or a name does not begin with a token of its own.
 

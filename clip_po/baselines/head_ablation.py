@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
+from clip_po.encoding import evaluating
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.zero_shot import class_embeddings, classify
-from clip_po.policy import evaluating
 from clip_po.validation import COUNT, check_number
 
 Head = tuple[int, int]

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_po.concept.transform import ConceptTransform, ScalePath
+from clip_po.encoding import encode_images, evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.interpolation import check_bound, within
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.tables import format_table
 from clip_po.evaluation.zero_shot import class_embeddings, collect_answers
-from clip_po.policy import encode_images, evaluating
 
 SCALES = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 """Default scales. 0 is the original model, 1 the trained transformation; negative scales strengthen the concept."""
@@ -92,7 +92,7 @@ def embed_variants(
 
     Raises:
         ValueError: If no written word names a class, and as in `evaluate_robustness`.
-        TypeError: As in `clip_po.policy.dual_encoder`.
+        TypeError: As in `clip_po.encoding.dual_encoder`.
     """
     if not (images.word >= 0).any():
         raise ValueError(

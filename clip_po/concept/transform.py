@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from clip_po.policy import dual_encoder
+from clip_po.encoding import dual_encoder
 from clip_po.validation import FINITE, check_number
 
 CONCEPT_FILE = "concept.safetensors"
@@ -201,7 +201,7 @@ class ConceptTransform(nn.Module):
         Raises:
             ValueError: If the embeddings of the model have another size, or the product is out of range of its dtype;
                 and as in `at`.
-            TypeError: As in `clip_po.policy.dual_encoder`.
+            TypeError: As in `clip_po.encoding.dual_encoder`.
         """
         dim = dual_encoder(model).config.projection_dim
         if dim != self.dim:

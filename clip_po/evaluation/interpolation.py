@@ -14,10 +14,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import CLIPModel
 
+from clip_po.encoding import dual_encoder
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.robustness import Answers, RobustnessImages, evaluate_robustness, robustness_report
 from clip_po.evaluation.tables import format_estimate, format_number, format_table
-from clip_po.policy import dual_encoder
 
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 """Eleven values from 0, the base, to 1, the aligned model."""
@@ -45,7 +45,7 @@ def interpolate(base: nn.Module, aligned: nn.Module, alpha: float) -> CLIPModel:
 
     Raises:
         ValueError: If `alpha` is not finite, or the architectures differ.
-        TypeError: As in `clip_po.policy.dual_encoder`.
+        TypeError: As in `clip_po.encoding.dual_encoder`.
 
     Source: Wortsman et al. 2022 (WiSE-FT), arXiv 2109.01903, Sec. 3; Ilharco et al. 2022 (PAINT), arXiv
     2208.05592, Sec. 2.

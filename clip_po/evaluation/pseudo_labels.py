@@ -11,8 +11,8 @@ from datasets import ClassLabel, Dataset, Value
 from torch import Tensor
 
 from clip_po.data.images import read_images
+from clip_po.encoding import evaluating
 from clip_po.evaluation.zero_shot import CleanImages, class_embeddings, classify, collect_answers
-from clip_po.policy import evaluating
 
 LABEL_COLUMN, WEIGHT_COLUMN = "label", "weight"
 """Names of the columns that `pseudo_labels` adds."""

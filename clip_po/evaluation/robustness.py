@@ -17,10 +17,10 @@ from torch import Tensor
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_image, read_images, to_pixels
+from clip_po.encoding import evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.tables import format_table
 from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers
-from clip_po.policy import evaluating
 
 VARIANTS = ("clean", "typographic", "occluded")
 """The images of an item: without an attack, with the attack word, with a meaningless string in its place."""
@@ -226,7 +226,7 @@ def evaluate_robustness(
 
     Raises:
         ValueError: If there are no models, an image is not readable, or as for `class_embeddings`.
-        TypeError: As for `clip_po.policy.dual_encoder`.
+        TypeError: As for `clip_po.encoding.dual_encoder`.
     """
     if not models:
         raise ValueError("models is empty. Give at least one model by name.")

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_image, read_images, to_pixels
+from clip_po.encoding import dual_encoder, encode_texts, evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.models import check_processor
-from clip_po.policy import dual_encoder, encode_texts, evaluating
 from clip_po.validation import COUNT, COUNT_OR_NONE, check_class_names, check_number, check_templates
 
 
@@ -140,7 +140,7 @@ def zero_shot_accuracy(
     Raises:
         ValueError: If a column is missing, a label is out of range, an image is not readable (the message names the
             row), or as for `class_embeddings`.
-        TypeError: If `dataset` is not a single split, or as for `clip_po.policy.dual_encoder`.
+        TypeError: If `dataset` is not a single split, or as for `clip_po.encoding.dual_encoder`.
     """
     names, label = read_labels(dataset, label_column, class_names)
     text_embeds = class_embeddings(model, processor, names, templates)

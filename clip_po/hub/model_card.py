@@ -114,7 +114,28 @@ def _table(rows: Mapping[str, str]) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
-def last_evaluation(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def card_of_run(trainer: Any, model_name: str, kind: CheckpointKind, report: str | None) -> ModelCard:
+    """Make the card of the model that a `ContrastivePOTrainer` has trained.
+
+    Args:
+        trainer: The trainer, for its arguments, base model and last evaluation.
+        model_name: Name of the model if the arguments name no repository.
+        kind: What the checkpoint holds.
+        report: A Markdown table of measurements before and after alignment; None if there is none.
+    """
+    args, settings = trainer.args, trainer.args.to_dict()
+    return model_card(
+        args.hub_model_id or model_name,
+        args.base_model_id or trainer.encoder.config.name_or_path or "CLIPModel",
+        args.loss_type,
+        {name: settings[name] for name in CARD_SETTINGS if name in settings},
+        _last_evaluation(trainer.state.log_history),
+        kind,
+        report,
+    )
+
+
+def _last_evaluation(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the metrics of the last evaluated step in a trainer's log, without timings."""
     evaluations = [log for log in log_history if any(key.startswith("eval_") for key in log)]
     last = [log for log in evaluations if log["step"] == evaluations[-1]["step"]]

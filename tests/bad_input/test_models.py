@@ -13,12 +13,13 @@ from transformers import BertConfig, BertModel, CLIPModel, CLIPVisionModelWithPr
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.data.embedding_cache import EmbeddingCache
+from clip_po.encoding import encode_texts
 from clip_po.evaluation.interpolation import interpolate
 from clip_po.evaluation.retrieval import evaluate_retrieval
 from clip_po.evaluation.zero_shot import classify, zero_shot_accuracy
 from clip_po.losses import LossSettings, PreferenceLogps, preference_loss
 from clip_po.models import load_any, load_model
-from clip_po.policy import candidate_logps, encode_texts
+from clip_po.policy import candidate_logps
 
 WEIGHTS = "model.safetensors"
 ADAPTERS = "adapter_model.safetensors"

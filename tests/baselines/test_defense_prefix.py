@@ -10,8 +10,8 @@ from clip_po.baselines.defense_prefix import Prefix, learn_prefix, prefix_class_
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.images import to_pixels
 from clip_po.data.typographic import TypographicPreferences
+from clip_po.encoding import evaluating
 from clip_po.evaluation.zero_shot import class_embeddings, classify
-from clip_po.policy import evaluating
 
 TEMPLATES = ["a photo of a {}", "a {} in a box"]
 

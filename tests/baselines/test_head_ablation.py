@@ -8,8 +8,8 @@ from transformers import CLIPModel
 
 from clip_po.baselines.head_ablation import ablate_reading_heads, reading_scores, silence_class_token, silence_heads
 from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.encoding import encode_images
 from clip_po.evaluation.robustness import RobustnessImages
-from clip_po.policy import encode_images
 
 TEMPLATES = ["a photo of a {}"]
 WIDTH = 16  # Of a head: the hidden size of 32 has two heads.

@@ -11,8 +11,9 @@ from clip_po.concept.transform import ConceptTransform
 from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.images import to_pixels
 from clip_po.data.typographic import TypographicPreferences
+from clip_po.encoding import encode_images, encode_texts
 from clip_po.losses import kl_regularization
-from clip_po.policy import candidate_logps, encode_images, encode_texts
+from clip_po.policy import candidate_logps
 
 RUN = {"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1, "beta": 1.0}
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from clip_po.encoding import encode_images, encode_texts
 from clip_po.evaluation import retrieval
 from clip_po.evaluation.retrieval import evaluate_retrieval, read_captions, recall_at_k, retrieval_report
-from clip_po.policy import encode_images, encode_texts
 
 
 def embeddings(images=40, dim=6, seed=0):

@@ -3,8 +3,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from clip_po.encoding import encode_texts, evaluating
 from clip_po.evaluation.zero_shot import class_embeddings, classify, zero_shot_accuracy
-from clip_po.policy import encode_texts, evaluating
 
 TEMPLATES = ["a photo of a {}", "the {}"]
 

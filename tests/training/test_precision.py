@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import CLIPModel
 
 from clip_po.concept.transform import ConceptTransform
-from clip_po.policy import tokenize
+from clip_po.encoding import tokenize
 
 BFLOAT16 = rounding(depth=TRAINING, dtype=torch.bfloat16)
 """Relative. Sums are in float32 here too and each result is rounded once; a wrong gradient is off by its own size."""

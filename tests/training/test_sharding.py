@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 from samples import PROMPTS
 from transformers import CLIPModel
 
-from clip_po.policy import encode_images, encode_texts
+from clip_po.encoding import encode_images, encode_texts
 from clip_po.training.sharding import allow_sharding
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"

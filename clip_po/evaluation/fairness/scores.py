@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
+from clip_po.encoding import dual_encoder, encode_images, evaluating
 from clip_po.evaluation.fairness.metrics import number_groups
 from clip_po.evaluation.suites.layouts import column_texts
 from clip_po.evaluation.zero_shot import class_embeddings, collect_answers
-from clip_po.policy import dual_encoder, encode_images, evaluating
 
 
 def query_scores(

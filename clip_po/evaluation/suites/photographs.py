@@ -13,11 +13,11 @@ from datasets import Dataset
 from torch import Tensor
 
 from clip_po.data.images import read_image, read_images, to_pixels
+from clip_po.encoding import evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.robustness import Answers
 from clip_po.evaluation.suites.layouts import column_texts
 from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers
-from clip_po.policy import evaluating
 
 CANDIDATES = ("all", "labels", "pair")
 """Candidate sets: all labels and words, labels only, or the label and word of each image."""

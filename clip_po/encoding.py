@@ -1,0 +1,161 @@
+"""Encoding images and texts: the dual encoder inside a model, and its unit-norm embeddings."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPModel, ProcessorMixin
+
+
+def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
+    """Return the CLIPModel inside a plain model or a PeftModel. Its LoRA layers stay active.
+
+    Args:
+        model: The model.
+        name: Name of the argument, for messages.
+
+    Raises:
+        TypeError: If the model is not a CLIPModel with two towers.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, CLIPModel):
+        raise TypeError(
+            f"{name} must be a transformers.CLIPModel (or a PeftModel around one), got {type(inner).__name__}. "
+            "Preferences between texts need both towers, which a vision or text model alone does not have. Convert an "
+            "open_clip checkpoint to the Hugging Face layout first."
+        )
+    return inner
+
+
+@contextlib.contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Put models into evaluation mode without gradients, and restore the mode of each module afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        # Not inference_mode: its tensors cannot be part of a later backward pass.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def encode_texts(model: nn.Module, processor: ProcessorMixin, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Embed texts in evaluation mode and full precision, without gradients.
+
+    Args:
+        model: CLIPModel or PeftModel.
+        processor: Processor of the model.
+        texts: M texts, at least one. Longer texts than the text tower reads are truncated.
+        batch_size: Texts in a forward pass.
+
+    Returns:
+        Tensor[M, D], unit-norm, at least float32, on the device of the model.
+
+    Raises:
+        ValueError: If `texts` is a single string or empty, or an embedding is not finite.
+    """
+    with torch.autocast(dual_encoder(model).device.type, enabled=False):
+        return encode_texts_autocast(model, processor, texts, batch_size)
+
+
+def encode_texts_autocast(
+    model: nn.Module, processor: ProcessorMixin, texts: Sequence[str], batch_size: int = 256
+) -> Tensor:
+    """Embed texts as `encode_texts` does, but in the precision of the autocast around the call."""
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"texts must be a list of at least one text, got {texts!r}.")
+    encoder = dual_encoder(model)
+    embeds = []
+    with evaluating(encoder):
+        for start in range(0, len(texts), batch_size):
+            tokens = tokenize(encoder, processor, texts[start : start + batch_size])
+            features = encoder.get_text_features(**tokens).pooler_output
+            embeds.append(F.normalize(_at_least_float32(features), dim=-1))
+    found = torch.cat(embeds)
+    broken = (~found.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(
+            f"The embeddings of {len(broken)} of {len(texts)} texts, such as {texts[broken[0]]!r}, hold nan or "
+            "infinity: the weights of the text tower are not finite, or its activations overflow. Load an earlier "
+            "checkpoint, or use float32."
+        )
+    return found
+
+
+def encode_images(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Embed images outside training. The call takes no part in gradient synchronization.
+
+    Args:
+        model: CLIPModel or PeftModel.
+        pixel_values: Tensor[B, C, H, W].
+
+    Returns:
+        Tensor[B, D], unit-norm, at least float32.
+    """
+    features = dual_encoder(model).get_image_features(pixel_values).pooler_output
+    return F.normalize(_at_least_float32(features), dim=-1)
+
+
+def tokenize(encoder: CLIPModel, processor: ProcessorMixin, texts: Sequence[str]) -> Any:
+    """Tokenize texts, padded to the longest: `input_ids` and `attention_mask`, Tensor[M, L] on the model's device."""
+    # A tokenizer may have no length limit, and a longer text has no position embeddings.
+    longest = encoder.text_model.config.max_position_embeddings
+    tokens = processor.tokenizer(
+        list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+    ).to(encoder.device)
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+MOST_TEXTS = 65_536
+"""Number of embeddings that `CachedTextEmbeddings` keeps, so that a text of its own in every row fills no memory."""
+
+
+class CachedTextEmbeddings:
+    """Embeddings of texts under a frozen text tower. Each text is encoded once.
+
+    Args:
+        model: Model with a frozen text tower.
+        processor: Processor of the model.
+        encode: `encode_texts`, or `encode_texts_autocast`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: ProcessorMixin,
+        encode: Callable[[nn.Module, ProcessorMixin, Sequence[str]], Tensor] = encode_texts,
+    ) -> None:
+        self._encode = lambda texts: encode(model, processor, texts)
+        self._known: dict[str, Tensor] = {}
+        self._last: tuple[Sequence[str], Tensor] | None = None
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return the unit-norm embeddings of texts, Tensor[M, D]."""
+        if self._last is None or self._last[0] is not texts:
+            if len(self._known) > MOST_TEXTS:
+                self._known.clear()
+            unknown = [text for text in dict.fromkeys(texts) if text not in self._known]
+            if unknown:
+                self._known.update(zip(unknown, self._encode(unknown), strict=True))
+            self._last = (texts, torch.stack([self._known[text] for text in texts]))
+        return self._last[1]
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    """Return features in float32, or in their own dtype if it is wider."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def unit_norm(features: Tensor) -> Tensor:
+    """Normalize bit for bit as CLIPModel does, but never in half precision, which would round once more."""
+    features = _at_least_float32(features)
+    return features / features.pow(2).sum(dim=-1, keepdim=True).pow(0.5)
