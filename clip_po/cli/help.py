@@ -25,6 +25,7 @@ from clip_po.cli.steer_arguments import DEFAULTS as STEER_DEFAULTS
 from clip_po.cli.steer_arguments import SteerArguments
 from clip_po.cli.train_arguments import DEFAULTS as TRAIN_DEFAULTS
 from clip_po.cli.train_arguments import TrainArguments
+from clip_po.concept.trainer import ConceptConfig
 from clip_po.config import ContrastivePOConfig
 
 WIDTH = 100
@@ -158,12 +159,13 @@ def sections(command: str) -> dict[str, list[dataclasses.Field[Any]]]:
     own = own_fields(ARGUMENTS[command], ScriptArguments)
     found = {"Data and attack": [*own_fields(ScriptArguments), *own]}
     if command in DEFAULTS:
-        found["The method"] = own_fields(ContrastivePOConfig, TrainingArguments)
+        config = ConceptConfig if command == "steer" else ContrastivePOConfig
+        found["The method"] = own_fields(config, TrainingArguments)
         if command == "train":
             found["Model and LoRA"] = own_fields(ModelConfig)
-        # Taken from ContrastivePOConfig, which changes some of the defaults.
+        # Taken from the configuration, which changes some of the defaults.
         method = {field.name for field in found["The method"]}
-        inherited = [field for field in own_fields(ContrastivePOConfig) if field.name not in method]
+        inherited = [field for field in own_fields(config) if field.name not in method]
         found["Training (as transformers.TrainingArguments)"] = inherited
     return found
 

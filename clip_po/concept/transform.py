@@ -4,8 +4,8 @@ The towers stay frozen. Their unit-norm embeddings x (image) and y (text) become
 loss for W is a preference loss plus a weight times the penalty ||I - W W^T||_F. The penalty draws W towards the
 orthogonal matrices. A shared, exactly orthogonal W changes no cosine, so a shared W learns only what the penalty
 leaves free. The norm is not squared and has a kink at orthogonal W. If the weight is too large, a shared W therefore
-stays where it started and learns nothing. From the identity, this happens at half the norm of the symmetric part of
-the gradient of the losses, or more.
+stays where it started and learns nothing. From the identity, this happens at half the norm of the symmetric part
+of the gradient of the losses, or more.
 
 Two paths lead from the original model (t = 0) to the trained one (t = 1) and beyond both:
 
