@@ -149,6 +149,8 @@ def load_policy(
             f"peft_config.task_type is {str(peft_config.task_type)!r}, which needs the methods of a language model. "
             "Set task_type=None."
         )
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     if ref_model is not None:
         reference = dual_encoder(ref_model, "ref_model")
         if not isinstance(model, str) and reference is dual_encoder(model):
@@ -162,8 +164,6 @@ def load_policy(
             "train_logit_scale=True with adapters: an adapter checkpoint does not hold the logit scale, so it would "
             "be lost. Leave it frozen, or train the full model."
         )
-    if isinstance(model, os.PathLike):
-        model = os.fspath(model)
     if isinstance(model, str):
         model = load_model(model, **init_kwargs(args.model_init_kwargs))
     elif args.model_init_kwargs:

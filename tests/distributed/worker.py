@@ -11,10 +11,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig
 from safetensors.torch import save_file
-from samples import PROMPTS, make_labelled, make_preferences, make_trainer
+from samples import PROMPTS, make_labelled, make_preferences, make_trainer, run_config
 from transformers import TrainerCallback
 
-from clip_po.concept.transform import ConceptTransform
+from clip_po.concept import ConceptConfig, ConceptTransform
+from clip_po.config import ContrastivePOConfig
 
 GLOBAL_BATCH = 8
 IN_BATCH = {"own_texts": True, "in_batch_candidates": True, "learning_rate": 1e-3}
@@ -67,7 +68,9 @@ def run(name, settings, model, folder):
     accumulation = settings.get("gradient_accumulation_steps", 1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     place = folder / f"{name}-{processes}"
-    settings = dict(
+    args = run_config(
+        place,
+        ConceptConfig if concept else ContrastivePOConfig,
         per_device_train_batch_size=GLOBAL_BATCH // processes // accumulation,
         per_device_eval_batch_size=4 // processes,
         optim="sgd",
@@ -82,13 +85,13 @@ def run(name, settings, model, folder):
     trainer = make_trainer(
         model,
         place,
+        args,
         train_dataset=(preferences_with_own_texts if own else make_preferences)(13),
         eval_dataset=(preferences_with_own_texts if own else make_preferences)(11),
         reg_dataset=make_labelled(7),
         candidate_texts=None if own else PROMPTS,
         callbacks=[gradients],
         **what,
-        **settings,
     )
     trainer.train()
     result = trainer.evaluate()

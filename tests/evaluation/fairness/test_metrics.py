@@ -368,7 +368,7 @@ import json, sys
 import datasets
 from accelerate import Accelerator, PartialState
 from transformers import CLIPModel, CLIPProcessor
-from clip_po.evaluation.fairness.report import evaluate_fairness
+from clip_po.evaluation.fairness import evaluate_fairness
 
 model, processor = CLIPModel.from_pretrained(sys.argv[1]), CLIPProcessor.from_pretrained(sys.argv[1])
 accelerator = Accelerator(cpu=True)
