@@ -265,7 +265,7 @@ def test_adapters_are_merged_and_half_precision_stays(model, inputs):
 
 
 def test_a_fold_that_can_not_be_is_refused(model):
-    with pytest.raises(ValueError, match="embeddings of 8 numbers, the model's have 16"):
+    with pytest.raises(ValueError, match="embeddings of 8 numbers, but the model's have 16"):
         ConceptTransform(8).fold_into(model)
     transform = ConceptTransform(DIM)
     with torch.no_grad():

@@ -195,7 +195,7 @@ def test_a_pickled_best_model_is_refused(make_trainer, whole_run, marker):
 
 def test_a_pickle_in_the_place_of_averaged_weights_is_refused(make_trainer, whole_run, marker):
     plant(whole_run / "checkpoint-2", AVERAGE_FILE, marker, "torch.save")
-    with pytest.raises(ValueError, match=f"{AVERAGE_FILE} is no safetensors file"):
+    with pytest.raises(ValueError, match=f"{AVERAGE_FILE} is not a safetensors file"):
         make_trainer(callbacks=[BetaMovingAverageCallback()]).train(
             resume_from_checkpoint=str(whole_run / "checkpoint-2")
         )
