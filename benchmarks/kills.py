@@ -43,6 +43,10 @@ from clip_po.training.averaging import BetaMovingAverageCallback
 from clip_po.training.checkpoints import is_whole, last_whole_checkpoint
 
 WEIGHTS = "model.safetensors"
+CONTEXT = "dataloader_multiprocessing_context"
+FORK = {CONTEXT: "fork"} if hasattr(ContrastivePOConfig, CONTEXT) else {}
+"""Forked workers notice when their process is gone. Before transformers 5.15 they are forked on Linux anyway."""
+
 PROGRESS = "steps_done"
 SAVE_STEPS = 2
 STEPS_EACH = 6
@@ -93,7 +97,7 @@ def train(folder: str, steps: int) -> None:
             per_device_train_batch_size=3,  # does not divide the rows
             gradient_accumulation_steps=2,
             dataloader_num_workers=2,
-            dataloader_multiprocessing_context="fork",  # the workers notice when this process is gone
+            **FORK,
             save_strategy="steps",
             save_steps=SAVE_STEPS,
             save_total_limit=1,

@@ -9,7 +9,7 @@ from .evaluation.interpolation import choose_alpha as choose_alpha
 from .evaluation.interpolation import interpolate as interpolate
 from .evaluation.interpolation import interpolation_table as interpolation_table
 from .evaluation.interpolation import sweep_interpolation as sweep_interpolation
-from .evaluation.pseudo_labels import pseudo_labels as pseudo_labels
+from .evaluation.pseudo_labelling import pseudo_labels as pseudo_labels
 from .evaluation.robustness import RobustnessImages as RobustnessImages
 from .evaluation.robustness import evaluate_robustness as evaluate_robustness
 from .evaluation.robustness import robustness_report as robustness_report

@@ -31,7 +31,7 @@ from clip_po.encoding import (
     encode_texts_autocast,
 )
 from clip_po.evaluation.report.summary import measured_table
-from clip_po.hub.model_card import CARD_FILE, CheckpointKind, card_of_run
+from clip_po.hub.card import CARD_FILE, CheckpointKind, card_of_run
 from clip_po.hub.publishing import save_pretrained
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, preference_metrics

@@ -79,6 +79,13 @@ def test_imports_run_downwards(below, above):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_no_public_name_is_hidden_by_a_module_of_the_same_name(package):
+    """An imported module becomes an attribute of its package, in the place of what is loaded when it is used."""
+    names = set(getattr(importlib.import_module(package), "__all__", ()))
+    assert not {name for name in names if f"{package}.{name}" in MODULES}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_of_a_package_resolves(package):
     module = importlib.import_module(package)
     assert module.__doc__

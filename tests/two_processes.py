@@ -6,6 +6,7 @@ Importing torch and transformers takes longer than any of the scripts, so that o
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -61,7 +62,9 @@ class TwoProcesses:
     def start(self):
         path = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, *LAUNCH, CONFIG, __file__, self.folder, self.jobs]
+        with socket.create_server(("localhost", 0)) as free:  # another test run may use the default port
+            port = free.getsockname()[1]
+        command = [sys.executable, *LAUNCH, CONFIG, "--main_process_port", port, __file__, self.folder, self.jobs]
         with self.log.open("ab") as log:
             self.launcher = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
 

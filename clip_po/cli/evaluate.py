@@ -25,7 +25,7 @@ from clip_po.evaluation.report.plots import trade_off_plot
 from clip_po.evaluation.report.report_file import read_report
 from clip_po.evaluation.report.summary import markdown_summary
 from clip_po.evaluation.robustness import Answers, RobustnessImages, robustness_table
-from clip_po.hub.model_card import update_card
+from clip_po.hub.card import update_card
 from clip_po.validation import check_writable
 
 

@@ -22,7 +22,7 @@ from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.typographic import TypographicPreferences
 from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.interpolation import choose_alpha, interpolate, interpolation_table, sweep_interpolation
-from clip_po.evaluation.pseudo_labels import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
+from clip_po.evaluation.pseudo_labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import init_kwargs, load_model, load_processor
 from clip_po.trainer import ContrastivePOTrainer

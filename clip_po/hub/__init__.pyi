@@ -1,5 +1,5 @@
-from .model_card import model_card as model_card
-from .model_card import update_card as update_card
+from .card import model_card as model_card
+from .card import update_card as update_card
 from .publishing import push_checkpoint as push_checkpoint
 from .publishing import save_pretrained as save_pretrained
 from .redaction import redacted as redacted

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import types
 
+import torch
+from packaging.version import Version
 from torch import nn
 from transformers import CLIPModel
+
+SHARDING_IS_EXACT = Version(torch.__version__) >= Version("2.11")
+"""Whether FSDP2 trains as one process does. Gradient norms of two CPU processes were wrong with torch 2.7 and 2.9."""
 
 
 def allow_sharding(encoder: CLIPModel) -> None:
@@ -19,8 +24,13 @@ def allow_sharding(encoder: CLIPModel) -> None:
         encoder: The model before sharding. Changed in place.
 
     Raises:
-        ValueError: If the logit scale is trained, because a buffer can't be.
+        ValueError: If the logit scale is trained, because a buffer can't be, or if torch is older than 2.11.
     """
+    if not SHARDING_IS_EXACT:
+        raise ValueError(
+            f"FSDP with torch {torch.__version__}: sharded gradients are wrong before torch 2.11. Update torch, or "
+            "train with DDP."
+        )
     scale = encoder.logit_scale
     if scale.requires_grad:
         raise ValueError(

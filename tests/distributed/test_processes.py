@@ -10,6 +10,8 @@ from tolerances import LOGPS, RUNS, largest, rounding
 from torch.testing import assert_close
 from transformers import CLIPModel
 
+from clip_po.training.sharding import SHARDING_IS_EXACT
+
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
 
 
@@ -49,16 +51,21 @@ def test_their_gradients_are_those_of_one_process(results, name):
     one, two = (load_file(results / f"{name}-{n}" / "gradients.safetensors") for n in (1, 2))
     assert one.keys() == two.keys()
     assert any(gradient.abs().max() > 1e-4 for gradient in one.values())
-    error = rounding(scale=largest(one.values()))
+    error = 2 * rounding(scale=largest(one.values()))  # both sides are off
     for key, gradient in one.items():
         assert_close(two[key], gradient, rtol=RUNS, atol=error)
 
 
+sharded = pytest.mark.skipif(not SHARDING_IS_EXACT, reason="FSDP is refused with this torch")
+
+
+@sharded
 @pytest.mark.parametrize("name", worker.SHARDED_RUNS)
 def test_a_sharded_model_trains_as_a_whole_one(results, name):
     assert "DTensor" in assert_same_run(results, name, worker.SHARDED_RUNS[name])["kinds"]
 
 
+@sharded
 @pytest.mark.parametrize("name", ["sharded", "sharded_in_batch"])
 def test_a_sharded_model_is_saved_as_a_plain_one(results, name):
     one, two = (load_file(results / f"{name}-{n}" / "model.safetensors") for n in (1, 2))
@@ -70,6 +77,7 @@ def test_a_sharded_model_is_saved_as_a_plain_one(results, name):
     assert json.loads((results / f"{name}-2" / "config.json").read_text())["architectures"] == ["CLIPModel"]
 
 
+@sharded
 def test_sharded_adapters_are_saved_as_plain_ones(results):
     one, two = (load_file(results / f"sharded_lora-{n}" / "adapter_model.safetensors") for n in (1, 2))
     assert one.keys() == two.keys()

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from clip_po.concept import ConceptConfig, ConceptTransform
 from clip_po.config import ContrastivePOConfig
+from clip_po.training.sharding import SHARDING_IS_EXACT
 
 GLOBAL_BATCH = 8
 IN_BATCH = {"own_texts": True, "in_batch_candidates": True, "learning_rate": 1e-3}
@@ -120,7 +121,8 @@ def shard_from_here_on():
 
 
 def main(model, folder):
-    for name, settings in {**RUNS, **SHARDED_RUNS}.items():  # nothing goes back to DDP
+    sharded = SHARDED_RUNS if SHARDING_IS_EXACT else {}
+    for name, settings in {**RUNS, **sharded}.items():  # nothing goes back to DDP
         run(name, settings, model, Path(folder))
 
 

@@ -9,7 +9,7 @@ import pytest
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
 
-from clip_po.hub.model_card import model_card
+from clip_po.hub.card import model_card
 from clip_po.training.checkpoints import MARK
 
 

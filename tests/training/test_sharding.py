@@ -9,9 +9,21 @@ from samples import PROMPTS
 from transformers import CLIPModel
 
 from clip_po.encoding import encode_images, encode_texts
+from clip_po.training import sharding
 from clip_po.training.sharding import allow_sharding
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    monkeypatch.setattr(sharding, "SHARDING_IS_EXACT", True)
+
+
+def test_a_torch_whose_sharded_gradients_are_wrong_is_refused(model, monkeypatch):
+    monkeypatch.setattr(sharding, "SHARDING_IS_EXACT", False)
+    with pytest.raises(ValueError, match=r"before torch 2\.11.*train with DDP"):
+        allow_sharding(model.requires_grad_(False))
 
 
 def test_nothing_but_the_kind_of_the_logit_scale_changes(model, processor, tmp_path):
