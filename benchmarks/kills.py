@@ -44,9 +44,8 @@ from clip_po.training.checkpoints import is_whole, last_whole_checkpoint
 
 WEIGHTS = "model.safetensors"
 CONTEXT = "dataloader_multiprocessing_context"
-FORK = {CONTEXT: "fork"} if hasattr(ContrastivePOConfig, CONTEXT) else {}
-"""Forked workers notice when their process is gone. Before transformers 5.15 they are forked on Linux anyway."""
-
+# Only forked workers notice when their process is gone. Before transformers 5.15 they can't be asked for.
+WORKERS = {CONTEXT: "fork", "dataloader_num_workers": 2} if hasattr(ContrastivePOConfig, CONTEXT) else {}
 PROGRESS = "steps_done"
 SAVE_STEPS = 2
 STEPS_EACH = 6
@@ -96,8 +95,7 @@ def train(folder: str, steps: int) -> None:
             max_steps=steps,
             per_device_train_batch_size=3,  # does not divide the rows
             gradient_accumulation_steps=2,
-            dataloader_num_workers=2,
-            **FORK,
+            **WORKERS,
             save_strategy="steps",
             save_steps=SAVE_STEPS,
             save_total_limit=1,
