@@ -328,6 +328,8 @@ class ContrastivePOTrainer(Trainer):
         if "train_loss" in logs:  # Trainer's log at the end of training
             logs = {**logs, **self._count_skipped(self.skipped_in_training, fewest=1)}
         super().log(logs, start_time)
+        if "train_loss" in logs:  # next, Trainer would delete the last checkpoint if another one is the best
+            self._checkpoints.withhold(self.args)
 
     def _count_skipped(self, rows: SkippedRows, fewest: int) -> dict[str, float]:
         if self.args.on_bad_image == "raise":
@@ -394,7 +396,10 @@ class ContrastivePOTrainer(Trainer):
             dataset = self.eval_dataset[dataset]
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset; pass it to the trainer or to evaluate().")
-        pairs = self.evaluation_rows(dataset, self.args)
+        pairs = dataset
+        if not isinstance(dataset, PreferencePairs):
+            name = "eval_dataset"
+            pairs = checked_pairs(dataset, self.reg_dataset, self.candidates, self.args, name, EvaluationPairs)
         self.embed_images(pairs, pays=False)  # embeddings of every row are kept only if they are asked for
         return self._load(pairs, self.args.eval_batch_size, seed=None, drop_last=False)
 
@@ -450,7 +455,8 @@ class ContrastivePOTrainer(Trainer):
     @property
     def checkpoint_kind(self) -> CheckpointKind:
         """What checkpoints hold, for the model card."""
-        return "adapter" if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) else "model"
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return "adapter" if isinstance(model, PeftModel) else "model"
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the model card into the output folder.

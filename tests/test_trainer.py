@@ -483,3 +483,11 @@ def test_several_rejected_texts_are_refused_at_the_start_where_a_loss_takes_one(
     with pytest.raises(ValueError, match="rejected='word'"):
         make_trainer(several, loss_type=loss_type)
     assert make_trainer(several).train_dataset[0]["rejected"][1:] != []
+
+
+def test_several_evaluation_sets_at_once_are_refused_by_a_data_loader(make_trainer):
+    several = {"one": make_preferences(4), "two": make_preferences(4)}
+    trainer = make_trainer(make_preferences(4), eval_dataset=several)
+    for load in (trainer.get_eval_dataloader, lambda: trainer.predict(several)):
+        with pytest.raises(TypeError, match="eval_dataset must be a datasets.Dataset"):
+            load()

@@ -24,6 +24,7 @@ from clip_po.models import default_output_dir
 from clip_po.policy import CandidateLogps, candidate_logps
 from clip_po.reference import ROW_IMAGES, ReferencePolicy
 from clip_po.trainer import ContrastivePOTrainer
+from clip_po.training.activation_checkpointing import checkpoints_activations
 from clip_po.validation import NOT_NEGATIVE, Allowed
 
 
@@ -183,10 +184,11 @@ class ConceptTrainer(ContrastivePOTrainer):
         Each micro-batch and process adds a share of the penalty, in proportion to its row weights.
         """
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
         total = (total_weights(inputs) if num_items_in_batch is None else num_items_in_batch)[0]
-        share = processes * inputs["weight"].sum() / total
-        loss = loss + self.args.penalty_weight * share * self.concept.penalty()
+        penalty, weight = self.args.penalty_weight * self.concept.penalty(), inputs["weight"].sum()
+        if self.model.training:
+            self.training_means.add({"loss/penalty": (penalty.detach().reshape(1), weight.reshape(1))})
+        loss = loss + penalty * weight / total * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         return (loss, outputs) if return_outputs else loss
 
     @property
@@ -203,7 +205,7 @@ def _check_args(concept: Any, args: Any) -> None:
     given = {
         "train_text_model=True": args.train_text_model,
         "train_logit_scale=True": args.train_logit_scale,
-        "activation_checkpointing=True": bool(args.gradient_checkpointing),
+        "activation_checkpointing=True": checkpoints_activations(args),
     }
     wrong = [name for name, is_given in given.items() if is_given]
     if wrong:

@@ -13,6 +13,11 @@ TRANSFORMERS_OWN = {"every_n_layers", "offload"}
 """Keys of `activation_checkpointing_kwargs` that transformers does not pass on to torch."""
 
 
+def checkpoints_activations(args: TrainingArguments) -> bool:
+    """Return whether activations are checkpointed. transformers 5.23 renamed gradient_checkpointing."""
+    return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+
+
 class NoInputGradientsCallback(TrainerCallback):
     """Callback that stops the backward pass at the lowest trained layer when activations are checkpointed.
 
@@ -25,8 +30,8 @@ class NoInputGradientsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Remove the hooks that `Trainer.train` has just set."""
-        given = args.gradient_checkpointing_kwargs or {}
+        given = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
         # If torch gets other arguments but not use_reentrant, its own default applies: reentrant.
         reentrant = given.get("use_reentrant", bool(given.keys() - TRANSFORMERS_OWN))
-        if args.gradient_checkpointing and not reentrant:
+        if checkpoints_activations(args) and not reentrant:
             dual_encoder(model).disable_input_require_grads()

@@ -112,7 +112,7 @@ class CheckpointCallback(TrainerCallback):
     """Marks a checkpoint as whole once every process and callback has written its part, then rotates and pushes.
 
     Trainer deletes and pushes checkpoints before callbacks have written their part. The callback withholds
-    `save_total_limit` and `hub_strategy` from Trainer while it trains and applies them itself, after the mark.
+    `save_total_limit` and `hub_strategy` from Trainer where it reads them, and applies them itself, after the mark.
 
     Args:
         trainer: The trainer. The callback moves itself to the end of the trainer's callbacks when training starts,
@@ -123,22 +123,27 @@ class CheckpointCallback(TrainerCallback):
         self.trainer = trainer
         self.withheld: dict[str, Any] = {}
         self._saved_step: int | None = None
+        self._is_new = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Become the last callback, and withhold rotation and pushes from Trainer."""
+        """Become the last callback."""
         handler = self.trainer.callback_handler
         handler.callbacks = [*(callback for callback in handler.callbacks if callback is not self), self]
-        self.withheld = {"save_total_limit": args.save_total_limit, "hub_strategy": args.hub_strategy}
-        args.save_total_limit, args.hub_strategy = None, HubStrategy.END
         resumed = args.resume_from_checkpoint
         # A finished run may be resumed. Saving its last checkpoint again would leave a moment without any.
         same = bool(resumed) and Path(str(resumed)).resolve() == self._folder(args, state).resolve()
         self._saved_step = state.global_step if same else None
 
+    def withhold(self, args: TrainingArguments) -> None:
+        """Keep Trainer from deleting and pushing checkpoints until `release`."""
+        if not self.withheld:
+            self.withheld = {"save_total_limit": args.save_total_limit, "hub_strategy": args.hub_strategy}
+            args.save_total_limit, args.hub_strategy = None, HubStrategy.END
+
     def release(self, args: TrainingArguments) -> None:
-        """Give the withheld arguments back after training, also after a failed one."""
+        """Give the withheld arguments back."""
         for name, value in self.withheld.items():
             setattr(args, name, value)
         self.withheld = {}
@@ -158,9 +163,13 @@ class CheckpointCallback(TrainerCallback):
         if args.should_save and folder.is_dir():
             _delete(folder)
         self.trainer.accelerator.wait_for_everyone()
-        with saving(folder, str(args.output_dir)):
-            yield
-        self._saved_step = state.global_step
+        self.withhold(args)
+        try:
+            with saving(folder, str(args.output_dir)):
+                yield
+        finally:
+            self.release(args)
+        self._saved_step, self._is_new = state.global_step, True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark the checkpoint, push it, and delete checkpoints over the limit."""
@@ -173,12 +182,12 @@ class CheckpointCallback(TrainerCallback):
                 Path(folder, MARK).touch()
                 _flush(folder)
                 _flush(folder.parent)
-        if args.push_to_hub and (strategy := self.withheld.get("hub_strategy", args.hub_strategy)) != HubStrategy.END:
-            push_checkpoint(self.trainer, folder, strategy)
-        limit = self.withheld.get("save_total_limit", args.save_total_limit)
-        if args.should_save and limit is not None and limit > 0:
+        is_new, self._is_new = self._is_new, False
+        if is_new and args.push_to_hub and args.hub_strategy != HubStrategy.END:
+            push_checkpoint(self.trainer, folder, args.hub_strategy)
+        if args.should_save and args.save_total_limit is not None and args.save_total_limit > 0:
             kept = {folder, *([Path(state.best_model_checkpoint)] if state.best_model_checkpoint else [])}
-            _rotate(folder.parent, limit, kept)
+            _rotate(folder.parent, args.save_total_limit, kept)
 
     @staticmethod
     def _folder(args: TrainingArguments, state: TrainerState) -> Path:

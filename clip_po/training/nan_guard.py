@@ -20,14 +20,25 @@ class NanGuardCallback(TrainerCallback):
 
     The weights are then still those of the step before. The check asks the device one question a step, which replaces
     the two a batch of `logging_nan_inf_filter`; that filter only hides the loss in the log and is off by default here.
-    Trainer calls the callback after clipping, where an infinite gradient has become NaN.
 
     Args:
-        trainer: The trainer, for its running means, gradient scaler and arguments.
+        trainer: The trainer, for its running means, accelerator and arguments. The norm that its accelerator computes
+            to clip gradients is kept: after clipping, gradients no longer tell whether they were infinite.
+
+    Attributes:
+        norm: Norm of the gradients of all processes before they were clipped, until the callback has checked it.
     """
 
     def __init__(self, trainer: ContrastivePOTrainer) -> None:
         self.trainer = trainer
+        self.norm: Any = None
+        clip = trainer.accelerator.clip_grad_norm_
+
+        def clip_and_keep_norm(*args: Any, **kwargs: Any) -> Any:
+            self.norm = clip(*args, **kwargs)
+            return self.norm
+
+        trainer.accelerator.clip_grad_norm_ = clip_and_keep_norm
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -37,9 +48,10 @@ class NanGuardCallback(TrainerCallback):
         Raises:
             FloatingPointError: If one of them is not finite. The message says which, and what to do.
         """
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2 shards gradients
+        norm, self.norm = self.norm, None
+        if norm is None:  # Trainer clips gradients on several device meshes itself
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)  # FSDP2 shards gradients
         loss_is_finite = self.trainer.training_means.loss_is_finite(norm.device)
         if bool(norm.isfinite() & loss_is_finite):
             return

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clip_po.data.stream_reader import StreamMark
+from clip_po.training.checkpoints import saving
 
 
 class StreamPositionCallback(TrainerCallback):
@@ -43,4 +44,6 @@ class StreamPositionCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the position into the checkpoint."""
         if self.mark is not None and args.should_save:
-            self.mark.save(Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+            folder = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            with saving(folder, str(args.output_dir)):
+                self.mark.save(folder)

@@ -66,7 +66,7 @@ def spoil_next_step(trainer, part, value, monkeypatch, step=3):
         ("regularization", NAN, ("the loss is nan", "loss/regularization")),
         ("preference", math.inf, ("the loss is", "loss/preference")),
         ("gradient", NAN, ("the norm of the gradients is nan", "Every part of the loss is finite")),
-        ("gradient", math.inf, ("the norm of the gradients is nan", "Every part of the loss is finite")),
+        ("gradient", math.inf, ("the norm of the gradients is inf", "Every part of the loss is finite")),
     ],
     ids=["loss-nan", "kl-nan", "loss-infinite", "gradient-nan", "gradient-infinite"],
 )
@@ -99,6 +99,12 @@ def test_weights_that_are_spoiled_already_are_named(bench):
 
     trainer = bench.trainer(callbacks=[Spoils(spoil, 2)])
     with pytest.raises(FloatingPointError, match=r"step 2: .*weights already hold nan.*'visual_projection.weight'"):
+        trainer.train()
+
+
+def test_a_norm_that_overflows_stops_training_although_clipping_makes_every_gradient_zero(bench):
+    trainer = bench.trainer(beta=1e26)
+    with pytest.raises(FloatingPointError, match=r"step 1: .*norm of the gradients is inf"):
         trainer.train()
 
 

@@ -140,3 +140,11 @@ def test_what_a_concept_can_not_be_trained_with_is_refused(make_concept_trainer,
 def test_a_concept_has_neither_adapters_nor_another_reference(make_concept_trainer, argument):
     with pytest.raises(TypeError, match=argument):
         make_concept_trainer(**{argument: None})
+
+
+def test_a_penalty_that_is_not_finite_stops_training(make_concept_trainer):
+    concept = ConceptTransform(16)
+    with torch.no_grad():
+        concept.image_weight *= 1e11
+    with pytest.raises(FloatingPointError, match="loss is inf.*loss/penalty"):
+        make_concept_trainer(concept=concept).train()

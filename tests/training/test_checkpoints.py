@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import json
 import os
 import shutil
 import stat
@@ -52,6 +53,47 @@ def test_a_checkpoint_written_on_a_signal_is_whole_and_loses_none(make_trainer, 
     folder = Path(signal.trainer.args.output_dir, "checkpoint-2")
     assert is_whole(folder)
     assert (folder / AVERAGE_FILE).is_file()
+
+
+class Sees(TrainerCallback):
+    """Notes what the arguments of checkpoints are when an event comes."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seen.append((args.save_total_limit, args.hub_strategy))
+
+    on_save = on_log = on_train_begin
+
+
+def test_callbacks_and_trackers_see_the_arguments_as_they_were_given(make_trainer):
+    sees = Sees()
+    trainer = make_trainer(save_total_limit=1, logging_steps=1)
+    given = (1, trainer.args.hub_strategy)
+    trainer.add_callback(sees)
+    trainer.train()
+    assert set(sees.seen) == {given}
+    assert (trainer.args.save_total_limit, trainer.args.hub_strategy) == given
+    assert checkpoints(trainer) == ["checkpoint-6"]
+    saved = json.loads(Path(trainer.args.output_dir, "checkpoint-6", "training_args.json").read_text())
+    assert saved["save_total_limit"] == 1
+
+
+def test_a_loop_that_starts_again_on_a_smaller_batch_keeps_the_limit(make_trainer, monkeypatch):
+    trainer = make_trainer(save_total_limit=1, auto_find_batch_size=True)
+    compute_loss, calls = trainer.compute_loss, []
+
+    def runs_out_of_memory_once(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA out of memory.")
+        return compute_loss(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", runs_out_of_memory_once)
+    trainer.train()
+    assert trainer.args.save_total_limit == 1
+    assert checkpoints(trainer) == ["checkpoint-6"]
 
 
 def test_a_system_that_can_not_flush_folders_keeps_checkpoints_all_the_same(make_trainer, monkeypatch):
