@@ -489,5 +489,5 @@ def test_several_evaluation_sets_at_once_are_refused_by_a_data_loader(make_train
     several = {"one": make_preferences(4), "two": make_preferences(4)}
     trainer = make_trainer(make_preferences(4), eval_dataset=several)
     for load in (trainer.get_eval_dataloader, lambda: trainer.predict(several)):
-        with pytest.raises(TypeError, match="eval_dataset must be a datasets.Dataset"):
+        with pytest.raises(TypeError, match=r"eval_dataset must be a datasets\.Dataset"):
             load()

@@ -146,5 +146,5 @@ def test_a_penalty_that_is_not_finite_stops_training(make_concept_trainer):
     concept = ConceptTransform(16)
     with torch.no_grad():
         concept.image_weight *= 1e11
-    with pytest.raises(FloatingPointError, match="loss is inf.*loss/penalty"):
+    with pytest.raises(FloatingPointError, match=r"loss is inf.*loss/penalty"):
         make_concept_trainer(concept=concept).train()
