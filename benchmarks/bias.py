@@ -202,7 +202,7 @@ def train(case: Case, args: argparse.Namespace, redraw: str, settings: Mapping[s
     return trainer.model.eval()
 
 
-def told(text: str) -> None:
+def log(text: str) -> None:
     """Print progress to standard error. Only the table goes to standard output."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
@@ -213,7 +213,7 @@ def train_weights(case: Case, args: argparse.Namespace, way: str) -> dict[str, C
     for method, settings in case.methods.items():
         if way == "LoRA" and method not in args.lora:
             continue
-        told(f"{way}: {method}")
+        log(f"{way}: {method}")
         peft, faster = (adapters(ModelConfig(use_peft=True)), LORA_RATE) if way == "LoRA" else (None, 1)
         rate = {"learning_rate": faster * case.training["learning_rate"]}
         found[method] = train(case, args, "every_epoch", {**settings, **rate}, peft_config=peft)
@@ -224,7 +224,7 @@ def train_concepts(case: Case, args: argparse.Namespace) -> dict[str, ConceptTra
     """Train the transformations and return them by method."""
     found = {}
     for method, settings in CONCEPTS.items():
-        told(f"transformation: {method}")
+        log(f"transformation: {method}")
         concept = ConceptTransform(case.load().config.projection_dim)
         # On embeddings a run takes seconds, so the settings for training weights, such as bf16, do not apply.
         found[method] = train(case, args, "never", {**CONCEPT, **settings}, concept=concept)
@@ -259,7 +259,7 @@ def choose(scores: dict[str, Any], images: RobustnessImages, max_clean_cost: flo
     found = written_word_report(scores, images, BEFORE, resamples=0)
     asked = {key: found[key] for key in scores["clean"] if key != BEFORE}
     for key, metrics in asked.items():
-        told(f"validation, {key}: NDKL {metrics['ndkl'].value:.3f}, clean cost {metrics['clean_cost'].value:.2f}")
+        log(f"validation, {key}: NDKL {metrics['ndkl'].value:.3f}, clean cost {metrics['clean_cost'].value:.2f}")
     return least_biased(asked, "ndkl", max_clean_cost)
 
 
@@ -271,7 +271,7 @@ def contestants(case: Case, args: argparse.Namespace) -> dict[str, CLIPModel]:
     for way in ("full", "LoRA"):
         trained = train_weights(case, args, way)
         found |= {f"{method}, {way}": model for method, model in trained.items()}
-        told(f"choosing: {way}")
+        log(f"choosing: {way}")
         mixed = {(m, share): interpolate(base, model, share) for m, model in trained.items() for share in SHARES}
         asked: dict[Any, Any] = {BEFORE: base, **mixed}
         scores = written_word_scores(asked, images, [case.template], batch_size=args.batch_size, disable_tqdm=True)
@@ -279,7 +279,7 @@ def contestants(case: Case, args: argparse.Namespace) -> dict[str, CLIPModel]:
         chosen[f"chosen, {way}: {share:g} of {method}"] = mixed[method, share]
     concepts = train_concepts(case, args)
     found |= {f"{method}, transformation, t = 1": concept.fold_into(base) for method, concept in concepts.items()}
-    told("choosing: transformation")
+    log("choosing: transformation")
     method, t = choose(scaled_scores(case, concepts, images, args.batch_size), images, args.max_clean_cost)
     chosen[f"chosen, transformation: t = {t:g} of {method}"] = concepts[method].fold_into(base, t)
     return {**found, **chosen}
@@ -317,7 +317,7 @@ def main() -> None:
     logging.disable_progress_bar()
     case = digits(args) if args.data == "digits" else photographs(args)
     models = contestants(case, args)
-    told("measuring")
+    log("measuring")
     k = class_size(case.test)
     evaluator = WrittenWordEvaluator(
         case.test, [case.template], k, batch_size=args.batch_size, resamples=args.resamples, seed=args.seed
@@ -325,7 +325,7 @@ def main() -> None:
     found = evaluator(models, BEFORE, disable_tqdm=True)
     print(written_word_table(found, k))
     images = len(np.unique(case.test.cluster))
-    told(f"{len(case.test)} renderings of {images} images, k = {k}; {time.time() - start:.0f} s")
+    log(f"{len(case.test)} renderings of {images} images, k = {k}; {time.time() - start:.0f} s")
     if args.json is not None:
         trained = {"training": case.training, "methods": case.methods, "concept": CONCEPT, "concepts": CONCEPTS}
         write_report(

@@ -249,12 +249,12 @@ def choose_neutral(points: Sequence[ScalePoint]) -> ScalePoint:
     ]
     if not crossings:
         nearest = min(ordered, key=lambda point: abs(point.difference.value), default=None)
-        told = (
+        hint = (
             "" if nearest is None else f" They are closest at t={nearest.t:g}, {nearest.difference.value:.1f} points."
         )
         raise ValueError(
             "The share of right answers and the share that follow the written word don't cross at any of the "
-            f"{len(points)} scales.{told} Sweep a wider range, train longer, or train with a smaller "
+            f"{len(points)} scales.{hint} Sweep a wider range, train longer, or train with a smaller "
             "penalty_weight or reg_weight."
         )
     around = min(crossings, key=lambda pair: min(abs(point.t) for point in pair))

@@ -169,10 +169,10 @@ class StreamReader:
         return dataclasses.replace(self._mark, following=following, digest_after=self._digest, agreed=self._agreed)
 
     def _read(self) -> Iterator[StreamRow]:
-        begun = self._mark
-        position, turn, start, last, last_pass = begun.position, begun.turn, begun.start, {}, 0
-        for epoch in range(begun.epoch, 2**63):
-            rows = self._pass(epoch, begun.state if epoch == begun.epoch else None)
+        start_mark = self._mark
+        position, turn, start, last, last_pass = start_mark.position, start_mark.turn, start_mark.start, {}, 0
+        for epoch in range(start_mark.epoch, 2**63):
+            rows = self._pass(epoch, start_mark.state if epoch == start_mark.epoch else None)
             while True:
                 if position % self._multiple == 0:
                     self._agreed = self._digest if self._number else last_pass

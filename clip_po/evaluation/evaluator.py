@@ -118,7 +118,7 @@ def trade_off(typographic_accuracy: float, clean_cost: float, max_clean_cost: fl
 
 @dataclass
 class RobustnessEvaluator(Evaluator[Mapping[str, np.ndarray]]):
-    """Evaluates accuracy on clean and attacked images. The metrics are those of `robustness_report`.
+    """Evaluates accuracy on clean and attacked images. Returns the metrics of `robustness_report`.
 
     With `max_clean_cost` there is also `trade_off`, which then is the primary metric. It has no interval, and it
     applies the bound to the value of the clean cost. To be 95% sure of the bound, sweep the chosen model
@@ -183,13 +183,13 @@ class RobustnessEvaluator(Evaluator[Mapping[str, np.ndarray]]):
 
 @dataclass
 class ZeroShotEvaluator(Evaluator[ZeroShotResult]):
-    """Evaluates zero-shot accuracy on labelled images. The metrics are those of `zero_shot_report`.
+    """Evaluates zero-shot accuracy on labelled images. Returns the metrics of `zero_shot_report`.
 
     Args:
         dataset: One split with images and labels.
         processor: CLIPProcessor of the models.
         templates: Prompts with one `{}` each, as for `zero_shot_accuracy`.
-        class_names: Names in the order of the labels; None for those of the ClassLabel column.
+        class_names: Names in the order of the labels; None for the names of the ClassLabel column.
         image_column: Name of the image column.
         label_column: Name of the label column.
         batch_size: Images per batch and process, >= 1.
@@ -244,7 +244,7 @@ class ZeroShotEvaluator(Evaluator[ZeroShotResult]):
 
 @dataclass
 class RetrievalEvaluator(Evaluator[RetrievalHits]):
-    """Evaluates retrieval between images and captions. The metrics are those of `retrieval_report`.
+    """Evaluates retrieval between images and captions. Returns the metrics of `retrieval_report`.
 
     Args:
         dataset: One split with images and captions.

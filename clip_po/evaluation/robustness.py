@@ -41,7 +41,7 @@ class RobustnessImages(torch.utils.data.Dataset):
         dataset: One split with images and labels.
         attack: The attack that draws the words.
         processor: CLIPProcessor of the models.
-        class_names: C names in the order of the labels; None for those of the ClassLabel column.
+        class_names: C names in the order of the labels; None for the names of the ClassLabel column.
         image_column: Name of the image column.
         label_column: Name of the column of ClassLabel or integers.
         cluster_column: Name of the column that identifies related rows (scene, object, subject), for the intervals;

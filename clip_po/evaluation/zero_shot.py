@@ -123,7 +123,7 @@ def zero_shot_accuracy(
         processor: Its CLIPProcessor.
         dataset: One split with images and labels.
         templates: As for `class_embeddings`.
-        class_names: Names in the order of the labels; None for those of the ClassLabel column.
+        class_names: Names in the order of the labels; None for the names of the ClassLabel column.
         image_column: Name of the image column.
         label_column: Name of the column of ClassLabel or integers.
         batch_size: Images per batch and process, >= 1.

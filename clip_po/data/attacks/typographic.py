@@ -88,7 +88,7 @@ class TypographicAttack:
         min_side: Images with a shorter side, in pixels, are enlarged to it first. Give the model's input size.
         crop: Side of the central square that the model sees, in pixels. The image is resized and cropped to it first,
             so that no word is cut off later and drawing is faster. None writes on the whole image.
-        redraw: "every_epoch" draws words and styles again each epoch; "never" keeps those of epoch 0, so that the
+        redraw: "every_epoch" draws words and styles again each epoch; "never" keeps both from epoch 0, so that the
             reference policy sees each image only once.
         seed: Seed of all draws.
 

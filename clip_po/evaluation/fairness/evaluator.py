@@ -23,7 +23,7 @@ from clip_po.evaluation.zero_shot import CleanImages
 
 @dataclass
 class FairnessEvaluator(Evaluator[np.ndarray]):
-    """Evaluates which groups of images a model ranks first. The metrics are those of `fairness_report`.
+    """Evaluates which groups of images a model ranks first. Returns the metrics of `fairness_report`.
 
     Args:
         images: N images, with the processor of the models.
@@ -172,7 +172,7 @@ def evaluate_fairness(
 
 @dataclass
 class WrittenWordEvaluator(Evaluator[Mapping[str, np.ndarray]]):
-    """Evaluates bias by the word written on an image. The metrics are those of `written_word_report`.
+    """Evaluates bias by the word written on an image. Returns the metrics of `written_word_report`.
 
     The report needs a base and has further rows, the `FLOORS`: how little skew the same images can have.
 

@@ -49,7 +49,7 @@ def load_queries(name: str, templates: Sequence[str] | None = None) -> Queries:
     Args:
         name: One of `query_lists()`; a YAML file with `queries` and `templates`; or a text file with one query per
             line, which is used unchanged.
-        templates: Prompts that replace those of the list; None to keep them.
+        templates: Prompts that replace the prompts of the list; None to keep them.
 
     Returns:
         The queries.

@@ -63,15 +63,15 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
     on = f" on {name}" if name else ""
     on += "" if rows is None else f", {rows:,} images"
     settings = dict(flat(report.get("settings") or {}))
-    told = {name: settings[name] for name in MEASUREMENT_SETTINGS if settings.get(name, _UNSET[0]) not in _UNSET}
+    shown = {name: settings[name] for name in MEASUREMENT_SETTINGS if settings.get(name, _UNSET[0]) not in _UNSET}
     lines = [
         robustness_table(report_estimates(report)),
         "",
         f"Measured by `clip-po {report['command']}`{on}; brackets hold 95% intervals.",
     ]
-    if told:
+    if shown:
         lines += ["", "| setting | value |", "| --- | --- |"]
-        lines += [f"| {name} | {_markdown(_without_folders(name, value))} |" for name, value in told.items()]
+        lines += [f"| {name} | {_markdown(_without_folders(name, value))} |" for name, value in shown.items()]
     return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ class Entry:
         layout: One of the layouts in `MEASURES`.
         templates: Prompts with one `{}` each.
         class_names: The candidate set: a list of all names in the order of the labels, a mapping from names in the
-            dataset to better ones, or None for those of the dataset. In the last two, underscores become spaces.
+            dataset to better ones, or None for the names of the dataset. In the last two, underscores become spaces.
         source: Citation.
         license: License, as far as known.
         config: Name of the configuration; for the layout "vl_bias" the part, "activities" or "occupations".
