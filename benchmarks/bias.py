@@ -36,12 +36,12 @@ from clip_po.cli.train_arguments import BATCH_SIZE, DEFAULTS, fit_to_size
 from clip_po.concept.trainer import ConceptConfig, ConceptTrainer
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
-from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.class_labels import read_labels
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.loading import load_split
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.encoding import encode_images, evaluating
 from clip_po.evaluation.fairness import (
     WrittenWordEvaluator,

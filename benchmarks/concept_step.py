@@ -22,7 +22,7 @@ from clip_po.concept.trainer import ConceptConfig, ConceptTrainer
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.tables import format_table
 from clip_po.models import load_model
 from clip_po.trainer import ContrastivePOTrainer

@@ -19,7 +19,7 @@ from inputs import IMAGES, clip_config, preferences, read_model, write_inputs
 from step import CANDIDATES, PAIRS, WAYS, make_trainer, trained
 from timing import Contestant, Step, parser, ratio, report, take_turns
 
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness
 
 FEW, MANY = 10, 1_000

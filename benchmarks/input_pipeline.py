@@ -26,14 +26,14 @@ from timing import parser, ratio, report
 from torch import set_num_threads
 from torch.utils.data import DataLoader
 
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.drawing import SMALLEST_TEXT, TextStyle, load_font
-from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.images import to_pixels
 from clip_po.data.loading import load_split
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.sampler import EpochSampler
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.tables import format_table
 
 GOAL = 0.8

@@ -14,8 +14,8 @@ from PIL import Image as Pictures
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.utils import logging
 
-from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.models import load_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.report.report_file import write_json
 from clip_po.evaluation.tables import format_table
 from clip_po.trainer import ContrastivePOTrainer

@@ -31,7 +31,7 @@ from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.sampler import EpochSampler
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.encoding import encode_texts
 from clip_po.losses import LossSettings, preference_loss
 from clip_po.policy import (

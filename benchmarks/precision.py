@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.clip.modeling_clip import CLIPAttention, eager_attention_forward
 
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.tables import format_table
 
 CANDIDATES = 100

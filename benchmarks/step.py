@@ -28,7 +28,7 @@ from transformers import PrinterCallback
 from clip_po.concept.trainer import ConceptConfig, ConceptTrainer
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.encoding import encode_images
 from clip_po.trainer import ContrastivePOTrainer
 

@@ -1,9 +1,9 @@
 from .concept.transform import ConceptTransform as ConceptTransform
 from .config import ContrastivePOConfig as ContrastivePOConfig
-from .data.attacks.typographic import TypographicAttack as TypographicAttack
+from .data.attacks.attack import TypographicAttack as TypographicAttack
 from .data.collator import DataCollatorForContrastivePreference as DataCollatorForContrastivePreference
-from .data.typographic import TypographicPreferences as TypographicPreferences
-from .data.typographic import TypographicStream as TypographicStream
+from .data.typographic_preferences import TypographicPreferences as TypographicPreferences
+from .data.typographic_preferences import TypographicStream as TypographicStream
 from .evaluation.evaluator import RobustnessEvaluator as RobustnessEvaluator
 from .evaluation.interpolation import choose_alpha as choose_alpha
 from .evaluation.interpolation import interpolate as interpolate

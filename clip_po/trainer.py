@@ -16,12 +16,12 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 
 from clip_po.candidates import CandidateTexts, in_batch_candidates
 from clip_po.config import ADAMAX, ContrastivePOConfig, check_args
+from clip_po.data.bad_images import SkippedRows
 from clip_po.data.collator import SMALLEST_WEIGHT, DataCollatorForContrastivePreference, total_weights
 from clip_po.data.embedding_cache import EmbeddingCache
-from clip_po.data.loaders import row_loader
 from clip_po.data.pairs import EvaluationPairs, PreferencePairs, checked_pairs
+from clip_po.data.row_loader import row_loader
 from clip_po.data.sampler import EpochSampler
-from clip_po.data.skipped_rows import SkippedRows
 from clip_po.data.stream_reader import StreamMark
 from clip_po.data.streamed_pairs import StreamedPairs, checked_stream, is_stream
 from clip_po.encoding import (

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.drawing import PILLOW_FONT
 from clip_po.data.attacks.fonts import font_files
-from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.digits import (
     DIGIT_NAMES,
     IMAGE_SIDE,

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.drawing import TextStyle
-from clip_po.data.attacks.typographic import TypographicAttack
 
 WORDS = ("cat", "dog", "bird", "hot dog")
 GREY = (128, 128, 128)

@@ -9,8 +9,8 @@ import datasets
 from accelerate import PartialState
 from samples import CLASSES, make_labelled, make_preferences, make_trainer
 
-from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.typographic import TypographicStream
+from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.data.typographic_preferences import TypographicStream
 
 GLOBAL_BATCH = 4
 BROKEN = {"bytes": b"no image", "path": None}

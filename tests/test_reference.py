@@ -8,11 +8,11 @@ from tolerances import LOGPS
 from torch.nn import functional as F
 
 from clip_po.candidates import CandidateTexts
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.embedding_cache import EmbeddingCache
 from clip_po.data.pairs import PreferencePairs
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.encoding import CachedTextEmbeddings, encode_images, encode_texts
 from clip_po.policy import Policy, candidate_logps
 from clip_po.reference import ReferencePolicy, embed_fixed_images, frozen_copy

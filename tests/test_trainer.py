@@ -13,9 +13,9 @@ from tolerances import LOGPS, RUNS, largest, rounding
 from transformers import CLIPModel, CLIPProcessor
 
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.images import to_pixels
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.encoding import encode_images, encode_texts
 from clip_po.losses import kl_regularization
 from clip_po.policy import candidate_logps

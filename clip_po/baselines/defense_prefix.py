@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel
 
 from clip_po.data.images import to_pixels
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.encoding import dual_encoder, encode_images, evaluating
 from clip_po.evaluation.zero_shot import class_embeddings
 from clip_po.losses import kl_regularization

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import ProcessorMixin
 from trl import ScriptArguments, TrlParser
 
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.words import EVERYDAY_WORDS
 from clip_po.data.loading import load_split
 from clip_po.models import crop_side, image_size

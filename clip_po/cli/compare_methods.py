@@ -17,8 +17,8 @@ from clip_po.baselines.defense_prefix import learn_prefix, prefix_class_embeddin
 from clip_po.baselines.head_ablation import ablate_reading_heads
 from clip_po.baselines.text_removal import TextRemoval, processor_without_text
 from clip_po.cli import train
-from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.interpolation import ALPHAS, choose_alpha, interpolate, sweep_interpolation
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import load_any

@@ -17,7 +17,7 @@ from trl import TrlParser
 from clip_po.cli.arguments import Task, parse_flags
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.report.before_after import before_after_grid, changes_line, choose_examples
 from clip_po.evaluation.report.page import report_page, write_page

@@ -14,9 +14,9 @@ from trl import TrlParser
 
 from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task, parse_flags
 from clip_po.cli.evaluate_arguments import EvaluateArguments
+from clip_po.cli.evaluate_common import Measurement, Models, load_models
 from clip_po.cli.evaluate_fairness import attribute_suite, measure_fairness
 from clip_po.cli.evaluate_suite import chosen_suite, measure_suite
-from clip_po.cli.measurement import Measurement, Models, load_models
 from clip_po.data.attacks.fonts import unseen_fonts
 from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.report.before_after import before_after_grid, changes_line, choose_examples

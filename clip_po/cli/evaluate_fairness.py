@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from clip_po.cli.arguments import DEFAULT_TEMPLATE
 from clip_po.cli.evaluate_arguments import EvaluateArguments
-from clip_po.cli.measurement import Measurement, Models, load_together
+from clip_po.cli.evaluate_common import Measurement, Models, load_together
 from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_images
 from clip_po.evaluation.bootstrap import Estimate

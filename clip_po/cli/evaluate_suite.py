@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from clip_po.cli.arguments import DEFAULT_TEMPLATE
 from clip_po.cli.evaluate_arguments import EvaluateArguments
-from clip_po.cli.measurement import Measurement, Models, load_together
+from clip_po.cli.evaluate_common import Measurement, Models, load_together
 from clip_po.data.attacks.fonts import unseen_fonts
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.evaluator import Metrics, RetrievalEvaluator, RobustnessEvaluator

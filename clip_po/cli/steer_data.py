@@ -11,10 +11,10 @@ from transformers import CLIPModel, CLIPProcessor
 
 from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task
 from clip_po.cli.steer_arguments import SteerArguments
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
-from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import load_model
 

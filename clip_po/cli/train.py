@@ -19,7 +19,7 @@ from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task
 from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.fonts import training_fonts
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.interpolation import choose_alpha, interpolate, interpolation_table, sweep_interpolation
 from clip_po.evaluation.pseudo_labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels

@@ -1,10 +1,10 @@
+from .attacks.attack import TypographicAttack as TypographicAttack
 from .attacks.fonts import training_fonts as training_fonts
 from .attacks.fonts import unseen_fonts as unseen_fonts
-from .attacks.typographic import TypographicAttack as TypographicAttack
 from .attacks.words import EVERYDAY_WORDS as EVERYDAY_WORDS
 from .collator import DataCollatorForContrastivePreference as DataCollatorForContrastivePreference
 from .digits import load_digits_dataset as load_digits_dataset
 from .loading import load_split as load_split
 from .rows import PreferenceRows as PreferenceRows
-from .typographic import TypographicPreferences as TypographicPreferences
-from .typographic import TypographicStream as TypographicStream
+from .typographic_preferences import TypographicPreferences as TypographicPreferences
+from .typographic_preferences import TypographicStream as TypographicStream

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.drawing import PILLOW_FONT
 from clip_po.data.attacks.fonts import font_files
-from clip_po.data.attacks.typographic import TypographicAttack
 
 if TYPE_CHECKING:
     from datasets import Dataset

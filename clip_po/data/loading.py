@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Image, load_dataset, load_dataset_bui
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import constants
 
-from clip_po.data.paths import check_links, check_resolved
+from clip_po.data.path_safety import check_links, check_resolved
 
 
 def load_split(name: str, split: str, config: str | None = None) -> Dataset:

@@ -15,13 +15,13 @@ from PIL import Image
 
 from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.completion import RowCompletion, image_sources
+from clip_po.data.bad_images import OnBadImage, read_or_blank
 from clip_po.data.formats import IMAGE_COLUMNS, Row, check_columns, check_row, check_types, to_texts
 from clip_po.data.images import to_rgb
+from clip_po.data.row_completion import RowCompletion, image_sources
 from clip_po.data.sampler import RowKey
-from clip_po.data.skipped_rows import OnBadImage, read_or_blank
 from clip_po.data.stream_reader import StreamMark, StreamReader, StreamRow, columns_of
-from clip_po.data.typographic import TypographicStream
+from clip_po.data.typographic_preferences import TypographicStream
 from clip_po.validation import unreadable_image
 
 

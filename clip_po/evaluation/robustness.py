@@ -14,7 +14,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.encoding import evaluating

@@ -12,11 +12,11 @@ from bad_input.table import case, check
 from PIL import Image
 from samples import CLASSES, PROMPTS, make_labelled, make_preferences, picture
 
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.embedding_cache import image_digest
 from clip_po.data.formats import read_row
 from clip_po.data.images import MOST_ELONGATED, read_image, read_images, to_pixels, to_rgb
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.zero_shot import zero_shot_accuracy
 
 SIDE = 16

@@ -6,8 +6,8 @@ from bad_input.table import INF, NAN, case, check, labelled, preferences
 from samples import CLASSES, PROMPTS, make_labelled, make_preferences
 
 from clip_po.concept.preferences import reverse_attribute
-from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.zero_shot import class_embeddings, zero_shot_accuracy
 

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from clip_po.baselines.defense_prefix import Prefix, learn_prefix, prefix_class_embeddings
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.images import to_pixels
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.encoding import evaluating
 from clip_po.evaluation.zero_shot import class_embeddings, classify
 

@@ -7,7 +7,7 @@ from samples import CLASSES, make_labelled
 from transformers import CLIPModel
 
 from clip_po.baselines.head_ablation import ablate_reading_heads, reading_scores, silence_class_token, silence_heads
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.encoding import encode_images
 from clip_po.evaluation.robustness import RobustnessImages
 

@@ -10,7 +10,7 @@ from samples import CLASSES, make_labelled
 from torch.utils.data import DataLoader
 
 from clip_po.baselines.text_removal import TextRemoval, processor_without_text
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.images import to_pixels
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import image_size

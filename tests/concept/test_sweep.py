@@ -16,7 +16,7 @@ from clip_po.concept.sweep import (
     sweep_scales,
 )
 from clip_po.concept.transform import ConceptTransform
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness, robustness_report
 

@@ -13,12 +13,12 @@ from streaming_worker import BROKEN, with_broken
 from tolerances import LOGPS
 
 from clip_po.concept.transform import ConceptTransform
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.data.bad_images import SkippedRows
 from clip_po.data.collator import RowMetadataCollator
 from clip_po.data.pairs import PreferencePairs
-from clip_po.data.skipped_rows import SkippedRows
 from clip_po.data.streamed_pairs import StreamedPairs
-from clip_po.data.typographic import TypographicPreferences, TypographicStream
+from clip_po.data.typographic_preferences import TypographicPreferences, TypographicStream
 from clip_po.validation import UnreadableImage
 
 ATTACK = TypographicAttack(CLASSES, min_side=32)

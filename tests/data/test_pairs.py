@@ -9,10 +9,10 @@ from samples import CLASSES, PROMPTS, picture
 
 from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.pairs import PreferencePairs, checked_pairs
 from clip_po.data.sampler import EpochSampler
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 
 
 def attack(**arguments):

@@ -5,10 +5,10 @@ import torch
 from samples import CLASSES, PROMPTS, make_labelled, make_preferences, picture, run_config
 
 from clip_po.candidates import CandidateTexts
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.rows import DatasetRows, PreferenceRows, as_rows
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.trainer import ContrastivePOTrainer
 
 ATTACK = TypographicAttack(CLASSES, min_side=32)

@@ -12,12 +12,12 @@ from samples import CLASSES, PROMPTS, make_labelled, make_preferences, picture
 from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
 from clip_po.data import stream_reader
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.pairs import PreferencePairs, checked_pairs
 from clip_po.data.sampler import EpochSampler
 from clip_po.data.stream_reader import StreamMark, StreamReader, digest
 from clip_po.data.streamed_pairs import StreamedPairs, checked_stream
-from clip_po.data.typographic import TypographicPreferences, TypographicStream
+from clip_po.data.typographic_preferences import TypographicPreferences, TypographicStream
 from clip_po.validation import UnreadableImage
 
 

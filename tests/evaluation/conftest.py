@@ -8,7 +8,7 @@ from samples import make_scenes
 from scenes import make_model, make_processor
 from transformers import CLIPModel, CLIPProcessor
 
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from samples import CLASSES
 
-from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.encoding import encode_images
 from clip_po.evaluation.pseudo_labelling import pseudo_labels
 from clip_po.evaluation.zero_shot import class_embeddings, zero_shot_accuracy

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.drawing import enlarge
-from clip_po.data.attacks.typographic import TypographicAttack
 from clip_po.evaluation.robustness import (
     BLANK,
     VARIANTS,
@@ -283,7 +283,7 @@ import json, sys
 import datasets
 from accelerate import Accelerator
 from transformers import CLIPModel, CLIPProcessor
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness
 folder = sys.argv[1]
 accelerator = Accelerator(cpu=True)

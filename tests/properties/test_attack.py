@@ -6,9 +6,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clip_po.data.attacks.attack import PLACES, TypographicAttack
 from clip_po.data.attacks.drawing import SMALLEST_TEXT, TextStyle, contrast_ratio, draw_text, enlarge
 from clip_po.data.attacks.fonts import training_fonts
-from clip_po.data.attacks.typographic import PLACES, TypographicAttack
 from clip_po.data.images import MOST_ELONGATED
 
 SIDE = 96

@@ -15,7 +15,7 @@ import yaml
 from samples import CLASSES, make_labelled, picture
 
 from clip_po.data.loading import load_split
-from clip_po.data.paths import check_links
+from clip_po.data.path_safety import check_links
 from clip_po.evaluation.suites.layouts import load_annotation, load_file_names
 from clip_po.evaluation.suites.vl_bias import load_vl_bias
 

@@ -8,8 +8,8 @@ from packaging.version import Version
 from samples import CLASSES, StopAt, logged, make_labelled, make_preferences
 from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback
 
-from clip_po.data.attacks.typographic import TypographicAttack
-from clip_po.data.typographic import TypographicPreferences
+from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.evaluator import RobustnessEvaluator, ZeroShotEvaluator, trade_off
 from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness, robustness_report
 from clip_po.evaluation.zero_shot import zero_shot_accuracy
@@ -187,7 +187,7 @@ from transformers import CLIPProcessor
 from clip_po.training.averaging import BetaMovingAverageCallback
 from clip_po.training.callbacks import EvaluatorCallback
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.robustness import RobustnessImages
 

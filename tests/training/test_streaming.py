@@ -13,9 +13,9 @@ from samples import CLASSES, StopAt, make_labelled, make_preferences, same
 from tolerances import LOGPS, RUNS
 
 from clip_po.concept.transform import ConceptTransform
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.stream_reader import STREAM_FILE, StreamMark
-from clip_po.data.typographic import TypographicPreferences, TypographicStream
+from clip_po.data.typographic_preferences import TypographicPreferences, TypographicStream
 from clip_po.training.stream_position import StreamPositionCallback
 
 ATTACK = TypographicAttack(CLASSES, min_side=32)

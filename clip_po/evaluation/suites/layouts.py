@@ -16,7 +16,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from clip_po.data.loading import load_split
-from clip_po.data.paths import IMAGE_SUFFIXES, check_inside, check_links
+from clip_po.data.path_safety import IMAGE_SUFFIXES, check_inside, check_links
 from clip_po.validation import check_class_names
 
 ANNOTATION_FILES = ("annotations.json", "annotation.json")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from clip_po.data.paths import IMAGE_SUFFIXES, check_inside, check_links
+from clip_po.data.path_safety import IMAGE_SUFFIXES, check_inside, check_links
 
 _ACTIVITIES = """
 baking begging biking calling cleaning climbing cooking coughing crying drinking driving eating exercising falling

@@ -6,8 +6,8 @@ import pytest
 from drawn import GREY, PLAIN, attack, extent, flat, ink, lines, style
 from PIL import Image
 
+from clip_po.data.attacks.attack import PLACES
 from clip_po.data.attacks.drawing import contrast_ratio, draw_text, enlarge, load_font, relative_luminance
-from clip_po.data.attacks.typographic import PLACES
 
 # ---- Where it stands
 

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from clip_po.candidates import CandidateTexts
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.class_labels import known_class_names, read_labels, read_weights
 from clip_po.data.embedding_cache import fingerprint, image_digest
 from clip_po.data.formats import Row

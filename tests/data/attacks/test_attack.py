@@ -11,7 +11,7 @@ from drawn import GREY, WORDS, attack, flat
 from PIL import Image, ImageFilter
 from transformers import CLIPImageProcessorPil
 
-from clip_po.data.attacks.typographic import PLACES, TypographicAttack
+from clip_po.data.attacks.attack import PLACES, TypographicAttack
 
 # ---- What is drawn from what
 
@@ -19,7 +19,7 @@ from clip_po.data.attacks.typographic import PLACES, TypographicAttack
 DIGEST = """
 import hashlib
 from PIL import Image, ImageFilter
-from clip_po.data.attacks.typographic import TypographicAttack
+from clip_po.data.attacks.attack import TypographicAttack
 attack = TypographicAttack(["cat", "dog", "bird"], min_side=64, rotation=(-30, 30), sticker=0.5, seed=3)
 image = Image.linear_gradient("L").convert("RGB")
 pixels = b"".join(attack.draw(image, attack.word(i, 1), i, 1).tobytes() for i in range(5))

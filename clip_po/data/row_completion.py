@@ -10,9 +10,9 @@ from datasets import Dataset
 from PIL import Image
 
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.bad_images import OnBadImage, read_or_blank
 from clip_po.data.formats import Row, check_regularization, read_row
 from clip_po.data.sampler import permutation
-from clip_po.data.skipped_rows import OnBadImage, read_or_blank
 from clip_po.losses import TARGETED
 
 
