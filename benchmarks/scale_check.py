@@ -27,10 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPModel
 
-from clip_po.encoding import dual_encoder, encode_images
+from clip_po.encoding import encode_images
 from clip_po.evaluation.tables import format_table
 from clip_po.losses import LossSettings, preference_loss
-from clip_po.models import TEXT_TOWER
+from clip_po.models import TEXT_TOWER, dual_encoder
 from clip_po.policy import (
     CandidateLogps,
     candidate_logps,

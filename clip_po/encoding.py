@@ -1,4 +1,4 @@
-"""Encoding images and texts: the dual encoder inside a model, and its unit-norm embeddings."""
+"""Encoding images and texts as unit-norm embeddings."""
 
 from __future__ import annotations
 
@@ -7,30 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, ProcessorMixin
 
-
-def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
-    """Return the CLIPModel inside a plain model or a PeftModel. Its LoRA layers stay active.
-
-    Args:
-        model: The model.
-        name: Name of the argument, for messages.
-
-    Raises:
-        TypeError: If the model is not a CLIPModel with two towers.
-    """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(inner, CLIPModel):
-        raise TypeError(
-            f"{name} must be a transformers.CLIPModel (or a PeftModel around one), got {type(inner).__name__}. "
-            "Preferences between texts need both towers, which a vision or text model alone does not have. Convert an "
-            "open_clip checkpoint to the Hugging Face layout first."
-        )
-    return inner
+from clip_po.models import dual_encoder
 
 
 @contextlib.contextmanager

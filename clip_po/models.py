@@ -23,7 +23,6 @@ from transformers import (
 from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
-from clip_po.encoding import dual_encoder
 from clip_po.hub.safe_loading import refuse_pickles
 from clip_po.training.resuming import differences
 from clip_po.validation import check_finite
@@ -31,6 +30,26 @@ from clip_po.validation import check_finite
 logger = logging.get_logger(__name__)
 
 TEXT_TOWER = ("text_model.", "text_projection.")
+
+
+def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
+    """Return the CLIPModel inside a plain model or a PeftModel. Its LoRA layers stay active.
+
+    Args:
+        model: The model.
+        name: Name of the argument, for messages.
+
+    Raises:
+        TypeError: If the model is not a CLIPModel with two towers.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, CLIPModel):
+        raise TypeError(
+            f"{name} must be a transformers.CLIPModel (or a PeftModel around one), got {type(inner).__name__}. "
+            "Preferences between texts need both towers, which a vision or text model alone does not have. Convert an "
+            "open_clip checkpoint to the Hugging Face layout first."
+        )
+    return inner
 
 
 def load_model(name: str, **kwargs: Any) -> CLIPModel:

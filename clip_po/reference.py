@@ -20,7 +20,8 @@ from clip_po.candidates import CandidateTexts
 from clip_po.data.embedding_cache import EmbeddingCache, fingerprint, model_digest, processor_digest
 from clip_po.data.images import blank_image, to_pixels
 from clip_po.data.pairs import PreferencePairs
-from clip_po.encoding import CachedTextEmbeddings, dual_encoder, encode_images
+from clip_po.encoding import CachedTextEmbeddings, encode_images
+from clip_po.models import dual_encoder
 from clip_po.policy import CandidateLogps, candidate_logps
 
 ROW_IMAGES = ("image", "reg_image", "target_image")

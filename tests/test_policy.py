@@ -10,12 +10,8 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModel
 from clip_po.candidates import CandidateTexts
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.pairs import PreferencePairs
-from clip_po.encoding import (
-    CachedTextEmbeddings,
-    dual_encoder,
-    encode_images,
-    encode_texts,
-)
+from clip_po.encoding import CachedTextEmbeddings, encode_images, encode_texts
+from clip_po.models import dual_encoder
 from clip_po.policy import (
     CandidateLogps,
     Policy,

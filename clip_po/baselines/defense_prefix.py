@@ -21,9 +21,10 @@ from transformers import CLIPModel
 
 from clip_po.data.images import to_pixels
 from clip_po.data.typographic_preferences import TypographicPreferences
-from clip_po.encoding import dual_encoder, encode_images, evaluating
+from clip_po.encoding import encode_images, evaluating
 from clip_po.evaluation.zero_shot import class_embeddings
 from clip_po.losses import kl_regularization
+from clip_po.models import dual_encoder
 from clip_po.policy import candidate_logps
 from clip_po.validation import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, check_class_names, check_number, check_template
 

@@ -216,8 +216,8 @@ def write(result: DemoResult, took: Mapping[str, float], args: DemoArguments, se
 
 def print_result(result: DemoResult, folder: Path, seconds: float) -> None:
     """Print the table, the best method and where the files are."""
-    print(f"\n{len(result.images)} pictures of 500 handwritten digits, in fonts and places that no training saw;")
-    print("in brackets 95% intervals, clustered by digit:\n")
+    print(f"\n{len(result.images)} images of 500 digits, with fonts and positions that were not used in training.")
+    print("Brackets are 95% intervals, clustered by digit:\n")
     print(robustness_table(result.metrics))
     print(f"\nBest on validation digits: {result.chosen}. {seconds:.0f} s.")
     print(f"Checkpoint: {folder / 'checkpoint'}\nReport:     {folder / 'report.json'}")

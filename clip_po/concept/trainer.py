@@ -18,9 +18,8 @@ from clip_po.config import ContrastivePOConfig
 from clip_po.data.collator import total_weights
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.streamed_pairs import StreamedPairs, is_stream
-from clip_po.encoding import dual_encoder
 from clip_po.hub.card import CheckpointKind
-from clip_po.models import default_output_dir
+from clip_po.models import default_output_dir, dual_encoder
 from clip_po.policy import CandidateLogps, candidate_logps
 from clip_po.reference import ROW_IMAGES, ReferencePolicy
 from clip_po.trainer import ContrastivePOTrainer

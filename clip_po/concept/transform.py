@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from clip_po.encoding import dual_encoder
+from clip_po.models import dual_encoder
 from clip_po.validation import FINITE, check_number
 
 CONCEPT_FILE = "concept.safetensors"

@@ -14,10 +14,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import CLIPModel
 
-from clip_po.encoding import dual_encoder
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.robustness import Answers, RobustnessImages, evaluate_robustness, robustness_report
 from clip_po.evaluation.tables import format_estimate, format_number, format_table
+from clip_po.models import dual_encoder
 
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 """Eleven values from 0, the base, to 1, the aligned model."""

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_image, read_images, to_pixels
-from clip_po.encoding import dual_encoder, encode_texts, evaluating
+from clip_po.encoding import encode_texts, evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
-from clip_po.models import check_processor
+from clip_po.models import check_processor, dual_encoder
 from clip_po.validation import COUNT, COUNT_OR_NONE, check_class_names, check_number, check_templates
 
 

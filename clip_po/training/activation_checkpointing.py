@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from clip_po.encoding import dual_encoder
+from clip_po.models import dual_encoder
 
 TRANSFORMERS_OWN = {"every_n_layers", "offload"}
 """Keys of `activation_checkpointing_kwargs` that transformers does not pass on to torch."""

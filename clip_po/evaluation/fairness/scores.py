@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
-from clip_po.encoding import dual_encoder, encode_images, evaluating
+from clip_po.encoding import encode_images, evaluating
 from clip_po.evaluation.fairness.metrics import number_groups
 from clip_po.evaluation.suites.layouts import column_texts
 from clip_po.evaluation.zero_shot import class_embeddings, collect_answers
+from clip_po.models import dual_encoder
 
 
 def query_scores(
