@@ -24,18 +24,13 @@ from clip_po.data.row_loader import row_loader
 from clip_po.data.sampler import EpochSampler
 from clip_po.data.stream_reader import StreamMark
 from clip_po.data.streamed_pairs import StreamedPairs, checked_stream, is_stream
-from clip_po.encoding import (
-    CachedTextEmbeddings,
-    dual_encoder,
-    encode_texts,
-    encode_texts_autocast,
-)
+from clip_po.encoding import CachedTextEmbeddings, encode_texts, encode_texts_autocast
 from clip_po.evaluation.report.summary import measured_table
 from clip_po.hub.card import CARD_FILE, CheckpointKind, card_of_run
 from clip_po.hub.publishing import save_pretrained
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, preference_metrics
-from clip_po.models import check_processor, default_output_dir, load_policy, load_processor
+from clip_po.models import check_processor, default_output_dir, dual_encoder, load_policy, load_processor
 from clip_po.policy import Policy, preference_logps, regularization_kl
 from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback

@@ -14,14 +14,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from clip_po.data.images import read_images
-from clip_po.encoding import (
-    dual_encoder,
-    encode_images,
-    encode_texts,
-    evaluating,
-)
+from clip_po.encoding import encode_images, encode_texts, evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.zero_shot import CleanImages, collect_answers
+from clip_po.models import dual_encoder
 
 KS = (1, 5, 10)
 _CELLS_AT_ONCE = 16_000_000  # similarities held in memory together: 64 MB
