@@ -147,7 +147,7 @@ def measure_robustness(args: EvaluateArguments, dataset: Dataset, task: Task, mo
     )
     evaluator = RobustnessEvaluator(images, [template], batch_size=args.batch_size, num_workers=args.num_workers)
     measured = evaluator.measure(models.by_name, accelerator=models.accelerator)
-    metrics = evaluator.report(measured, models.base, evaluator.resamples)
+    metrics = models.report(evaluator, measured)
     return RobustnessMeasurement(
         metrics=metrics,
         table=robustness_table(metrics),

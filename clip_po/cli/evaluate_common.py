@@ -13,6 +13,7 @@ from transformers import CLIPProcessor
 
 from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.evaluation.bootstrap import Estimate
+from clip_po.evaluation.evaluator import Evaluator, Measured, Metrics
 from clip_po.evaluation.report.report_file import write_report
 from clip_po.models import load_any
 
@@ -37,6 +38,18 @@ class Models:
     def base(self) -> str | None:
         """The name of the base, None if there is none."""
         return "base" if "base" in self.by_name else None
+
+    def report(self, evaluator: Evaluator[Measured], measured: Mapping[str, Measured]) -> Metrics:
+        """Return the metrics of a measurement in the main process, which writes them, and none in the others.
+
+        Args:
+            evaluator: The evaluator that measured.
+            measured: Its result for each model.
+
+        Returns:
+            Estimates by model and metric; empty in other processes than the main one.
+        """
+        return evaluator.report(measured, self.base, evaluator.resamples) if self.accelerator.is_main_process else {}
 
 
 def load_models(args: EvaluateArguments, accelerator: Accelerator) -> Models:

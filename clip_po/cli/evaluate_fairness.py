@@ -144,8 +144,8 @@ def measure_entry(args: EvaluateArguments, entry: Entry, models: Models) -> Fair
         title=entry.name,
     )
     scores = evaluator.measure(models.by_name, accelerator=models.accelerator)
-    if models.accelerator.is_main_process:
-        result.metrics = evaluator.report(scores, models.base, evaluator.resamples)
+    result.metrics = models.report(evaluator, scores)
+    if result.metrics:
         _describe(args, faces, queries, scores, result)
     return result
 

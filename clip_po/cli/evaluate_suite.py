@@ -209,8 +209,8 @@ def _measure_attack(
     images = RobustnessImages(dataset, attack, models.processor, names, renderings=args.renderings)
     evaluator = RobustnessEvaluator(images, entry.templates, batch_size=args.batch_size, num_workers=args.num_workers)
     measured = evaluator.measure(models.by_name, accelerator=models.accelerator)
-    answers, metrics = Answers.about(images, measured), evaluator.report(measured, models.base, evaluator.resamples)
-    by_model = {name: {**metrics[name], **accuracy_report(answers, name, models.base)} for name in models.by_name}
+    answers, metrics = Answers.about(images, measured), models.report(evaluator, measured)
+    by_model = {name: {**metrics[name], **accuracy_report(answers, name, models.base)} for name in metrics}
     result.rows.append((_label("all", names), len(dataset), by_model))
 
 
@@ -228,7 +228,7 @@ def _measure_retrieval(
     hits = evaluator.measure(models.by_name, accelerator=models.accelerator)
     texts = len(next(iter(hits.values())).image_of_text)
     result.about["candidates"] = [{"kind": "all texts", "count": texts}, {"kind": "all images", "count": len(dataset)}]
-    metrics = evaluator.report(hits, models.base, evaluator.resamples)
+    metrics = models.report(evaluator, hits)
     result.rows.append((f"all ({texts:,} texts)", len(dataset), metrics))
 
 
