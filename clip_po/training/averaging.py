@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clip_po.atomic_write import atomic_write
-from clip_po.training.checkpoints import saving
+from clip_po.training.checkpoints import checkpoint_folder, saving
 from clip_po.validation import POSITIVE, check_number
 
 AVERAGE_FILE = "moving_average.safetensors"
@@ -96,7 +95,7 @@ class BetaMovingAverageCallback(TrainerCallback):
         """Add the mean so far to the checkpoint that was just written."""
         if not args.should_save:
             return
-        file = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", AVERAGE_FILE)
+        file = checkpoint_folder(args, state) / AVERAGE_FILE
         metadata = {**self._key(state), "weight_sum": repr(self._weight_sum)}
         with saving(file, str(args.output_dir)), atomic_write(file) as partial:
             save_file({name: average.contiguous() for name, average in self._average.items()}, partial, metadata)
@@ -167,7 +166,7 @@ def _refuse_best_model(args: TrainingArguments) -> None:
 
 def _resumed_from(args: TrainingArguments, state: TrainerState) -> Path:
     """Return the file in the checkpoint that training resumes from. Trainer does not pass its folder to callbacks."""
-    files = [Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", AVERAGE_FILE)]
+    files = [checkpoint_folder(args, state) / AVERAGE_FILE]
     given = args.resume_from_checkpoint
     if isinstance(given, (str, os.PathLike)) and Path(given).is_dir():
         files.insert(0, Path(given, AVERAGE_FILE))

@@ -23,6 +23,19 @@ MARK = "checkpoint.complete"
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the folder that Trainer gives the checkpoint of the current step.
+
+    Args:
+        args: Arguments of the trainer.
+        state: State of the trainer.
+
+    Returns:
+        `output_dir/checkpoint-<global_step>`.
+    """
+    return Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
 def is_whole(folder: str | os.PathLike[str]) -> bool:
     """Return whether everything in a checkpoint was written."""
     return Path(folder, MARK).is_file()
@@ -133,7 +146,7 @@ class CheckpointCallback(TrainerCallback):
         handler.callbacks = [*(callback for callback in handler.callbacks if callback is not self), self]
         resumed = args.resume_from_checkpoint
         # A finished run may be resumed. Saving its last checkpoint again would leave a moment without any.
-        same = bool(resumed) and Path(str(resumed)).resolve() == self._folder(args, state).resolve()
+        same = bool(resumed) and Path(str(resumed)).resolve() == checkpoint_folder(args, state).resolve()
         self._saved_step = state.global_step if same else None
 
     def withhold(self, args: TrainingArguments) -> None:
@@ -159,7 +172,7 @@ class CheckpointCallback(TrainerCallback):
         Raises:
             SavingError: If writing fails.
         """
-        folder = self._folder(args, state)
+        folder = checkpoint_folder(args, state)
         if args.should_save and folder.is_dir():
             _delete(folder)
         self.trainer.accelerator.wait_for_everyone()
@@ -174,7 +187,7 @@ class CheckpointCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark the checkpoint, push it, and delete checkpoints over the limit."""
         self.trainer.accelerator.wait_for_everyone()
-        folder = self._folder(args, state)
+        folder = checkpoint_folder(args, state)
         if args.should_save:
             with saving(folder, str(args.output_dir)):
                 for path in (*folder.rglob("*"), folder):
@@ -188,10 +201,6 @@ class CheckpointCallback(TrainerCallback):
         if args.should_save and args.save_total_limit is not None and args.save_total_limit > 0:
             kept = {folder, *([Path(state.best_model_checkpoint)] if state.best_model_checkpoint else [])}
             _rotate(folder.parent, args.save_total_limit, kept)
-
-    @staticmethod
-    def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _rotate(output_dir: Path, limit: int, kept: set[Path]) -> None:

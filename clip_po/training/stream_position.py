@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clip_po.data.stream_reader import StreamMark
-from clip_po.training.checkpoints import saving
+from clip_po.training.checkpoints import checkpoint_folder, saving
 
 
 class StreamPositionCallback(TrainerCallback):
@@ -44,6 +42,6 @@ class StreamPositionCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the position into the checkpoint."""
         if self.mark is not None and args.should_save:
-            folder = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            folder = checkpoint_folder(args, state)
             with saving(folder, str(args.output_dir)):
                 self.mark.save(folder)
