@@ -157,7 +157,10 @@ class ContrastivePOTrainer(Trainer):
         """Check an evaluation data set, or several by name."""
         if isinstance(dataset, (dict, DatasetDict)):
             return {key: self.evaluation_rows(rows, args, f"{name}[{key!r}]") for key, rows in dataset.items()}
-        if dataset is None or isinstance(dataset, PreferencePairs):
+        return dataset if dataset is None else self._evaluation_pairs(dataset, args, name)
+
+    def _evaluation_pairs(self, dataset: Any, args: ContrastivePOConfig, name: str) -> PreferencePairs:
+        if isinstance(dataset, PreferencePairs):
             return dataset
         return checked_pairs(dataset, self.reg_dataset, self.candidates, args, name, EvaluationPairs)
 
@@ -391,10 +394,7 @@ class ContrastivePOTrainer(Trainer):
             dataset = self.eval_dataset[dataset]
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset; pass it to the trainer or to evaluate().")
-        pairs = dataset
-        if not isinstance(dataset, PreferencePairs):
-            name = "eval_dataset"
-            pairs = checked_pairs(dataset, self.reg_dataset, self.candidates, self.args, name, EvaluationPairs)
+        pairs = self._evaluation_pairs(dataset, self.args, "eval_dataset")
         self.embed_images(pairs, pays=False)  # embeddings of every row are kept only if they are asked for
         return self._load(pairs, self.args.eval_batch_size, seed=None, drop_last=False)
 

@@ -64,7 +64,7 @@ class StreamedPairs(torch.utils.data.Dataset[Row]):
         self.completion = RowCompletion(regularization, targets, seed, on_bad_image)
         self.candidate_texts = candidate_texts or CandidateTexts()
         self.name = name
-        self._stream = preferences.stream if isinstance(preferences, TypographicStream) else preferences
+        self._stream = _rows(preferences)
         self._mark: StreamMark | None = None
         self._reader: tuple[int, StreamReader] | None = None
 
@@ -188,8 +188,7 @@ def checked_stream(
                 f"{argument}={value!r}, but {name} is streamed: its rows are read once, in whole batches. Leave the "
                 "argument out, or load the data without streaming=True."
             )
-    stream = preferences.stream if isinstance(preferences, TypographicStream) else preferences
-    if stream._distributed is not None:
+    if _rows(preferences)._distributed is not None:
         raise ValueError(
             f"{name} was split by split_dataset_by_node, but the trainer distributes rows over the processes itself. "
             "Give every process the whole stream."
@@ -214,3 +213,8 @@ def checked_stream(
         targets=targets,
         on_bad_image=args.on_bad_image,
     )
+
+
+def _rows(preferences: IterableDataset | TypographicStream) -> IterableDataset:
+    """Return the data set that is read: the preferences themselves, or the images under an attack."""
+    return preferences.stream if isinstance(preferences, TypographicStream) else preferences

@@ -1,6 +1,6 @@
 """The evaluator protocol, and the evaluators of robustness, zero-shot accuracy and retrieval.
 
-To add a metric, subclass `Evaluator`. Commands and `EvaluatorCallback` take any evaluator.
+To add an evaluation, subclass `Evaluator`. `EvaluatorCallback` runs any evaluator during training.
 """
 
 from __future__ import annotations

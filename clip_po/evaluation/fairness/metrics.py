@@ -290,7 +290,8 @@ def skew_at_k(
         Arrays [Q] by group, in nats.
 
     Raises:
-        ValueError: As for `number_groups`, `rank_images`, `desired_shares` and `top_k`.
+        TypeError: As for `skews`.
+        ValueError: As for `number_groups`, `rank_images`, `desired_shares`, `top_k` and `skews`.
 
     Source: Geyik et al. 2019, arXiv 1905.01989, Sec. 4.1.
     """
