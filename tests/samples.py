@@ -60,6 +60,13 @@ def make_labelled(rows: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=features)
 
 
+def write_parquet(folder, **splits: int):
+    """Write labelled rows as a data set of Parquet files, with a number of rows for each split."""
+    for split, rows in splits.items():
+        make_labelled(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
 def make_preferences(rows: int) -> datasets.Dataset:
     features = datasets.Features(
         {

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import yaml
-from samples import make_labelled
+from samples import write_parquet
 
 from clip_po.cli import compare
 from clip_po.cli.main import main
@@ -23,10 +23,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for split, rows in (("train", 20), ("validation", 8), ("test", 12)):
-        make_labelled(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    return folder
+    return write_parquet(tmp_path_factory.mktemp("photos"), train=20, validation=8, test=12)
 
 
 @pytest.fixture

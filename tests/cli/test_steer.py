@@ -5,7 +5,7 @@ import json
 
 import pytest
 from safetensors.torch import load_file
-from samples import CLASSES, make_labelled
+from samples import CLASSES, write_parquet
 from transformers import CLIPModel, CLIPProcessor
 
 from clip_po.cli import steer
@@ -19,10 +19,7 @@ QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "2", "--p
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parquet")
-    make_labelled(24).to_parquet(folder / "train-00000-of-00001.parquet")
-    make_labelled(12).to_parquet(folder / "test-00000-of-00001.parquet")
-    return folder
+    return write_parquet(tmp_path_factory.mktemp("parquet"), train=24, test=12)
 
 
 def report_of(folder):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from samples import CLASSES, make_labelled, picture
+from samples import CLASSES, make_labelled, picture, write_parquet
 from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 
 from clip_po.cli import train
@@ -36,10 +36,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parquet")
-    make_labelled(16).to_parquet(folder / "train-00000-of-00001.parquet")
-    make_labelled(12).to_parquet(folder / "test-00000-of-00001.parquet")
-    return folder
+    return write_parquet(tmp_path_factory.mktemp("parquet"), train=16, test=12)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import CLASSES, make_labelled, picture
+from samples import CLASSES, make_labelled, picture, write_parquet
 from tolerances import LOGPS
 from transformers import CLIPModel
 
@@ -178,13 +178,13 @@ def test_a_bound_that_nothing_can_hold_is_refused_before_anything_is_loaded(comm
 
 
 def test_too_few_rows_to_validate_on_are_refused(command, tmp_path, capsys):
-    make_labelled(9).to_parquet(tmp_path / "few" / "train-00000-of-00001.parquet")
+    write_parquet(tmp_path / "few", train=9)
     assert main(["train", *command("--max_clean_cost", "1", data=tmp_path / "few")]) == 2
     assert "--dataset_validation_split" in capsys.readouterr().err
 
 
 def test_a_single_row_to_validate_on_is_refused_before_training(command, tmp_path, capsys, monkeypatch):
-    make_labelled(10).to_parquet(tmp_path / "few" / "train-00000-of-00001.parquet")
+    write_parquet(tmp_path / "few", train=10)
     monkeypatch.setattr(ContrastivePOTrainer, "train", lambda *args, **kwargs: pytest.fail("it trained"))
     assert main(["train", *command("--max_clean_cost", "1", data=tmp_path / "few")]) == 2
     assert "--dataset_validation_split" in capsys.readouterr().err

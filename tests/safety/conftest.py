@@ -1,7 +1,7 @@
 """A program that must not run, and a data set for commands."""
 
 import pytest
-from samples import make_labelled
+from samples import write_parquet
 
 
 @pytest.fixture
@@ -14,7 +14,4 @@ def marker(tmp_path):
 
 @pytest.fixture(scope="session")
 def parquet(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parquet")
-    for split, rows in (("train", 12), ("validation", 4), ("test", 8)):
-        make_labelled(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    return folder
+    return write_parquet(tmp_path_factory.mktemp("parquet"), train=12, validation=4, test=8)
