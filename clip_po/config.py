@@ -143,8 +143,9 @@ class ContrastivePOConfig(TrainingArguments):
             `None` does so if it pays: for fixed images that are used in more than one epoch. `True` always does, and
             raises for images that change. `False` never does.
         embeddings_cache (`str`, *optional*): Folder that keeps these embeddings between runs, by a fingerprint of
-            image tower, processor, precision and images. It is only used if embeddings are precomputed: for a run of
-            one epoch on fixed images, also set `precompute_ref_log_probs=True`.
+            everything that they depend on: weights and settings of the image tower, processor, precision, and images.
+            It is only used if embeddings are precomputed: for a run of one epoch on fixed images, also set
+            `precompute_ref_log_probs=True`.
     """
 
     # Arguments given as JSON on the command line.

@@ -18,7 +18,7 @@ from transformers import ProcessorMixin
 
 from clip_po.candidates import CandidateTexts
 from clip_po.data.embedding_cache import EmbeddingCache, fingerprint, model_digest, processor_digest
-from clip_po.data.images import blank_image, to_pixels
+from clip_po.data.images import blank_image, probe_image, to_pixels
 from clip_po.data.pairs import PreferencePairs
 from clip_po.encoding import CachedTextEmbeddings, encode_images
 from clip_po.models import dual_encoder
@@ -165,14 +165,14 @@ def embed_fixed_images(
         batch_size: Images in a forward pass of a process.
         num_workers: Processes that read images.
         disable_tqdm: Hide the progress bar.
-        cache: Keeps embeddings between runs, by a fingerprint of image tower, processor and images; None to keep none.
+        cache: Keeps embeddings between runs, by `embedder_digest` and a digest of the images; None to keep none.
         images: Names in `ROW_IMAGES` of the images to embed.
     """
     if pairs.reference:
         return
     embeds: dict[str, Tensor] = {}
     readable: dict[str, Tensor] = {}
-    maker = None if cache is None else _maker(reference, processor, accelerator.mixed_precision)
+    maker = None if cache is None else embedder_digest(reference, processor, accelerator.mixed_precision)
     dim = dual_encoder(reference.model).config.projection_dim
     for column in (column for column in pairs.fixed_images if column in images):
         count = pairs.image_count(column)
@@ -209,8 +209,22 @@ def embed_fixed_images(
     pairs.attach_reference(embeds, readable)
 
 
-def _maker(reference: ReferencePolicy, processor: ProcessorMixin, precision: str) -> str:
-    """Return a fingerprint of everything that embeddings depend on except the images."""
+def embedder_digest(reference: ReferencePolicy, processor: ProcessorMixin, precision: str) -> str:
+    """Return a digest of everything that image embeddings depend on, except the images.
+
+    Weights do not show the number of attention heads, an activation, the scaling of adapters or a hook. The embedding
+    of a probe image, computed on the way that all images take, shows whatever the forward pass reads.
+
+    Args:
+        reference: The reference policy. Call the function under the autocast of the other images.
+        processor: Makes the pixels.
+        precision: Mixed precision of the accelerator.
+
+    Returns:
+        The digest, as hexadecimal digits. Another device or number of threads may change it: their embeddings differ
+        in the last bits.
+    """
     encoder = dual_encoder(reference.model)
     tower = [model_digest(part) for part in (encoder.vision_model, encoder.visual_projection)]
-    return fingerprint(*tower, processor_digest(processor), precision)
+    probe = reference.image_embeds(to_pixels(processor, [probe_image()]).to(encoder.device))
+    return fingerprint(*tower, processor_digest(processor), precision, str(probe.tolist()))

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import PIL
 import torch
 from datasets import Dataset, Image
 from safetensors import SafetensorError
@@ -50,17 +51,18 @@ def processor_digest(processor: ProcessorMixin) -> str:
 
 
 def image_digest(dataset: Dataset, column: str) -> str:
-    """Return a digest of the images of a column as they are stored, without decoding them.
+    """Return a digest of the images of a column as they are stored and how they are decoded, without decoding them.
 
     Args:
         dataset: The rows; the files that they name are read.
-        column: Column of `datasets.Image`.
+        column: Column of `datasets.Image`. Its feature says how files become pixels, such as `Image(mode="L")`.
 
     Raises:
         UnreadableImage: If a file can't be read; the message names the row.
     """
 
     def parts() -> Iterable[bytes]:
+        yield f"{dataset.features[column]!r} Pillow {PIL.__version__}".encode()
         stored = dataset.with_format(None).select_columns([column]).cast_column(column, Image(decode=False))
         for index, row in enumerate(stored):
             image = row[column] or {}

@@ -126,6 +126,11 @@ def blank_image() -> Image.Image:
     return Image.new("RGB", (32, 32))
 
 
+def probe_image() -> Image.Image:
+    """Return the image whose embedding tells models and processors apart: 320 x 240 pixels of all colours."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8))
+
+
 # ---- RGB to pixel values -----------------------------------------------------------------------------------
 
 
