@@ -36,11 +36,29 @@ class CandidateTexts:
         return self.texts is not None
 
     def position(self, text: str) -> int:
-        """Return the position of a text among those given for every row."""
+        """Return the position of a text among those given for every row.
+
+        Args:
+            text: One of `texts`.
+
+        Returns:
+            Its position, 0..M-1.
+
+        Raises:
+            KeyError: If `text` is not among them, or no texts were given for every row.
+        """
         return self._positions[text]
 
     def of_batch(self, batch: Mapping[str, Any]) -> Sequence[str]:
-        """Return the texts that positions in a batch refer to: those given for every row, else `batch["texts"]`."""
+        """Return the texts that positions in a batch refer to: those given for every row, else `batch["texts"]`.
+
+        Args:
+            batch: Batch of `DataCollatorForContrastivePreference`. Its `texts` are read only if there are none for
+                every row.
+
+        Returns:
+            The texts, in the order of the positions.
+        """
         return self.texts if self.texts is not None else batch["texts"]
 
 

@@ -83,6 +83,10 @@ def preset(name: str) -> dict[str, Any]:
     Args:
         name: "dpo", "ipo" or "kto".
 
+    Returns:
+        Arguments of `ContrastivePOConfig` by name: loss, beta and lambda of the method, and the training that all
+        methods share.
+
     Raises:
         ValueError: If there is no such preset.
     """
@@ -92,7 +96,15 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def preset_batch_size(gradient_accumulation_steps: int) -> int:
-    """Return the batch size of a process: 512, the batch of the paper, divided by processes and accumulation steps."""
+    """Return the batch size of a process: 512, the batch of the paper, divided by processes and accumulation steps.
+
+    Args:
+        gradient_accumulation_steps: Batches of a process in an optimizer step, >= 1.
+
+    Returns:
+        The batch size, rounded down, at least 1. The number of processes is the environment variable `WORLD_SIZE`, or
+        1.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return max(1, PAPER_BATCH_SIZE // (processes * gradient_accumulation_steps))
 
@@ -101,7 +113,7 @@ def preset_batch_size(gradient_accumulation_steps: int) -> int:
 class ContrastivePOConfig(TrainingArguments):
     """Configuration of the [`ContrastivePOTrainer`], beyond the arguments of [`~transformers.TrainingArguments`].
 
-    Parameters:
+    Args:
         > The losses (`optim` also accepts `"adamax"`)
 
         loss_type (`list[str]`, defaults to `["sigmoid"]`): `"sigmoid"` (DPO, and S-DPO with several rejected
@@ -146,6 +158,10 @@ class ContrastivePOConfig(TrainingArguments):
             everything that they depend on: weights and settings of the image tower, processor, precision, and images.
             It is only used if embeddings are precomputed: for a run of one epoch on fixed images, also set
             `precompute_ref_log_probs=True`.
+
+    Raises:
+        TypeError: If an argument has the wrong type. The message names it.
+        ValueError: If an argument is out of range, unknown, or does not fit another one. The message names it.
     """
 
     # Arguments given as JSON on the command line.
@@ -286,7 +302,11 @@ class ContrastivePOConfig(TrainingArguments):
         return {name: allowed for name, allowed in NUMBERS.items() if name not in idle}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments for trackers and files, without secrets at any depth."""
+        """Return the arguments for trackers and files, without secrets at any depth.
+
+        Returns:
+            Values by name of the argument: enums by their values, and `<redacted>` for secrets.
+        """
         return redacted(super().to_dict())
 
     def __str__(self) -> str:

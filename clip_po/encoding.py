@@ -16,7 +16,14 @@ from clip_po.models import dual_encoder
 
 @contextlib.contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """Put models into evaluation mode without gradients, and restore the mode of each module afterwards."""
+    """Put models into evaluation mode without gradients, and restore the mode of each module afterwards.
+
+    Args:
+        *models: Modules. Each of their submodules gets its own mode back, also if the block raises.
+
+    Yields:
+        Nothing.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -51,7 +58,22 @@ def encode_texts(model: nn.Module, processor: ProcessorMixin, texts: Sequence[st
 def encode_texts_autocast(
     model: nn.Module, processor: ProcessorMixin, texts: Sequence[str], batch_size: int = 256
 ) -> Tensor:
-    """Embed texts as `encode_texts` does, but in the precision of the autocast around the call."""
+    """Embed texts as `encode_texts` does, but in the precision of the autocast around the call.
+
+    Args:
+        model: As for `encode_texts`.
+        processor: As for `encode_texts`.
+        texts: As for `encode_texts`.
+        batch_size: As for `encode_texts`.
+
+    Returns:
+        Tensor[M, D], unit-norm, at least float32, on the device of the model. Only the tower runs in the lower
+        precision.
+
+    Raises:
+        ValueError: If `texts` is a single string or empty, or an embedding is not finite.
+        TypeError: As for `clip_po.models.dual_encoder`.
+    """
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts must be a list of at least one text, got {texts!r}.")
     encoder = dual_encoder(model)
@@ -87,7 +109,16 @@ def encode_images(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def tokenize(encoder: CLIPModel, processor: ProcessorMixin, texts: Sequence[str]) -> Any:
-    """Tokenize texts, padded to the longest: `input_ids` and `attention_mask`, Tensor[M, L] on the model's device."""
+    """Tokenize texts, padded to the longest of them.
+
+    Args:
+        encoder: The model. A text with more tokens than its text tower has positions is truncated.
+        processor: Processor of the model.
+        texts: M texts, at least one.
+
+    Returns:
+        `input_ids` and `attention_mask`, Tensor[M, L] each, on the device of the model.
+    """
     # A tokenizer may have no length limit, and a longer text has no position embeddings.
     longest = encoder.text_model.config.max_position_embeddings
     tokens = processor.tokenizer(
@@ -137,6 +168,13 @@ def _at_least_float32(features: Tensor) -> Tensor:
 
 
 def unit_norm(features: Tensor) -> Tensor:
-    """Normalize bit for bit as CLIPModel does, but never in half precision, which would round once more."""
+    """Normalize bit for bit as CLIPModel does, but never in half precision, which would round once more.
+
+    Args:
+        features: Tensor[..., D], in any floating-point dtype.
+
+    Returns:
+        Tensor[..., D], at least float32. A vector of zeros becomes NaN, as in CLIPModel.
+    """
     features = _at_least_float32(features)
     return features / features.pow(2).sum(dim=-1, keepdim=True).pow(0.5)

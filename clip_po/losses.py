@@ -196,7 +196,14 @@ def _single(rejected: Tensor, loss_type: str) -> Tensor:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Hyperparameters of the losses, named as in `ContrastivePOConfig`."""
+    """Hyperparameters of the losses, named as in `ContrastivePOConfig`.
+
+    Attributes:
+        beta: Strength of the pull to the reference, > 0; tau in `ipo`. `sft` and `distillation` do not read it.
+        label_smoothing: Probability in [0, 0.5) that a preference is wrong. Only `sigmoid` reads it.
+        desirable_weight: lambda_D, >= 0, the weight of chosen texts in `kto_pair`.
+        undesirable_weight: lambda_U, >= 0, the weight of rejected texts in `kto_pair`.
+    """
 
     beta: float = 0.1
     label_smoothing: float = 0.0

@@ -57,7 +57,12 @@ class RunningMeans:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, rows: RowMetrics) -> None:
-        """Add the rows of a batch."""
+        """Add the rows of a batch.
+
+        Args:
+            rows: Values and row weights by name, as from `preference_metrics`. A value that is not finite spoils the
+                mean even if its weight is 0.
+        """
         for name, (values, weight) in rows.items():
             # float64 where the device has it: a float32 sum over many rows loses the last digits.
             dtype = torch.float32 if values.device.type == "mps" else torch.float64
@@ -65,7 +70,14 @@ class RunningMeans:
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def loss_is_finite(self, device: torch.device) -> Tensor:
-        """Return whether every part of the loss since the last `pop` is finite, Tensor[] of bool on `device`."""
+        """Return whether every part of the loss since the last `pop` is finite, in this process.
+
+        Args:
+            device: Device of the answer if no loss was added since then. Otherwise the answer is where the losses are.
+
+        Returns:
+            Tensor[] of bool, so that the caller decides when to wait for the device. True if no loss was added.
+        """
         sums = [pair[0] for name, pair in self._sums.items() if name.startswith("loss/")]
         return torch.stack(sums).isfinite().all() if sums else torch.tensor(True, device=device)
 

@@ -39,6 +39,9 @@ def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
         model: The model.
         name: Name of the argument, for messages.
 
+    Returns:
+        The model itself, or the base model of a `PeftModel`: no copy.
+
     Raises:
         TypeError: If the model is not a CLIPModel with two towers.
     """
@@ -57,12 +60,16 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
 
     Args:
         name: Folder or Hub id.
-        **kwargs: As in `CLIPModel.from_pretrained`.
+        **kwargs: As in `CLIPModel.from_pretrained`. `dtype` overrides float32.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
         TypeError: If the checkpoint has another architecture.
         OSError: If there is no such model, or its weights are not in safetensors.
-        ValueError: If the folder holds no model, or weights that are not readable or incomplete.
+        ValueError: If the folder holds no model, or weights that are not readable or incomplete, or if
+            `use_safetensors` is given but not true.
     """
     if not kwargs.get("use_safetensors", True):
         raise ValueError(
@@ -102,6 +109,9 @@ def load_any(name: str) -> CLIPModel | PeftModel:
 
     Args:
         name: Folder or Hub id.
+
+    Returns:
+        The model in float32; with adapters, a `PeftModel` whose adapters are frozen.
 
     Raises:
         ValueError: If adapters are not readable, name no base model, or belong to another base model.
@@ -150,14 +160,19 @@ def load_policy(
     """Make the initial policy: load it if it is a name, add new adapters, and freeze what does not train.
 
     Args:
-        model: The model, or its folder or Hub id.
-        ref_model: The reference policy, if it is another model.
-        args: Says what trains.
+        model: The model, or its folder or Hub id. An object is changed in place, not copied.
+        ref_model: The reference policy, if it is another model; None if not.
+        args: Says what trains. `seed` draws new adapters, and `model_init_kwargs` are used if `model` is a name.
         peft_config: New adapters; None for no new ones.
 
+    Returns:
+        The model with `requires_grad` set; with adapters, a `PeftModel`.
+
     Raises:
-        ValueError: If arguments do not fit together. The message says which, and what to do.
-        TypeError: If `model` is not a CLIPModel.
+        ValueError: If arguments do not fit together, or a weight is not finite. The message says which, and what to
+            do.
+        TypeError: If `model` or `ref_model` is not a CLIPModel, or `peft_config` is not a PeftConfig.
+        OSError: As for `load_model`.
     """
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise TypeError(
@@ -231,8 +246,14 @@ def load_policy(
 def init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """Return a copy of `model_init_kwargs`.
 
+    Args:
+        kwargs: The argument; None for no keyword arguments.
+
+    Returns:
+        A new dictionary. Changes to it do not reach the configuration.
+
     Raises:
-        ValueError: If they are not a dictionary.
+        ValueError: If they are not a dictionary, for instance JSON that was not parsed.
     """
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ValueError(f"model_init_kwargs must be a dict (as JSON on the command line), got {kwargs!r}.")
@@ -254,8 +275,16 @@ def _check_adapters(model: nn.Module, args: ContrastivePOConfig) -> None:
 def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixin:
     """Load the processor of the checkpoint that a model was loaded from.
 
+    Args:
+        model: CLIPModel or PeftModel. Its `config.name_or_path` is the checkpoint.
+        args: `revision` and `token` in its `model_init_kwargs` are used.
+
+    Returns:
+        The `CLIPProcessor`.
+
     Raises:
-        ValueError: If there is none.
+        ValueError: If the checkpoint has none, or `model_init_kwargs` is not a dictionary.
+        TypeError: As for `dual_encoder`.
     """
     name = dual_encoder(model).config.name_or_path
     kwargs = init_kwargs(args.model_init_kwargs)
@@ -272,8 +301,12 @@ def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixi
 def check_processor(processor: Any, model: nn.Module) -> None:
     """Raise if a processor does not fit a model.
 
+    Args:
+        processor: The value to check. A size that it does not state is not checked.
+        model: CLIPModel or PeftModel.
+
     Raises:
-        TypeError: If it has no image processor or no tokenizer.
+        TypeError: If it has no image processor or no tokenizer, or as for `dual_encoder`.
         ValueError: If it makes images of another size, or its tokenizer has more tokens than the model.
     """
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
@@ -296,14 +329,28 @@ def check_processor(processor: Any, model: nn.Module) -> None:
 
 
 def image_size(processor: ProcessorMixin) -> int | None:
-    """Return the height in pixels of the images that a processor makes, or None if it does not say."""
+    """Return the height of the images that a processor makes.
+
+    Args:
+        processor: Processor with an image processor.
+
+    Returns:
+        Height in pixels: of the crop if it crops, else its `height` or `shortest_edge`; None if it states neither.
+    """
     images = processor.image_processor
     size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
     return (size or {}).get("height") or (size or {}).get("shortest_edge")
 
 
 def crop_side(processor: ProcessorMixin) -> int | None:
-    """Return the side in pixels of the center square that a processor crops, or None if it crops anything else."""
+    """Return the side of the center square that a processor resizes to and crops.
+
+    Args:
+        processor: Processor with an image processor.
+
+    Returns:
+        Side in pixels; None if it does not resize and crop, or if short side, height and width of the crop differ.
+    """
     images = processor.image_processor
     if not getattr(images, "do_center_crop", False) or not getattr(images, "do_resize", False):
         return None
@@ -312,7 +359,17 @@ def crop_side(processor: ProcessorMixin) -> int | None:
 
 
 def default_output_dir(model: str | os.PathLike[str] | nn.Module) -> str:
-    """Return the output folder of a trainer without arguments: the name of the model and -PO."""
+    """Return the output folder of a trainer without arguments: the name of the model and -PO.
+
+    Args:
+        model: Folder or Hub id, or a CLIPModel or PeftModel, whose `config.name_or_path` counts.
+
+    Returns:
+        Last part of the name and "-PO"; "clip-PO" if there is no name.
+
+    Raises:
+        TypeError: As for `dual_encoder`.
+    """
     name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else dual_encoder(model).config.name_or_path
     return f"{name.rstrip('/').split('/')[-1] or 'clip'}-PO"
 

@@ -86,7 +86,15 @@ def preference_logps(policy: CandidateLogps, reference: CandidateLogps, batch: M
 
 
 def regularization_kl(policy: CandidateLogps, reference: CandidateLogps) -> Tensor:
-    """Return KL(reference || policy) on the regularization image of each row, Tensor[B]; 0 if there are none."""
+    """Compute KL(reference || policy) on the regularization image of each row.
+
+    Args:
+        policy: Log-probabilities under the policy.
+        reference: Log-probabilities under the reference, over the same candidates.
+
+    Returns:
+        Tensor[B], in nats, >= 0; all 0 if one of the two has no regularization images.
+    """
     if policy.regularization is None or reference.regularization is None:
         return policy.preference.new_zeros(len(policy.preference))
     return kl_regularization(reference.regularization, policy.regularization)

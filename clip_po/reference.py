@@ -60,7 +60,14 @@ class ReferencePolicy:
 
     @torch.no_grad()
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
-        """Return the unit-norm embeddings of images, Tensor[B, D]."""
+        """Embed images with the frozen model.
+
+        Args:
+            pixel_values: Tensor[B, C, H, W], on the device of the model.
+
+        Returns:
+            Tensor[B, D], unit-norm, at least float32.
+        """
         return encode_images(self.model, pixel_values)
 
     @torch.no_grad()
@@ -103,7 +110,14 @@ class ReferencePolicy:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """Copy a model for inference. Frozen parameters are shared, so that only what trains is held twice."""
+    """Copy a model for inference. Frozen parameters are shared, so that only what trains is held twice.
+
+    Args:
+        model: The model. It is not changed.
+
+    Returns:
+        The copy, on the same device, in evaluation mode and without gradients. Buffers are copied.
+    """
     shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
     return copy.deepcopy(model, memo=shared).requires_grad_(False).eval()
 
@@ -114,6 +128,9 @@ def initial_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Modul
     Args:
         model: The policy.
         peft_config: Configuration of new adapters; None if the model had its adapters before.
+
+    Returns:
+        A `frozen_copy`. If `peft_config` is given, its adapters are disabled.
     """
     reference = frozen_copy(model)
     if peft_config is not None and isinstance(reference, PeftModel):

@@ -141,20 +141,63 @@ class ContrastivePOTrainer(Trainer):
         args: ContrastivePOConfig,
         peft_config: PeftConfig | None,
     ) -> PreTrainedModel | PeftModel:
-        """Load the dual encoder with its adapters, and freeze what does not train."""
+        """Load the dual encoder with its adapters, and freeze what does not train.
+
+        Args:
+            model: As in the trainer.
+            ref_model: As in the trainer.
+            args: The checked configuration.
+            peft_config: As in the trainer.
+
+        Returns:
+            The model, with adapters a `PeftModel`, before it is moved to the device of the trainer.
+
+        Raises:
+            ValueError, TypeError, OSError: As for `load_policy`.
+        """
         return load_policy(model, ref_model, args, peft_config)
 
     def module_to_train(self, encoder: PreTrainedModel | PeftModel) -> nn.Module:
-        """Return the module that `Trainer` trains and saves: the dual encoder itself."""
+        """Return the module that `Trainer` trains and saves: the dual encoder itself.
+
+        Args:
+            encoder: From `load_encoder`.
+
+        Returns:
+            The same object.
+        """
         return encoder
 
     def training_rows(self, dataset: Any, args: ContrastivePOConfig) -> PreferencePairs | StreamedPairs:
-        """Check the training data set, and pair its rows with their regularization images."""
+        """Check the training data set, and pair its rows with their regularization images.
+
+        Args:
+            dataset: `train_dataset` of the trainer, not None.
+            args: The configuration. A stream also needs its `max_steps`.
+
+        Returns:
+            `StreamedPairs` of a stream, else `PreferencePairs`.
+
+        Raises:
+            ValueError, TypeError: If the data can't be used; the message names row and column.
+        """
         check = checked_stream if is_stream(dataset) else checked_pairs
         return check(dataset, self.reg_dataset, self.candidates, args, "train_dataset")
 
     def evaluation_rows(self, dataset: Any, args: ContrastivePOConfig, name: str = "eval_dataset") -> Any:
-        """Check an evaluation data set, or several by name."""
+        """Check an evaluation data set, or several by name.
+
+        Args:
+            dataset: `eval_dataset` of the trainer: preferences, a dictionary of them, or None. No stream.
+            args: The configuration.
+            name: Name of the data set in messages.
+
+        Returns:
+            `EvaluationPairs`, or a dictionary of them by the same names; None and `PreferencePairs` unchanged.
+
+        Raises:
+            ValueError, TypeError: If the data can't be used; the message names row and column.
+        """
         if isinstance(dataset, (dict, DatasetDict)):
             return {key: self.evaluation_rows(rows, args, f"{name}[{key!r}]") for key, rows in dataset.items()}
         return dataset if dataset is None else self._evaluation_pairs(dataset, args, name)
@@ -167,7 +210,19 @@ class ContrastivePOTrainer(Trainer):
     def build_reference(
         self, encoder: nn.Module, ref_model: nn.Module | None, peft_config: PeftConfig | None
     ) -> ReferencePolicy:
-        """Build the reference policy from `ref_model`, or from the policy as it is now."""
+        """Build the reference policy from `ref_model`, or from the policy as it is now.
+
+        Args:
+            encoder: From `load_encoder`. This trainer copies `self.model`, which is the same object, and does not read
+                it.
+            ref_model: The reference policy, which is frozen and moved to the device of the trainer; None for the
+                initial policy.
+            peft_config: Adapters that were just added, which the reference leaves out; None for no new ones.
+
+        Returns:
+            The reference policy. It embeds the images of preferences only if a loss compares with the reference on
+            them.
+        """
         if ref_model is None:
             model = initial_policy(self.model, peft_config)
         else:
@@ -180,7 +235,15 @@ class ContrastivePOTrainer(Trainer):
         return ReferencePolicy(model, self.processing_class, self.candidates, texts, images)
 
     def build_policy(self, encoder: nn.Module, ref_model: nn.Module | None) -> Any:
-        """Build the policy. A frozen text tower is shared with the reference, whose copy is never sharded."""
+        """Build the policy. A frozen text tower is shared with the reference, whose copy is never sharded.
+
+        Args:
+            encoder: From `load_encoder`, on the device of the trainer.
+            ref_model: As in the trainer; None if the reference is a copy of `encoder`.
+
+        Returns:
+            A callable (model, encoder, batch) -> `CandidateLogps`: a `Policy`.
+        """
         texts: CachedTextEmbeddings | None = self.reference.text_embeddings
         if self.args.train_text_model:
             texts = None
@@ -242,7 +305,20 @@ class ContrastivePOTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """Return the batches of an optimizer step, and the weights of their rows over all processes, Tensor[2]."""
+        """Return the batches of an optimizer step, and the weights of their rows over all processes.
+
+        Args:
+            epoch_iterator: Batches of this process.
+            num_batches: Number of batches to take. Fewer are returned at the end of an epoch.
+            device: Device of the weights.
+
+        Returns:
+            The batches, and Tensor[2]: the weights of the preferences and of the regularization images. No batches and
+            None at the end of the epoch, or if the run has no step left.
+
+        Raises:
+            ValueError: If the processes read different rows from a stream.
+        """
         if self.state.global_step >= self.state.max_steps:  # Trainer resumes a finished run with one step too many
             self.control.should_training_stop = True
             return [], None
@@ -267,9 +343,21 @@ class ContrastivePOTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer.train` does, but resume only from whole checkpoints of this run.
 
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint; True for the last whole one in `output_dir`; None or False
+                for a new run.
+            *args: As in `Trainer.train`.
+            **kwargs: As in `Trainer.train`.
+
+        Returns:
+            As from `Trainer.train`.
+
         Raises:
-            ValueError, OSError: If the checkpoint is not whole, damaged, unsafe to read, or of another run.
+            ValueError, OSError: If the checkpoint is not whole, damaged, unsafe to read, or of another run; or if
+                there is no `train_dataset`, a row of a stream can't be used, or all rows were skipped.
+            UnreadableImage: If an image can't be read and `on_bad_image` is "raise".
             FloatingPointError: If the loss or a gradient is not finite.
+            SavingError: If a checkpoint can't be written.
         """
         folder = whole_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         self.args.resume_from_checkpoint = folder
@@ -286,19 +374,43 @@ class ContrastivePOTrainer(Trainer):
             self._checkpoints.release(self.args)
 
     def replace_model(self, model: CLIPModel) -> None:
-        """Replace the trained model, for instance by an interpolation, so that it is evaluated and saved instead."""
+        """Replace the trained model, for instance by an interpolation, so that it is evaluated and saved instead.
+
+        Args:
+            model: A CLIPModel on the device of the trainer. Its text tower must be that of the trained model unless
+                `train_text_model=True`: the embeddings of a frozen text tower are cached. An optimizer keeps the
+                parameters of the old model.
+        """
         self.model = self.model_wrapped = self.encoder = model
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
-        """Return the optimizer and its arguments as `Trainer` does, and torch's Adamax for `optim="adamax"`."""
+        """Return the optimizer and its arguments as `Trainer` does, and torch's Adamax for `optim="adamax"`.
+
+        Args:
+            args: The configuration.
+            model: As in `Trainer`. Adamax does not read it.
+
+        Returns:
+            The class, and its keyword arguments without the parameters.
+
+        Raises:
+            ValueError: As in `Trainer`, if it does not know the optimizer.
+        """
         if args.optim == ADAMAX:
             betas = (args.adam_beta1, args.adam_beta2)
             return torch.optim.Adamax, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the parameters with weight decay, which excludes scales and embeddings: 0 means nothing there."""
+        """Return the parameters with weight decay. Scales and embeddings, whose 0 means nothing, have none.
+
+        Args:
+            model: The module that trains.
+
+        Returns:
+            Names in `model.named_parameters()`. The matrices of a `ConceptTransform` have no decay either.
+        """
         without = ("logit_scale", "class_embedding", "position_embedding", "image_weight", "text_weight")
         return [n for n in super().get_decay_parameter_names(model) if not any(part in n for part in without)]
 
@@ -319,7 +431,17 @@ class ContrastivePOTrainer(Trainer):
         (self.training_means if self.model.training else self.evaluation_means).add(metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the means over rows, and the number of skipped rows, since the last log."""
+        """Log with the means over rows, and the number of skipped rows, since the last log.
+
+        Args:
+            logs: Values by name, as in `Trainer`. "loss" marks the log of training steps and "train_loss" that of the
+                end of training: every process must call the method with these. Not changed.
+            start_time: As in `Trainer`.
+
+        Raises:
+            ValueError: If all rows so far were skipped. The check starts once there were as many as the data set has,
+                and runs at the end of training.
+        """
         if "loss" in logs:  # Trainer's log of training steps, which every process writes
             logs = {**logs, **self.training_means.pop(self._sum_over_processes)}
             logs |= self._count_skipped(self.skipped_in_training, fewest=len(self.train_dataset or ()))
@@ -343,6 +465,12 @@ class ContrastivePOTrainer(Trainer):
     ) -> tuple[None, Tensor | None, Tensor | None]:
         """Evaluate a batch. Its rows go into running means; nothing else is kept unless metrics ask for it.
 
+        Args:
+            model: The model as wrapped for evaluation.
+            inputs: A batch of `DataCollatorForContrastivePreference`, on any device.
+            prediction_loss_only: Return None three times.
+            ignore_keys: Not used.
+
         Returns:
             No loss, and the log-probabilities [B, N] and positions of the chosen texts [B] if they are asked for.
         """
@@ -359,7 +487,22 @@ class ContrastivePOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate. Every row counts once, for any number of processes and any size of the last batch."""
+        """Evaluate. Every row counts once, for any number of processes and any size of the last batch.
+
+        Args:
+            dataloader: From `get_eval_dataloader`.
+            description: Heading in the log.
+            prediction_loss_only: As in `Trainer`.
+            ignore_keys: Not used.
+            metric_key_prefix: Prefix of the metrics, before "_".
+
+        Returns:
+            As from `Trainer`. The metrics also hold means over rows: those of `preference_metrics`, `kl`,
+            `loss/regularization`, and `loss`, the sum of the two parts of the loss.
+
+        Raises:
+            ValueError: If all rows were skipped.
+        """
         self.evaluation_means, self.skipped_in_evaluation = RunningMeans(), SkippedRows()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self.evaluation_means.pop(self._sum_over_processes)
@@ -371,7 +514,14 @@ class ContrastivePOTrainer(Trainer):
     # ---- Data ------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Load rows in the order of `EpochSampler`, with embeddings of fixed images if computing them once pays."""
+        """Load rows in the order of `EpochSampler`, with embeddings of fixed images if computing them once pays.
+
+        Returns:
+            The batches of this process.
+
+        Raises:
+            ValueError: If there is no `train_dataset`, or as for `embed_images`.
+        """
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset; pass it to the trainer.")
         global_batch = self._train_batch_size * self.accelerator.num_processes
@@ -388,7 +538,20 @@ class ContrastivePOTrainer(Trainer):
         return self._load(self.train_dataset, self._train_batch_size, seed, self.args.dataloader_drop_last)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Load rows in the order of the data set. A `str` names one of several evaluation data sets."""
+        """Load rows in the order of the data set. A `str` names one of several evaluation data sets.
+
+        Args:
+            eval_dataset: Preferences; the name of one of several evaluation data sets; or None for `eval_dataset` of
+                the trainer.
+
+        Returns:
+            The batches of this process.
+
+        Raises:
+            ValueError: If there is no data set, its rows can't be used, or as for `embed_images`.
+            TypeError: If it is a stream, or not a data set.
+            KeyError: If no evaluation data set has this name.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
@@ -399,11 +562,32 @@ class ContrastivePOTrainer(Trainer):
         return self._load(pairs, self.args.eval_batch_size, seed=None, drop_last=False)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """Load rows as `get_eval_dataloader` does."""
+        """Load rows as `get_eval_dataloader` does.
+
+        Args:
+            test_dataset: As for `get_eval_dataloader`.
+
+        Returns:
+            The batches of this process.
+
+        Raises:
+            ValueError, TypeError, KeyError: As for `get_eval_dataloader`.
+        """
         return self.get_eval_dataloader(test_dataset)
 
     def embed_images(self, pairs: PreferencePairs, pays: bool, images: Sequence[str] | None = None) -> None:
-        """Embed fixed images with the reference once, if the arguments say so or, by default, if it pays."""
+        """Embed fixed images with the reference once, if the arguments say so or, by default, if it pays.
+
+        Args:
+            pairs: The rows, which get the embeddings.
+            pays: Whether it pays. Only read if `precompute_ref_log_probs` is None.
+            images: Names in `ROW_IMAGES`; None for the images that the reference is asked about.
+
+        Raises:
+            UnreadableImage: If an image can't be read and `on_bad_image` is "raise".
+            ValueError: If none of the images of a name can be read.
+            OSError: If `embeddings_cache` can't be written to.
+        """
         wanted = self.args.precompute_ref_log_probs
         if not (pays if wanted is None else wanted):
             return

@@ -307,6 +307,9 @@ def unreadable_image(error: Exception, column: str, where: str, drop: str = "dat
         column: Name of the image column, quoted: "'image'".
         where: The row in messages, such as "train_dataset row 3".
         drop: The method that drops rows.
+
+    Returns:
+        The exception, not raised. Its message names the row and the column and says what to do.
     """
     return UnreadableImage(
         f"{where}: the image in column {column} can't be read ({type(error).__name__}: {error}). Fix the file or drop "

@@ -69,6 +69,7 @@ def reverse_attribute(
     Raises:
         ValueError: If a column is missing, a label is out of range, there are fewer than two attributes, the template
             has no `{attribute}` or a field that is not a column, or two texts are the same.
+        TypeError: If `dataset` is not a single split.
     """
     images = _images(dataset, image_column)
     texts, labels = _texts(dataset, template, attribute_column, attribute_names)
@@ -95,8 +96,20 @@ def keep_attribute(
     The rows are those of `reverse_attribute` with chosen and rejected texts exchanged. Join both kinds with
     `datasets.concatenate_datasets`. For images without the attribute, use `reg_dataset` instead.
 
-    Args, Returns, Raises:
-        As for `reverse_attribute`.
+    Args:
+        dataset: As for `reverse_attribute`.
+        template: As for `reverse_attribute`.
+        attribute_column: As for `reverse_attribute`.
+        attribute_names: As for `reverse_attribute`.
+        image_column: As for `reverse_attribute`.
+        other_texts: As for `reverse_attribute`.
+
+    Returns:
+        N image-preferences in the order of the dataset: image, chosen, rejected, candidates. With more than two
+        attributes, the others take turns as the rejected one.
+
+    Raises:
+        ValueError, TypeError: As for `reverse_attribute`.
     """
     rows = reverse_attribute(dataset, template, attribute_column, attribute_names, image_column, other_texts)
     return rows.rename_columns({"chosen": "rejected", "rejected": "chosen"})

@@ -149,7 +149,11 @@ class ScalePoint:
     clean_cost_upper: float
 
     def metrics(self) -> dict[str, Estimate]:
-        """Return the estimates under the names of `robustness_report`, plus the difference."""
+        """Return the estimates under the names of `robustness_report`, plus the difference.
+
+        Returns:
+            Estimates by metric: clean_accuracy, typographic_accuracy, fooled, difference and clean_cost.
+        """
         return {
             "clean_accuracy": self.clean_accuracy,
             "typographic_accuracy": self.right,

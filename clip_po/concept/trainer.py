@@ -31,8 +31,11 @@ from clip_po.validation import NOT_NEGATIVE, Allowed
 class ConceptConfig(ContrastivePOConfig):
     """Configuration of the [`ConceptTrainer`], beyond the arguments of [`ContrastivePOConfig`].
 
-    Parameters:
+    Args:
         penalty_weight (`float`, defaults to `0.1`): Weight of the penalty ||I - W W^T||_F, >= 0.
+
+    Raises:
+        TypeError, ValueError: As for [`ContrastivePOConfig`].
     """
 
     penalty_weight: float = field(default=0.1, metadata={"help": "Weight of the penalty ||I - W W^T||_F, >= 0."})
@@ -133,7 +136,21 @@ class ConceptTrainer(ContrastivePOTrainer):
         args: ContrastivePOConfig,
         peft_config: PeftConfig | None,
     ) -> PreTrainedModel | PeftModel:
-        """Load the dual encoder, and raise if its embeddings do not fit the transformation."""
+        """Load the dual encoder, and raise if its embeddings do not fit the transformation.
+
+        Args:
+            model: As in the trainer.
+            ref_model: None. The model is its own reference.
+            args: The checked configuration.
+            peft_config: None. The model gets no new adapters.
+
+        Returns:
+            The model, whose parameters `build_reference` freezes.
+
+        Raises:
+            ValueError: If the size of its embeddings is not that of the transformation, or as for `load_policy`.
+            TypeError, OSError: As for `load_policy`.
+        """
         encoder = super().load_encoder(model, ref_model, args, peft_config)
         dim = dual_encoder(encoder).config.projection_dim
         if self.concept.dim != dim:
@@ -144,11 +161,30 @@ class ConceptTrainer(ContrastivePOTrainer):
         return encoder
 
     def module_to_train(self, encoder: PreTrainedModel | PeftModel) -> nn.Module:
-        """Return the transformation, the only thing that `Trainer` trains and saves."""
+        """Return the transformation, the only thing that `Trainer` trains and saves.
+
+        Args:
+            encoder: From `load_encoder`. Not read.
+
+        Returns:
+            `concept` of the trainer.
+        """
         return self.concept
 
     def training_rows(self, dataset: Any, args: ContrastivePOConfig) -> PreferencePairs | StreamedPairs:
-        """Check the training data set, which has a length: its images are embedded once."""
+        """Check the training data set, which has a length: its images are embedded once.
+
+        Args:
+            dataset: `train_dataset` of the trainer, not None.
+            args: The configuration.
+
+        Returns:
+            The preferences with their regularization images.
+
+        Raises:
+            ValueError: If the data set is streamed, or its rows can't be used.
+            TypeError: If it is not a data set.
+        """
         if is_stream(dataset):
             raise ValueError(
                 "train_dataset is streamed, but a concept's transformation is trained on embeddings that are computed "
@@ -159,15 +195,41 @@ class ConceptTrainer(ContrastivePOTrainer):
     def build_reference(
         self, encoder: nn.Module, ref_model: nn.Module | None, peft_config: PeftConfig | None
     ) -> ReferencePolicy:
-        """Use the frozen model itself as the reference."""
+        """Use the frozen model itself as the reference.
+
+        Args:
+            encoder: From `load_encoder`. It is frozen and moved to the device of the trainer, not copied.
+            ref_model: Not read.
+            peft_config: Not read.
+
+        Returns:
+            The reference policy.
+        """
         return super().build_reference(encoder, encoder, None)
 
     def build_policy(self, encoder: nn.Module, ref_model: nn.Module | None) -> ConceptPolicy:
-        """Build the policy on transformed embeddings of the reference."""
+        """Build the policy on transformed embeddings of the reference.
+
+        Args:
+            encoder: Not read.
+            ref_model: Not read.
+
+        Returns:
+            The policy, with the logit scale of the reference.
+        """
         return ConceptPolicy(self.reference)
 
     def embed_images(self, pairs: PreferencePairs, pays: bool, images: Sequence[str] | None = None) -> None:
-        """Embed all fixed images once, unless the arguments say otherwise; rows then come without images."""
+        """Embed all fixed images once, unless the arguments say otherwise; rows then come without images.
+
+        Args:
+            pairs: The rows, which get the embeddings.
+            pays: Not read: embedding once always pays, unless `precompute_ref_log_probs=False`.
+            images: Not read: the policy needs the embeddings of all `ROW_IMAGES`.
+
+        Raises:
+            UnreadableImage, ValueError, OSError: As for `ContrastivePOTrainer.embed_images`.
+        """
         pairs.without_images = True
         super().embed_images(pairs, pays=True, images=ROW_IMAGES)
 
@@ -181,6 +243,16 @@ class ConceptTrainer(ContrastivePOTrainer):
         """Compute the loss of `ContrastivePOTrainer` + penalty_weight * ||I - W W^T||_F.
 
         Each micro-batch and process adds a share of the penalty, in proportion to its row weights.
+
+        Args:
+            model: The transformation as wrapped for training.
+            inputs: As for `ContrastivePOTrainer.compute_loss`.
+            return_outputs: As for `ContrastivePOTrainer.compute_loss`.
+            num_items_in_batch: As for `ContrastivePOTrainer.compute_loss`.
+
+        Returns:
+            As from `ContrastivePOTrainer.compute_loss`, with the penalty in the loss. The logged loss of an evaluation
+            leaves the penalty out.
         """
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         total = (total_weights(inputs) if num_items_in_batch is None else num_items_in_batch)[0]

@@ -141,7 +141,11 @@ class ConceptTransform(nn.Module):
         return _transformed(image_embeds, image_weight), texts
 
     def penalty(self) -> Tensor:
-        """Return ||I - W W^T||_F, summed over the matrices: Tensor[], >= 0, and 0 if all are orthogonal."""
+        """Compute ||I - W W^T||_F, summed over the matrices.
+
+        Returns:
+            Tensor[], >= 0, with gradient; 0 if the rows of every matrix are orthonormal.
+        """
         distances = []
         for matrix in self.parameters():
             with torch.autocast(matrix.device.type, enabled=False):
@@ -253,6 +257,12 @@ class ConceptTransform(nn.Module):
     def load(cls, folder: str | Path) -> ConceptTransform:
         """Load a transformation that `save` wrote, on the CPU.
 
+        Args:
+            folder: The folder that `save` or `save_pretrained` wrote to.
+
+        Returns:
+            The transformation, with its matrices in the dtype in which they were saved.
+
         Raises:
             FileNotFoundError: If the folder does not contain a transformation.
             ValueError: If the file is damaged or is something else.
@@ -276,7 +286,11 @@ class ConceptTransform(nn.Module):
         return transform
 
     def extra_repr(self) -> str:
-        """Return sizes and towers, for `print`."""
+        """Return sizes and towers, for `print`.
+
+        Returns:
+            The text between the brackets, such as "dim=512, output_dim=512, towers='shared'".
+        """
         return f"dim={self.dim}, output_dim={self.output_dim}, towers={self.towers!r}"
 
     def _check_path(self, path: ScalePath) -> None:

@@ -155,7 +155,19 @@ class RobustnessEvaluator(Evaluator[Mapping[str, np.ndarray]]):
     def measure(
         self, models: Mapping[str, Any], *, accelerator: Accelerator | None = None, disable_tqdm: bool = False
     ) -> dict[str, Mapping[str, np.ndarray]]:
-        """Return the predicted classes of each model by variant, arrays [N]."""
+        """Classify every variant of the images.
+
+        Args:
+            models: As for `evaluate_robustness`.
+            accelerator: As for `evaluate_robustness`.
+            disable_tqdm: As for `evaluate_robustness`.
+
+        Returns:
+            Predicted classes by model and variant, arrays [N].
+
+        Raises:
+            ValueError, TypeError: As for `evaluate_robustness`.
+        """
         answers = evaluate_robustness(
             models,
             self.images,
@@ -168,7 +180,19 @@ class RobustnessEvaluator(Evaluator[Mapping[str, np.ndarray]]):
         return dict(answers.predicted)
 
     def report(self, measured: Mapping[str, Mapping[str, np.ndarray]], base: str | None, resamples: int) -> Metrics:
-        """Return the metrics of `robustness_report`, and `trade_off` if there is a bound on the clean cost."""
+        """Compute the metrics of `robustness_report`, and `trade_off` if there is a bound on the clean cost.
+
+        Args:
+            measured: Results by model, as from `measure`.
+            base: As for `Evaluator.report`. It must be among `measured`.
+            resamples: As for `bootstrap_interval`.
+
+        Returns:
+            Estimates by model and metric. The base and, without a base, all models have no `trade_off`.
+
+        Raises:
+            ValueError: If `base` is not among `measured`, or as for `bootstrap_interval`.
+        """
         answers = Answers.about(self.images, measured)
         found = {
             model: robustness_report(answers, model, base, resamples=resamples, seed=self.seed) for model in measured
@@ -213,7 +237,19 @@ class ZeroShotEvaluator(Evaluator[ZeroShotResult]):
     def measure(
         self, models: Mapping[str, Any], *, accelerator: Accelerator | None = None, disable_tqdm: bool = False
     ) -> dict[str, ZeroShotResult]:
-        """Return the labels and predicted classes of each model."""
+        """Classify the images.
+
+        Args:
+            models: As for `Evaluator.measure`. They share the processor.
+            accelerator: As for `Evaluator.measure`.
+            disable_tqdm: As for `Evaluator.measure`.
+
+        Returns:
+            Labels and predicted classes by model. Their accuracies have no useful interval; `report` computes it.
+
+        Raises:
+            ValueError, TypeError: As for `zero_shot_accuracy`.
+        """
         return {
             name: zero_shot_accuracy(
                 model,
@@ -233,7 +269,20 @@ class ZeroShotEvaluator(Evaluator[ZeroShotResult]):
         }
 
     def report(self, measured: Mapping[str, ZeroShotResult], base: str | None, resamples: int) -> Metrics:
-        """Return the metrics of `zero_shot_report`."""
+        """Compute the metrics of `zero_shot_report`.
+
+        Args:
+            measured: Results by model, as from `measure`.
+            base: As for `Evaluator.report`. It must be among `measured`.
+            resamples: As for `bootstrap_interval`.
+
+        Returns:
+            Estimates by model and metric.
+
+        Raises:
+            KeyError: If `base` is not among `measured`.
+            ValueError: As for `zero_shot_report` and `bootstrap_interval`.
+        """
         return {
             name: zero_shot_report(
                 result, None if base in (None, name) else measured[str(base)], resamples=resamples, seed=self.seed
@@ -276,7 +325,19 @@ class RetrievalEvaluator(Evaluator[RetrievalHits]):
     def measure(
         self, models: Mapping[str, Any], *, accelerator: Accelerator | None = None, disable_tqdm: bool = False
     ) -> dict[str, RetrievalHits]:
-        """Return the hits of each model."""
+        """Rank captions for each image, and images for each caption.
+
+        Args:
+            models: As for `Evaluator.measure`. They share the processor.
+            accelerator: As for `Evaluator.measure`.
+            disable_tqdm: As for `Evaluator.measure`.
+
+        Returns:
+            Hits by model.
+
+        Raises:
+            ValueError, TypeError: As for `evaluate_retrieval`.
+        """
         return evaluate_retrieval(
             models,
             self.processor,
@@ -293,7 +354,20 @@ class RetrievalEvaluator(Evaluator[RetrievalHits]):
         )
 
     def report(self, measured: Mapping[str, RetrievalHits], base: str | None, resamples: int) -> Metrics:
-        """Return the metrics of `retrieval_report`."""
+        """Compute the metrics of `retrieval_report`.
+
+        Args:
+            measured: Results by model, as from `measure`.
+            base: As for `Evaluator.report`. It must be among `measured`.
+            resamples: As for `bootstrap_interval`.
+
+        Returns:
+            Estimates by model and metric.
+
+        Raises:
+            KeyError: If `base` is not among `measured`.
+            ValueError: As for `retrieval_report` and `bootstrap_interval`.
+        """
         return {
             name: retrieval_report(
                 hits, None if base in (None, name) else measured[str(base)], resamples=resamples, seed=self.seed

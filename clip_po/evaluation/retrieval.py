@@ -207,6 +207,7 @@ def evaluate_retrieval(
 
     Raises:
         ValueError: If there are no models or several templates, or as for `read_captions` and `recall_at_k`.
+        TypeError: As for `clip_po.models.dual_encoder` and `collect_answers`.
     """
     if not models:
         raise ValueError("models is empty. Give at least one model by name.")

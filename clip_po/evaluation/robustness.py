@@ -108,13 +108,26 @@ class RobustnessImages(torch.utils.data.Dataset):
 
         Args:
             processor: CLIPProcessor of other models.
+
+        Returns:
+            A copy that shares images, labels and words but not the cache: it keeps no pixels.
         """
         other = copy.copy(self)
         other.processor, other._kept, other._room = processor, {}, 0
         return other
 
     def picture(self, index: int) -> Image.Image:
-        """Return the typographic image of an item, RGB, before the processor."""
+        """Draw the typographic image of an item, before the processor.
+
+        Args:
+            index: Number of the item, 0..N * renderings - 1.
+
+        Returns:
+            The image, RGB, as large as the `canvas` of the attack makes it.
+
+        Raises:
+            UnreadableImage: If the image of the row can't be read.
+        """
         return self.attack.draw(self._read(index), str(self.written[index]), index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -179,14 +192,20 @@ class Answers:
         Args:
             images: The images, N items.
             predicted: Predicted classes by model and by variant, arrays [N].
+
+        Returns:
+            The answers. The arrays are shared, not copied.
         """
         return cls(images.class_names, images.label, images.word, images.written, images.cluster, predicted)
 
     def predictions_of(self, model: str) -> Mapping[str, np.ndarray]:
-        """Return the predicted classes of one model by variant, arrays [N].
+        """Return the predicted classes of one model by variant.
 
         Args:
             model: Name of the model.
+
+        Returns:
+            Arrays [N] by name of the variant.
 
         Raises:
             ValueError: If there are no answers of this model.

@@ -14,7 +14,14 @@ TRANSFORMERS_OWN = {"every_n_layers", "offload"}
 
 
 def checkpoints_activations(args: TrainingArguments) -> bool:
-    """Return whether activations are checkpointed. transformers 5.23 renamed gradient_checkpointing."""
+    """Return whether activations are checkpointed. transformers 5.23 renamed `gradient_checkpointing`.
+
+    Args:
+        args: The configuration, of any version of transformers.
+
+    Returns:
+        True if either name is set.
+    """
     return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
 
 
@@ -29,7 +36,15 @@ class NoInputGradientsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Remove the hooks that `Trainer.train` has just set."""
+        """Remove the hooks that `Trainer.train` has just set.
+
+        Args:
+            args: Says whether activations are checkpointed, and whether by the reentrant kind.
+            state: Not used.
+            control: Not used.
+            model: The model in training. Only read if activations are checkpointed.
+            **kwargs: Not used.
+        """
         given = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
         # If torch gets other arguments but not use_reentrant, its own default applies: reentrant.
         reentrant = given.get("use_reentrant", bool(given.keys() - TRANSFORMERS_OWN))

@@ -61,13 +61,36 @@ class BetaMovingAverageCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise if arguments would discard the average."""
+        """Raise if arguments would discard the average.
+
+        Args:
+            args: The configuration.
+            state: Not used.
+            control: Not used.
+            **kwargs: Not used.
+
+        Raises:
+            ValueError: If `load_best_model_at_end=True`.
+        """
         _refuse_best_model(args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Start from the current weights, or from the mean in the checkpoint that training resumes from."""
+        """Start from the current weights, or from the mean in the checkpoint that training resumes from.
+
+        Args:
+            args: `output_dir` and `resume_from_checkpoint` say where the mean of a resumed run is.
+            state: A step above 0 means that training resumes.
+            control: Not used.
+            model: The model in training. Its trainable parameters are averaged.
+            **kwargs: Not used.
+
+        Raises:
+            ValueError: If `load_best_model_at_end=True`; or if the stored mean is damaged, or of other steps,
+                parameters or another beta.
+            FileNotFoundError: If training resumes from a checkpoint without a mean.
+        """
         _refuse_best_model(args)
         self._average = {
             name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
@@ -82,7 +105,15 @@ class BetaMovingAverageCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Add the weights after an optimizer step to the mean."""
+        """Add the weights after an optimizer step to the mean.
+
+        Args:
+            args: Not used.
+            state: The step, after it was counted, and the number of all steps.
+            control: Not used.
+            model: The model in training.
+            **kwargs: Not used.
+        """
         weight = self._weight(state)
         if not weight:
             return
@@ -92,7 +123,17 @@ class BetaMovingAverageCallback(TrainerCallback):
             average.lerp_(parameter.to(average.dtype), weight / self._weight_sum)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the mean so far to the checkpoint that was just written."""
+        """Add the mean so far to the checkpoint that was just written.
+
+        Args:
+            args: `output_dir`. Processes that do not save do nothing.
+            state: The step, which names the checkpoint.
+            control: Not used.
+            **kwargs: Not used.
+
+        Raises:
+            SavingError: If the file can't be written.
+        """
         if not args.should_save:
             return
         file = checkpoint_folder(args, state) / AVERAGE_FILE
@@ -104,7 +145,15 @@ class BetaMovingAverageCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Put the mean into the model."""
+        """Put the mean into the model.
+
+        Args:
+            args: Not used.
+            state: Not used.
+            control: Not used.
+            model: The model in training. Its trainable parameters are overwritten.
+            **kwargs: Not used.
+        """
         for name, parameter in _trainable(model).items():
             parameter.copy_(self._average[name])
         self._average = {}

@@ -40,7 +40,17 @@ class EvaluatorCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the reference policy, so that problems with the data show before training."""
+        """Measure the reference policy, so that problems with the data show early, and become the first callback.
+
+        Args:
+            args: Not used.
+            state: Not used.
+            control: Not used.
+            **kwargs: Not used.
+
+        Raises:
+            ValueError, TypeError: As for `measure` of the evaluator.
+        """
         self._measured_base()
         handler = self.trainer.callback_handler
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
@@ -53,7 +63,18 @@ class EvaluatorCallback(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Measure the model in training, log its metrics and add them to those of the evaluation."""
+        """Measure the model in training, log its metrics and add them to those of the evaluation.
+
+        Args:
+            args: Not used.
+            state: Not used.
+            control: Not used.
+            metrics: Metrics of the evaluation by name with prefix. Changed in place.
+            **kwargs: Not used.
+
+        Raises:
+            ValueError, TypeError: As for `measure` and `report` of the evaluator.
+        """
         if not self._belongs_to(metrics):
             return
         measured = {**self._measured_base(), **self._measure("policy", self.trainer.encoder)}

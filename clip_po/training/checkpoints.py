@@ -37,12 +37,26 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def is_whole(folder: str | os.PathLike[str]) -> bool:
-    """Return whether everything in a checkpoint was written."""
+    """Return whether everything in a checkpoint was written.
+
+    Args:
+        folder: The checkpoint. It need not exist.
+
+    Returns:
+        Whether it has the file `checkpoint.complete`.
+    """
     return Path(folder, MARK).is_file()
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the whole checkpoint with the highest step in a folder, or None."""
+    """Return the whole checkpoint with the highest step in a folder.
+
+    Args:
+        output_dir: Output folder of a run. It need not exist.
+
+    Returns:
+        Path of the checkpoint, or None if there is none.
+    """
     whole = [(step, path) for step, path in _numbered(Path(output_dir)) if is_whole(path)]
     return str(max(whole)[1]) if whole else None
 
@@ -99,8 +113,12 @@ def saving(folder: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -
         folder: File or folder that is written.
         output_dir: Output folder of the run, with its checkpoints.
 
+    Yields:
+        Nothing.
+
     Raises:
-        SavingError: If writing fails.
+        SavingError: If writing fails. Errors of the Hub, and errors that are neither an OSError nor raised by
+            safetensors or `torch.save`, are passed on unchanged.
     """
     try:
         yield
@@ -141,7 +159,14 @@ class CheckpointCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Become the last callback."""
+        """Become the last callback.
+
+        Args:
+            args: `output_dir` and `resume_from_checkpoint`.
+            state: The step. A checkpoint of this step that training resumes from counts as saved.
+            control: Not used.
+            **kwargs: Not used.
+        """
         handler = self.trainer.callback_handler
         handler.callbacks = [*(callback for callback in handler.callbacks if callback is not self), self]
         resumed = args.resume_from_checkpoint
@@ -150,24 +175,46 @@ class CheckpointCallback(TrainerCallback):
         self._saved_step = state.global_step if same else None
 
     def withhold(self, args: TrainingArguments) -> None:
-        """Keep Trainer from deleting and pushing checkpoints until `release`."""
+        """Keep Trainer from deleting and pushing checkpoints until `release`.
+
+        Args:
+            args: `save_total_limit` and `hub_strategy` are replaced. A second call changes nothing.
+        """
         if not self.withheld:
             self.withheld = {"save_total_limit": args.save_total_limit, "hub_strategy": args.hub_strategy}
             args.save_total_limit, args.hub_strategy = None, HubStrategy.END
 
     def release(self, args: TrainingArguments) -> None:
-        """Give the withheld arguments back."""
+        """Give the withheld arguments back.
+
+        Args:
+            args: The arguments that `withhold` changed. Nothing happens if none are withheld.
+        """
         for name, value in self.withheld.items():
             setattr(args, name, value)
         self.withheld = {}
 
     def is_saved(self, state: TrainerState) -> bool:
-        """Return whether the checkpoint of this step exists, for instance because a signal came right after it."""
+        """Return whether the checkpoint of this step exists, for instance because a signal came right after it.
+
+        Args:
+            state: The step.
+
+        Returns:
+            True if this run saved the checkpoint of the step, or resumed from it.
+        """
         return self._saved_step == state.global_step
 
     @contextlib.contextmanager
     def writing(self, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
         """Prepare the folder of a checkpoint, and explain errors of the disk while it is written.
+
+        Args:
+            args: `output_dir`. What an earlier run left in the folder of the checkpoint is deleted.
+            state: The step. Every process must use the context.
+
+        Yields:
+            Nothing.
 
         Raises:
             SavingError: If writing fails.
@@ -185,7 +232,17 @@ class CheckpointCallback(TrainerCallback):
         self._saved_step, self._is_new = state.global_step, True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint, push it, and delete checkpoints over the limit."""
+        """Mark the checkpoint, push it, and delete checkpoints over the limit.
+
+        Args:
+            args: `output_dir`, `save_total_limit`, `push_to_hub` and `hub_strategy`.
+            state: The step, and the best checkpoint, which is never deleted.
+            control: Not used.
+            **kwargs: Not used.
+
+        Raises:
+            SavingError: If the files can't be flushed or the mark can't be written.
+        """
         self.trainer.accelerator.wait_for_everyone()
         folder = checkpoint_folder(args, state)
         if args.should_save:

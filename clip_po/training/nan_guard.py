@@ -45,6 +45,13 @@ class NanGuardCallback(TrainerCallback):
     ) -> None:
         """Check the loss since the last log and the gradients of all processes.
 
+        Args:
+            args: Not used.
+            state: Not used.
+            control: Not used.
+            model: The model in training, with gradients.
+            **kwargs: Not used.
+
         Raises:
             FloatingPointError: If one of them is not finite. The message says which, and what to do.
         """

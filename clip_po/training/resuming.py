@@ -149,6 +149,10 @@ def differences(found: Shapes, wanted: Shapes, most: int = 3) -> str:
         found: Shapes by name in the file.
         wanted: Shapes by name in the model.
         most: Number of differences that are named.
+
+    Returns:
+        A sentence without a period: the differences by name with both shapes, joined by "; ", and how many more there
+        are. Empty if there are none.
     """
     names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     said = [f"{name} is {_shape(found.get(name))} in the file and {_shape(wanted.get(name))} here" for name in names]

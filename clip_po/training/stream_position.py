@@ -40,7 +40,17 @@ class StreamPositionCallback(TrainerCallback):
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the position into the checkpoint."""
+        """Write the position into the checkpoint.
+
+        Args:
+            args: `output_dir`. Processes that do not save do nothing.
+            state: The step, which names the checkpoint.
+            control: Not used.
+            **kwargs: Not used.
+
+        Raises:
+            SavingError: If the file can't be written.
+        """
         if self.mark is not None and args.should_save:
             folder = checkpoint_folder(args, state)
             with saving(folder, str(args.output_dir)):

@@ -71,7 +71,19 @@ class FairnessEvaluator(Evaluator[np.ndarray]):
     def measure(
         self, models: Mapping[str, Any], *, accelerator: Accelerator | None = None, disable_tqdm: bool = False
     ) -> dict[str, np.ndarray]:
-        """Return the cosine similarities of queries and images by model, arrays [Q, N]."""
+        """Score the images against the queries.
+
+        Args:
+            models: As for `query_scores`.
+            accelerator: As for `query_scores`.
+            disable_tqdm: As for `query_scores`.
+
+        Returns:
+            Cosine similarities of queries and images by model, arrays [Q, N].
+
+        Raises:
+            ValueError, TypeError: As for `query_scores`.
+        """
         return query_scores(
             models,
             self.images.processor,
@@ -86,7 +98,19 @@ class FairnessEvaluator(Evaluator[np.ndarray]):
         )
 
     def report(self, measured: Mapping[str, np.ndarray], base: str | None, resamples: int) -> Metrics:
-        """Return the metrics of `fairness_report`."""
+        """Compute the metrics of `fairness_report`.
+
+        Args:
+            measured: Similarities by model, as from `measure`.
+            base: As for `fairness_report`.
+            resamples: As for `fairness_report`.
+
+        Returns:
+            Estimates by model and metric.
+
+        Raises:
+            ValueError, TypeError: As for `fairness_report`.
+        """
         return fairness_report(
             measured,
             self.groups,
@@ -199,7 +223,19 @@ class WrittenWordEvaluator(Evaluator[Mapping[str, np.ndarray]]):
     def measure(
         self, models: Mapping[str, Any], *, accelerator: Accelerator | None = None, disable_tqdm: bool = False
     ) -> dict[str, Mapping[str, np.ndarray]]:
-        """Return, by model and for "clean" and "typographic", arrays [C, N] of cosine similarities."""
+        """Score the images against the class prompts, with the attack word and without.
+
+        Args:
+            models: As for `written_word_scores`.
+            accelerator: As for `written_word_scores`.
+            disable_tqdm: As for `written_word_scores`.
+
+        Returns:
+            Cosine similarities by model and by "clean" and "typographic", arrays [C, N].
+
+        Raises:
+            ValueError, TypeError: As for `written_word_scores`.
+        """
         scores = written_word_scores(
             models,
             self.images,
@@ -212,7 +248,15 @@ class WrittenWordEvaluator(Evaluator[Mapping[str, np.ndarray]]):
         return {name: {variant: by_model[name] for variant, by_model in scores.items()} for name in models}
 
     def report(self, measured: Mapping[str, Mapping[str, np.ndarray]], base: str | None, resamples: int) -> Metrics:
-        """Return the metrics of `written_word_report`.
+        """Compute the metrics of `written_word_report`.
+
+        Args:
+            measured: Similarities by model, as from `measure`.
+            base: Name of the model that the others are compared with, one of `measured`. Not None.
+            resamples: As for `fairness_report`.
+
+        Returns:
+            Estimates by model or floor, and metric.
 
         Raises:
             ValueError: If there is no base, or as for `written_word_report`.

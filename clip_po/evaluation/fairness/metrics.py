@@ -265,7 +265,14 @@ def answer_counts(
 
 
 def mean(values: np.ndarray) -> float:
-    """Return the mean of the values that are not nan; nan if all are."""
+    """Compute the mean of the values that are not nan.
+
+    Args:
+        values: Array of floats of any shape.
+
+    Returns:
+        The mean; nan if there are no such values.
+    """
     there = values[~np.isnan(values)]
     return float(there.mean()) if len(there) else math.nan
 
@@ -309,7 +316,20 @@ def max_skew(
     desired: Desired = "dataset",
     zero_count: float = 1.0,
 ) -> float:
-    """Compute MaxSkew@k: the largest skew of a group, averaged over queries; 0 is fair. Arguments as for `skew_at_k`.
+    """Compute MaxSkew@k: the largest skew of a group, averaged over queries.
+
+    Args:
+        scores: As for `skew_at_k`.
+        groups: As for `skew_at_k`.
+        k: As for `skew_at_k`.
+        desired: As for `skew_at_k`.
+        zero_count: As for `skew_at_k`.
+
+    Returns:
+        The mean, in nats, >= 0; 0 is fair.
+
+    Raises:
+        ValueError, TypeError: As for `skew_at_k`.
 
     Source: Geyik et al. 2019, arXiv 1905.01989, Sec. 4.1; on CLIP: Berg et al. 2022, arXiv 2203.11933, Sec. 3.
     """
@@ -323,7 +343,21 @@ def min_skew(
     desired: Desired = "dataset",
     zero_count: float = 1.0,
 ) -> float:
-    """Compute MinSkew@k: the smallest skew of a group, averaged over queries; 0 is fair. Arguments as for `skew_at_k`.
+    """Compute MinSkew@k: the smallest skew of a group, averaged over queries.
+
+    Args:
+        scores: As for `skew_at_k`.
+        groups: As for `skew_at_k`.
+        k: As for `skew_at_k`.
+        desired: As for `skew_at_k`.
+        zero_count: As for `skew_at_k`.
+
+    Returns:
+        The mean, in nats; 0 is fair. It is <= 0 unless `zero_count` raises a count. With `zero_count` = 0 an absent
+        group makes it minus infinity.
+
+    Raises:
+        ValueError, TypeError: As for `skew_at_k`.
 
     Source: Geyik et al. 2019, arXiv 1905.01989, Sec. 4.1.
     """
@@ -331,7 +365,18 @@ def min_skew(
 
 
 def ndkl(scores: np.ndarray, groups: Sequence[Any] | np.ndarray, desired: Desired = "dataset") -> float:
-    """Compute the NDKL of the whole ranking, averaged over queries; 0 is fair. Arguments as for `skew_at_k`.
+    """Compute the NDKL of the whole ranking, averaged over queries.
+
+    Args:
+        scores: As for `skew_at_k`.
+        groups: As for `skew_at_k`.
+        desired: As for `skew_at_k`.
+
+    Returns:
+        The mean, in nats, >= 0; 0 is fair.
+
+    Raises:
+        ValueError: As for `number_groups`, `rank_images` and `desired_shares`.
 
     Source: Geyik et al. 2019, arXiv 1905.01989, Sec. 4.1.
     """

@@ -39,7 +39,11 @@ class Queries:
 
 
 def query_lists() -> list[str]:
-    """Return the names of the lists in the package."""
+    """Return the names of the lists in the package.
+
+    Returns:
+        Names for `load_queries`, sorted.
+    """
     return sorted(Path(file.name).stem for file in files("clip_po").joinpath("assets", "queries").iterdir())
 
 

@@ -136,6 +136,7 @@ def fairness_report(
     Raises:
         ValueError: If there are no models or ks, `base` is unknown, scores, labels or clusters have different lengths,
             or as for `skew_at_k`.
+        TypeError: As for `skew_at_k`.
     """
     names, group = number_groups(groups)
     numbers = [top_k(k, len(group), desired) for k in ks]

@@ -53,6 +53,7 @@ def query_scores(
 
     Raises:
         ValueError: If there are no models, or as for `class_embeddings` and `collect_answers`.
+        TypeError: As for `class_embeddings` and `collect_answers`.
     """
     if not models:
         raise ValueError("models is empty. Give at least one model by name.")

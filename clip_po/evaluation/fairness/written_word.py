@@ -58,7 +58,7 @@ def written_word_scores(
         For "clean" and "typographic", arrays [C, N] of cosine similarities by model.
 
     Raises:
-        ValueError: As for `query_scores`.
+        ValueError, TypeError: As for `query_scores`.
     """
     return {
         variant: query_scores(
@@ -82,7 +82,10 @@ def class_size(images: RobustnessImages) -> int:
     """Return the number of images of the largest class: the smallest k at which a perfect ranking has no gap.
 
     Args:
-        images: The images.
+        images: The images. Each rendering counts.
+
+    Returns:
+        Number of items of the class.
     """
     return int(np.bincount(images.label).max())
 
@@ -201,7 +204,10 @@ def written_word_table(found: Mapping[str, Mapping[str, Estimate]], k: int) -> s
 
     Args:
         found: From `written_word_report`.
-        k: The number of top-ranked images of the report.
+        k: The number of top-ranked images of the report. For another one, the cells of these metrics are "n/a".
+
+    Returns:
+        The table, without a newline at the end.
     """
     skew, gap = f"max_skew@{k}", f"retrieval_opportunity_gap@{k}"
     metrics = {

@@ -132,6 +132,9 @@ def report_estimates(report: Mapping[str, Any]) -> dict[str, dict[str, Estimate]
 
     Args:
         report: From `read_report`.
+
+    Returns:
+        Estimates by model and metric, in the order of the report.
     """
     return {
         model: {

@@ -76,7 +76,17 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
 
 
 def measured_table(folder: Path) -> str | None:
-    """Return the measurements in the report.json of a folder as Markdown, or None if there is no report."""
+    """Summarize the report.json of a folder for a model card.
+
+    Args:
+        folder: The folder. It need not exist.
+
+    Returns:
+        Markdown as from `markdown_summary`, or None if there is no report.
+
+    Raises:
+        ValueError: If the file is not a report of this version, as for `read_report`.
+    """
     report = folder / "report.json"
     return markdown_summary(read_report(report)) if report.is_file() else None
 
@@ -86,6 +96,9 @@ def base_of(found: Found) -> str | None:
 
     Args:
         found: Estimates of the report.
+
+    Returns:
+        Name of the first such model, or None.
     """
     compared = [name for name in found if "recovery" in found[name]]
     return next((name for name in found if name not in compared), None) if compared else None
@@ -97,6 +110,9 @@ def headline_of(report: Mapping[str, Any], found: Found) -> str:
     Args:
         report: From `read_report`.
         found: Its estimates, for at least one model.
+
+    Returns:
+        Name of the model. An undefined recovery counts only if all are undefined.
     """
     chosen = (report.get("settings") or {}).get("chosen")
     if chosen in found:
@@ -111,6 +127,9 @@ def data_name(data: Mapping[str, Any]) -> str:
 
     Args:
         data: The data section of the report.
+
+    Returns:
+        Text such as "SCAM (test)".
     """
     name, split = data.get("name"), data.get("split")
     return f"{last_part(str(name))}{f' ({split})' if split else ''}" if name else ""
@@ -121,18 +140,24 @@ def last_part(path: str) -> str:
 
     Args:
         path: A path or name.
+
+    Returns:
+        The last part, or `path` itself.
     """
     return Path(path).name if os.path.isabs(path) else path
 
 
 def sentence(settings: Mapping[str, Any], found: Found, base: str | None, model: str) -> str:
-    """Describe the result of one model in two sentences; no line break separates a number from its interval.
+    """Describe the result of one model in one or two sentences. No line break separates a number from its interval.
 
     Args:
-        settings: The settings of the report.
+        settings: The settings of the report. `chosen` tells whether the model was chosen or picked as the best.
         found: Its estimates.
-        base: From `base_of`.
-        model: From `headline_of`.
+        base: From `base_of`; None to say only what the words cost the model.
+        model: From `headline_of`, not the base.
+
+    Returns:
+        Plain text.
     """
     now = found[model]
     if base is None:
@@ -175,6 +200,9 @@ def digits_of(share: Estimate) -> int:
 
     Args:
         share: 0..1.
+
+    Returns:
+        3 if the absolute value is below 0.01 and not 0, else 2.
     """
     return 3 if 0 < abs(share.value) < 0.01 else 2
 
@@ -185,6 +213,9 @@ def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
     Args:
         values: Values of a report, nested or not.
         above: Prefix of the names.
+
+    Yields:
+        Name and text of each value, in their order. None becomes "not set", an empty list or mapping "none".
     """
     for name, value in values.items():
         path = f"{above}{name}"

@@ -188,11 +188,14 @@ def load_columns(
 
 
 def column_texts(dataset: Dataset, column: str) -> list[str]:
-    """Return the values of a column as texts: a ClassLabel by its names, None as "".
+    """Return the values of a column as texts.
 
     Args:
-        dataset: One split.
-        column: Name of the column.
+        dataset: One split, N rows.
+        column: Name of a column of the split. In a ClassLabel column, every row must have a label in range.
+
+    Returns:
+        N texts: a ClassLabel by its names, every other value by `str`, and None as "".
     """
     feature = dataset.features[column]
     values = list(dataset.with_format(None)[column])

@@ -140,7 +140,11 @@ class Suite:
 
 
 def suite_names() -> list[str]:
-    """Return the names of the suites in the package."""
+    """Return the names of the suites in the package.
+
+    Returns:
+        Names for `load_suite`, sorted.
+    """
     return sorted(Path(file.name).stem for file in files("clip_po").joinpath("assets", "suites").iterdir())
 
 
@@ -254,6 +258,9 @@ def entry_source(entry: Entry, suite_folder: str | Path | None) -> str:
     Args:
         entry: The entry.
         suite_folder: As for `load_entry`.
+
+    Returns:
+        The local copy if there is one, else `path` of the entry.
 
     Raises:
         ValueError: If there is no local copy, and the dataset is not on the Hub in this layout.
