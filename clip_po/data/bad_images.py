@@ -64,15 +64,18 @@ class SkippedRows:
                 logger.warning(f"Skipped, by on_bad_image='skip': {reason}{more}")
 
     def pop(self, reduce: Callable[[Tensor], Tensor], device: torch.device, fewest: int) -> int:
-        """Return the number of rows skipped since the last call, over all processes.
+        """Return the number of rows skipped since the last call. All processes must call this method together.
 
         Args:
             reduce: Sums a tensor over processes, such as `accelerator.reduce`.
             device: Device of the tensor.
             fewest: Number of rows from which on it is an error if all were skipped.
 
+        Returns:
+            The number, summed over all processes.
+
         Raises:
-            ValueError: If all of at least `fewest` rows were skipped.
+            ValueError: If all rows added so far, by all processes, were skipped, and there are at least `fewest`.
         """
         counts = torch.tensor([self._since, self._skipped, self._seen], device=device)
         since, skipped, seen = reduce(counts).tolist()

@@ -18,8 +18,12 @@ def known_class_names(feature: object, label_column: str, class_names: Sequence[
         label_column: Name of the column in messages.
         class_names: C names in the order of the labels; None for the names of the `ClassLabel`.
 
+    Returns:
+        C names in the order of the labels.
+
     Raises:
-        ValueError: If there are no names, or they don't match the `ClassLabel`.
+        ValueError: If there are no names, if one is empty, repeated or not a string, or if `class_names` has another
+            number of names than the `ClassLabel`, or the same names in another order.
     """
     known: list[str] | None = feature.names if isinstance(feature, ClassLabel) else None
     chosen = known if class_names is None else class_names
@@ -73,6 +77,9 @@ def read_weights(dataset: Dataset, weight_column: str) -> list[float]:
     Args:
         dataset: One split.
         weight_column: Name of the column.
+
+    Returns:
+        One weight per row, in the order of the rows.
 
     Raises:
         ValueError: If the column is missing, or a weight is not finite or negative; the message names the row.

@@ -115,6 +115,13 @@ SMALLEST_WEIGHT = 1e-8
 
 
 def total_weights(*batches: Mapping[str, Any]) -> Tensor:
-    """Return the summed weights of the preferences and of the regularization images in batches, Tensor[2], never 0."""
+    """Return the summed weights of the preferences and of the regularization images in batches.
+
+    Args:
+        *batches: At least one batch of the collator. Its `weight` and `reg_row_weight` are read.
+
+    Returns:
+        Tensor[2], the sums of `weight` and of `reg_row_weight` over all batches, each at least `SMALLEST_WEIGHT`.
+    """
     sums = [torch.stack([batch["weight"].sum(), batch["reg_row_weight"].sum()]) for batch in batches]
     return torch.stack(sums).sum(dim=0).clamp(min=SMALLEST_WEIGHT)

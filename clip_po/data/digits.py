@@ -177,6 +177,9 @@ def digit_attack(settings: str = "training", seed: int = 0) -> TypographicAttack
             places where the training attack does not write.
         seed: Seed of all draws.
 
+    Returns:
+        The attack. It writes upright words without outline or sticker, for images of `IMAGE_SIDE` pixels.
+
     Raises:
         ValueError: If the settings are unknown.
     """

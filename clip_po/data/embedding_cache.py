@@ -25,15 +25,26 @@ _NAME = "embeds"
 
 
 def fingerprint(*parts: str) -> str:
-    """Return one digest of several, in their order."""
+    """Return one digest of several texts.
+
+    Args:
+        *parts: Digests or other texts. Their order matters.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits.
+    """
     return _digest(part.encode() + b"\0" for part in parts)
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return a digest of a module's parameters and buffers: names, types, shapes and every bit.
+    """Return a digest of a module's `state_dict`: names, types, shapes and every bit of parameters and buffers.
 
     Args:
-        model: The part that the cached embeddings depend on, such as `model.vision_model`.
+        model: The part that the cached embeddings depend on, such as `model.vision_model`. Its configuration is not
+            part of the digest.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits, the same on any device.
     """
 
     def parts() -> Iterable[bytes]:
@@ -45,7 +56,14 @@ def model_digest(model: nn.Module) -> str:
 
 
 def processor_digest(processor: ProcessorMixin) -> str:
-    """Return a digest of how a processor makes pixel values: the class of its image processor and its settings."""
+    """Return a digest of how a processor makes pixel values.
+
+    Args:
+        processor: Only the class and the settings of its image processor count.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits.
+    """
     images = processor.image_processor
     return _digest([type(images).__name__.encode(), images.to_json_string().encode()])
 
@@ -57,8 +75,13 @@ def image_digest(dataset: Dataset, column: str) -> str:
         dataset: The rows; the files that they name are read.
         column: Column of `datasets.Image`. Its feature says how files become pixels, such as `Image(mode="L")`.
 
+    Returns:
+        SHA-256 as 64 hexadecimal digits. It depends on the order of the rows and the bytes of the files, but not on
+        their paths. A row without an image counts as an empty file.
+
     Raises:
         UnreadableImage: If a file can't be read; the message names the row.
+        ValueError: If the column is missing.
     """
 
     def parts() -> Iterable[bytes]:

@@ -49,7 +49,14 @@ _DECODING = (
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return a value as a list: a single text or class as a list of one, None as an empty list."""
+    """Return a value as a list.
+
+    Args:
+        value: A text, a class, a list or tuple of them, or None.
+
+    Returns:
+        A new list: the entries of a list or tuple, a single value as a list of one, None as an empty list.
+    """
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -59,11 +66,14 @@ def as_list(value: Any) -> list[Any]:
 
 
 def row_format(columns: Collection[str], name: str = "train_dataset") -> str:
-    """Return the format of rows with these columns, "image-preference" or "class-preference".
+    """Return the format of rows with these columns.
 
     Args:
         columns: Names of the columns.
         name: Name of the dataset in messages.
+
+    Returns:
+        "image-preference" if there are `image` and `chosen`, else "class-preference" if there are `image` and `label`.
 
     Raises:
         ValueError: If the columns fit neither format.
@@ -281,11 +291,16 @@ def read_row(dataset: Dataset, index: int, name: str) -> Row:
 
     Args:
         dataset: The rows.
-        index: Number of the row.
+        index: Number of the row, 0..len(dataset)-1.
         name: Name of the dataset in messages.
 
+    Returns:
+        All columns of the row by name, after a transform of the user if there is one. `image` and `clean_image` are
+        RGB images.
+
     Raises:
-        UnreadableImage: If an image is missing or can't be read; the message names row and column.
+        UnreadableImage: If `image` or `clean_image` is None or holds a path or bytes, or any image of the row can't be
+            read; the message names row and column.
     """
     where = f"{name} row {index}"
     try:

@@ -92,6 +92,9 @@ def read_images(dataset: Dataset, image_column: str) -> Dataset:
         dataset: One split.
         image_column: Name of the image column.
 
+    Returns:
+        The same rows with this column alone. A transform of the user no longer applies.
+
     Raises:
         ValueError: If the column is missing.
         TypeError: If `dataset` is not a single split.
@@ -101,15 +104,18 @@ def read_images(dataset: Dataset, image_column: str) -> Dataset:
 
 
 def read_image(images: Dataset, image_column: str, row: int) -> Image.Image:
-    """Return the image of a row in RGB.
+    """Read the image of a row.
 
     Args:
         images: As returned by `read_images`.
         image_column: Name of the image column.
         row: Number of the row.
 
+    Returns:
+        RGB image; transparent pixels are white, as in `to_rgb`.
+
     Raises:
-        UnreadableImage: If the image can't be read or there is none; the message names row and column.
+        UnreadableImage: If the image can't be read or converted, or there is none; the message names row and column.
     """
     try:
         image = images[row][image_column]
@@ -122,7 +128,11 @@ def read_image(images: Dataset, image_column: str, row: int) -> Image.Image:
 
 
 def blank_image() -> Image.Image:
-    """Return the image that replaces an unreadable one, so that batches keep their shape."""
+    """Return the image that replaces an unreadable one, so that batches keep their shape.
+
+    Returns:
+        Black RGB image, 32 by 32 pixels.
+    """
     return Image.new("RGB", (32, 32))
 
 

@@ -91,13 +91,28 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         return {"image", *(name for name, source in sources.items() if source is not None)}
 
     def image_count(self, name: str) -> int:
-        """Return the number of images of a name of `fixed_images`."""
+        """Return the number of images of a name.
+
+        Args:
+            name: A name of `fixed_images`.
+
+        Returns:
+            The number of regularization images for "reg_image" if they come from a dataset of their own, otherwise
+            the number of rows.
+        """
         if name == "reg_image" and self._own_regularization is not None:
             return len(self._own_regularization)
         return len(self)
 
     def fixed_image(self, name: str, index: int) -> Image.Image | None:
-        """Return an image of `fixed_images`; None where it can't be read and rows without it are skipped.
+        """Read an image that is the same in every epoch.
+
+        Args:
+            name: A name of `fixed_images`.
+            index: Number of the image, 0..`image_count(name)`-1.
+
+        Returns:
+            RGB image; None if it can't be read and `on_bad_image` is "skip".
 
         Raises:
             UnreadableImage: If the image can't be read and `on_bad_image` is "raise".
@@ -111,10 +126,17 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         return self.preferences.image("image" if name == "image" else "clean_image", index)
 
     def digest(self, name: str) -> str | None:
-        """Return a digest of all images of a name of `fixed_images`; None where there is none.
+        """Return a digest of all images of a name, for the embedding cache.
+
+        Args:
+            name: A name of `fixed_images`.
+
+        Returns:
+            The digest; None for no caching: if a file can't be read and `on_bad_image` is "skip", or if the
+            preferences give no digest.
 
         Raises:
-            UnreadableImage: If a file is missing and `on_bad_image` is "raise".
+            UnreadableImage: If a file can't be read and `on_bad_image` is "raise".
         """
         try:
             if name == "reg_image" and self._own_regularization is not None:
@@ -210,12 +232,19 @@ def checked_pairs(
         preferences: As for `PreferencePairs`.
         regularization: Ordinary images, or None to take each row's `clean_image`.
         candidate_texts: The candidate texts of every row, if any.
-        args: Losses, seed, and what to do with unreadable images.
+        args: Losses, `reg_weight`, seed, and what to do with unreadable images.
         name: Name of the preferences in messages.
         kind: `EvaluationPairs` for evaluation.
 
+    Returns:
+        The pairs, of class `kind`. The seed of the regularization images is `data_seed`, by default `seed`.
+
     Raises:
-        ValueError, TypeError: If the rows can't be used; the message names row and column.
+        ValueError: If there are no rows, if columns, texts, labels or weights don't suit the losses, if images that
+            the losses or `reg_weight` need are missing, or if `precompute_ref_log_probs` is True and images are
+            redrawn each epoch or transformed as they are read.
+        TypeError: If `preferences` is streamed or not of an accepted type, if `regularization` is used and is not a
+            `datasets.Dataset`, or if an entry of a row's `candidates` is not a string.
     """
     if isinstance(preferences, (IterableDataset, torch.utils.data.IterableDataset, TypographicStream)):
         raise TypeError(

@@ -53,8 +53,11 @@ class RowCompletion:
         """Return the number of a row's regularization image. All images come once, then again in a new random order.
 
         Args:
-            images: The regularization dataset.
+            images: The regularization dataset, not empty.
             turn: Number of rows before this one in all epochs.
+
+        Returns:
+            Row of `images`. It depends on the seed, `turn` and the number of images alone.
         """
         cycle, offset = divmod(turn, len(images))
         return permutation(len(images), self.seed, cycle)[offset]
@@ -64,9 +67,14 @@ class RowCompletion:
 
         Args:
             row: The preference; without `image` if embeddings of all its images are known.
-            reasons: By image column, why the image can't be read.
+            reasons: By image column, why the image can't be read. An unreadable regularization image is added.
             turn: Number of rows before this one in all epochs.
             padding: Whether the row only fills up a batch. Its weights are 0 and `skipped` is None.
+
+        Returns:
+            `row` itself, changed: `weight` is 1 if it had none, `reg_row_weight` is 1, or 0 without regularization,
+            and `reg_image` and `target_image` are RGB images where they are used. A weight is 0 if an image that it
+            needs can't be read. Without `image`, no image is added.
 
         Raises:
             UnreadableImage: If the regularization image can't be read and `on_bad_image` is "raise".
@@ -95,7 +103,18 @@ class RowCompletion:
 
 
 def regularization_image(dataset: Dataset, index: int) -> Image.Image:
-    """Return an image of the regularization dataset. Raise `UnreadableImage` if it can't be read."""
+    """Read an image of the regularization dataset.
+
+    Args:
+        dataset: Rows with a column `image`.
+        index: Number of the row.
+
+    Returns:
+        RGB image.
+
+    Raises:
+        UnreadableImage: If the image is missing or can't be read; the message names row and column.
+    """
     return read_row(dataset, index, "reg_dataset")["image"]
 
 

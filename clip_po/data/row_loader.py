@@ -31,6 +31,10 @@ def row_loader(
         collate: Makes a batch of rows. What rows say that is not for the model goes past it.
         args: Number of workers and other arguments of data loading.
         accelerator: Accelerator of the trainer.
+
+    Returns:
+        The loader, prepared by the accelerator. Its batches hold what `collate` returns, and `skipped` and
+        `stream_mark` if rows have them; see `RowMetadataCollator`.
     """
     loader = accelerator.prepare(
         DataLoader(

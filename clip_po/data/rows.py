@@ -38,19 +38,68 @@ class PreferenceRows(Protocol):
         """Return the number of rows."""
 
     def row(self, index: int, epoch: int) -> Row:
-        """Return a row of an epoch. Raise `UnreadableImage` if one of its images can't be read."""
+        """Return a row of an epoch.
+
+        Args:
+            index: Number of the row, 0..len-1.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            A new dict with all columns; images are RGB.
+
+        Raises:
+            UnreadableImage: If one of its images can't be read.
+        """
 
     def texts(self, index: int, epoch: int) -> Row:
-        """Return a row of an epoch without its images, which are not read."""
+        """Return a row of an epoch without its images, which are not read.
+
+        Args:
+            index: Number of the row.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            A new dict with the columns of `row` except `image` and `clean_image`.
+        """
 
     def image(self, name: str, index: int) -> Image.Image:
-        """Return one image of a row of epoch 0. Raise `UnreadableImage` if it can't be read."""
+        """Return one image of a row of epoch 0.
+
+        Args:
+            name: "image" or "clean_image".
+            index: Number of the row.
+
+        Returns:
+            RGB image.
+
+        Raises:
+            UnreadableImage: If it can't be read.
+        """
 
     def digest(self, name: str) -> str | None:
-        """Return a digest of all images of a column in epoch 0, for the embedding cache; None for no caching."""
+        """Return a digest of all images of a column in epoch 0, for the embedding cache.
+
+        Args:
+            name: "image" or "clean_image".
+
+        Returns:
+            A text that changes whenever an image changes; None for no caching.
+
+        Raises:
+            UnreadableImage: If a file can't be read.
+        """
 
     def check(self, candidate_texts: CandidateTexts, loss_types: Collection[str], name: str) -> None:
-        """Raise if the texts of the rows don't suit the losses or the candidate texts."""
+        """Raise if the texts of the rows don't suit the losses or the candidate texts.
+
+        Args:
+            candidate_texts: The candidate texts of every row, if any.
+            loss_types: Names of the losses.
+            name: Name of the preferences in messages.
+
+        Raises:
+            ValueError: If they don't.
+        """
 
 
 class DatasetRows:
@@ -84,11 +133,30 @@ class DatasetRows:
         return len(self.dataset)
 
     def row(self, index: int, epoch: int) -> Row:
-        """Return a row, which is the same in every epoch."""
+        """Return a row with its images decoded.
+
+        Args:
+            index: Number of the row.
+            epoch: Not used: rows are the same in every epoch, except for a transform of the user.
+
+        Returns:
+            The row as an image-preference, with all columns of the dataset; `image` and `clean_image` are RGB.
+
+        Raises:
+            UnreadableImage: If an image is missing or can't be read; the message names row and column.
+        """
         return to_texts(read_row(self.dataset, index, self.name), self.candidate_texts.texts)
 
     def texts(self, index: int, epoch: int) -> Row:
-        """Return a row without its images."""
+        """Return a row without its images. A transform of the user does not apply.
+
+        Args:
+            index: Number of the row.
+            epoch: Not used: texts are the same in every epoch.
+
+        Returns:
+            The row as an image-preference, without `image` and `clean_image`.
+        """
         return to_texts(dict(self._texts[index]), self.candidate_texts.texts)
 
     @functools.cached_property
@@ -97,17 +165,50 @@ class DatasetRows:
         return self.dataset.select_columns(columns).to_list()
 
     def image(self, name: str, index: int) -> Image.Image:
-        """Return one image of a row. The other one is not decoded."""
+        """Return one image of a row. The other one is not decoded.
+
+        Args:
+            name: "image" or "clean_image".
+            index: Number of the row.
+
+        Returns:
+            RGB image.
+
+        Raises:
+            UnreadableImage: If it is missing or can't be read; the message names row and column.
+            ValueError: If the dataset has no such column.
+        """
         if name not in self._columns:
             self._columns[name] = self.dataset.select_columns([name])
         return read_row(self._columns[name], index, self.name)[name]
 
     def digest(self, name: str) -> str:
-        """Return a digest of the images of a column as they are stored."""
+        """Return a digest of the images of a column as they are stored.
+
+        Args:
+            name: "image" or "clean_image".
+
+        Returns:
+            The `image_digest` of the column. A transform of the user has no effect on it.
+
+        Raises:
+            UnreadableImage: If a file can't be read; the message names the row.
+            ValueError: If the dataset has no such column.
+        """
         return image_digest(self.dataset, name)
 
     def check(self, candidate_texts: CandidateTexts, loss_types: Collection[str], name: str) -> None:
-        """Raise if columns, texts, labels or weights of the rows can't be used; see `check_preferences`."""
+        """Raise if columns, texts, labels or weights of the rows can't be used; see `check_preferences`.
+
+        Args:
+            candidate_texts: The candidate texts of every row, if any.
+            loss_types: Names of the losses.
+            name: Name of the dataset in messages.
+
+        Raises:
+            ValueError: If they can't, or the dataset is empty; the message names row and column.
+            TypeError: If an entry of a row's `candidates` is not a string.
+        """
         check_preferences(self.dataset, candidate_texts.texts, loss_types, name)
 
 
@@ -118,6 +219,9 @@ def as_rows(preferences: Any, candidate_texts: CandidateTexts, name: str) -> Pre
         preferences: A `datasets.Dataset` in a preference format, or an implementation of `PreferenceRows`.
         candidate_texts: The candidate texts of every row, if any.
         name: Name of the preferences in messages.
+
+    Returns:
+        `DatasetRows` of a dataset; an implementation of the protocol as it is.
 
     Raises:
         TypeError: If `preferences` is neither.
@@ -133,5 +237,12 @@ def as_rows(preferences: Any, candidate_texts: CandidateTexts, name: str) -> Pre
 
 
 def is_transformed(dataset: Dataset) -> bool:
-    """Return whether a transform of the user, which may be random, changes the rows as they are read."""
+    """Return whether a transform of the user, which may be random, changes the rows as they are read.
+
+    Args:
+        dataset: The rows.
+
+    Returns:
+        True after `dataset.set_transform` or `dataset.with_transform`.
+    """
     return dataset.format["type"] == "custom"

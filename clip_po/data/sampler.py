@@ -14,7 +14,16 @@ RowKey = tuple[int, int, int]
 
 @functools.lru_cache(maxsize=4)
 def permutation(length: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """Return a random order of `length` rows, the same everywhere for the same seed and epoch."""
+    """Return a random order of rows, the same in every process and run for the same arguments.
+
+    Args:
+        length: Number of rows.
+        seed: Seed of the order.
+        epoch: Epoch, counted from 0. The order is drawn anew for each.
+
+    Returns:
+        The numbers 0..length-1, each once.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return tuple(torch.randperm(length, generator=generator).tolist())
 
@@ -40,7 +49,11 @@ class EpochSampler(Sampler[RowKey]):
         self.total = batches * multiple
 
     def set_epoch(self, epoch: int) -> None:
-        """Start at the given epoch; Trainer and accelerate call it before each."""
+        """Set the epoch of the next iteration. Trainer and accelerate call this method before each epoch.
+
+        Args:
+            epoch: Epoch, counted from 0.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:

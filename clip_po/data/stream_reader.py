@@ -52,11 +52,22 @@ class StreamMark:
     agreed: int = 0
 
     def of_pass(self) -> StreamMark:
-        """Return the mark of the start of this pass."""
+        """Return the mark of the start of this pass.
+
+        Returns:
+            A mark without a state of the dataset, and with no rows to verify.
+        """
         return StreamMark(*self.start, epoch=self.epoch, start=self.start)
 
     def save(self, folder: str | Path) -> None:
-        """Write the mark to a checkpoint folder."""
+        """Write the mark to a checkpoint folder, without its `state` if JSON can't hold it.
+
+        Args:
+            folder: An existing folder. `STREAM_FILE` in it is overwritten.
+
+        Raises:
+            OSError: If the file can't be written.
+        """
         values = dataclasses.asdict(self)
         try:
             text = json.dumps(values)
@@ -66,7 +77,17 @@ class StreamMark:
 
     @classmethod
     def load(cls, folder: str | Path) -> StreamMark | None:
-        """Return the mark of a checkpoint folder; None if it has none."""
+        """Read the mark of a checkpoint folder.
+
+        Args:
+            folder: Folder that `save` wrote to.
+
+        Returns:
+            The mark; None if the folder has no `STREAM_FILE`.
+
+        Raises:
+            ValueError: If the file does not hold JSON.
+        """
         file = Path(folder, STREAM_FILE)
         if not file.is_file():
             return None
@@ -124,11 +145,16 @@ class StreamReader:
         shuffle buffer is not part of the state.
 
         Args:
-            stream: As for `StreamReader`, and so are `multiple` and `name`.
+            stream: The rows, from their first.
+            multiple: Number of rows of a global batch, as in the interrupted run.
+            name: Name of the stream in messages.
             mark: The mark of the interrupted run.
 
+        Returns:
+            The reader. Its next row is the one after the rows that the mark says to verify.
+
         Raises:
-            ValueError: If neither gives the same rows.
+            ValueError: If neither gives the same rows, or the stream is empty or fails.
         """
         wanted = (mark.epoch, mark.number + mark.following, mark.digest_after)
         for start in (mark, mark.of_pass()) if mark.state is not None else (mark.of_pass(),):
@@ -156,6 +182,9 @@ class StreamReader:
     def take(self) -> StreamRow:
         """Return the next row.
 
+        Returns:
+            The next row of the pass, or padding at its end. The next pass follows, without end.
+
         Raises:
             ValueError: If the stream is empty or fails.
         """
@@ -164,7 +193,11 @@ class StreamReader:
         return row
 
     def mark(self) -> StreamMark:
-        """Return a mark from which the rows after the last one can be read again."""
+        """Return a mark from which the rows after the last one can be read again.
+
+        Returns:
+            The mark, for `resumed`. It is before the last row and says how many rows to read again and verify.
+        """
         following = self._number - self._mark.number
         return dataclasses.replace(self._mark, following=following, digest_after=self._digest, agreed=self._agreed)
 
@@ -225,8 +258,11 @@ def columns_of(stream: IterableDataset, name: str) -> list[str]:
         stream: The rows.
         name: Name of the stream in messages.
 
+    Returns:
+        Names of the columns in the order of the stream.
+
     Raises:
-        ValueError: If the stream is empty.
+        ValueError: If the stream declares no columns and is empty.
     """
     if stream.column_names is not None:
         return stream.column_names
@@ -237,13 +273,28 @@ def columns_of(stream: IterableDataset, name: str) -> list[str]:
 
 
 def undecoded(stream: IterableDataset) -> IterableDataset:
-    """Return a copy of a stream whose images stay bytes or paths, so that a broken one does not end it."""
+    """Return a copy of a stream whose images stay bytes or paths, so that a broken one does not end it.
+
+    Args:
+        stream: The rows. If it declares no features, its values stay as they are.
+
+    Returns:
+        The copy, without the stream's format.
+    """
     plain = stream.with_format(None)
     return plain.decode(False) if plain.features else plain
 
 
 def digest(value: Any, before: int = 0) -> int:
-    """Return a checksum of a row as it was read, continued from the checksum of the rows before it."""
+    """Return a checksum of a row as it was read, continued from the checksum of the rows before it.
+
+    Args:
+        value: A row, or a value in it. The order of the columns does not matter.
+        before: Checksum of the rows before it; 0 for the first.
+
+    Returns:
+        CRC-32, 0..2**32-1.
+    """
     if isinstance(value, Mapping):
         for name in sorted(value):
             before = digest(value[name], zlib.crc32(name.encode(), before))

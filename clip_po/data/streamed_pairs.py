@@ -72,7 +72,12 @@ class StreamedPairs(torch.utils.data.Dataset[Row]):
         return self.batches * self.multiple
 
     def start_from(self, mark: StreamMark | None) -> None:
-        """Continue after the batch of a mark, or start from the beginning if it is None."""
+        """Set where the next rows are read from.
+
+        Args:
+            mark: Mark of the last batch of an interrupted run. The rows up to the end of that batch are read again
+                and verified when the next batch is loaded. None starts from the beginning of the stream.
+        """
         self._mark, self._reader = mark, None
 
     def __getitem__(self, key: int | RowKey) -> Row:
@@ -148,7 +153,14 @@ def _decode(feature: ImageFeature, value: Any, column: str, where: str) -> Image
 
 
 def is_stream(dataset: Any) -> TypeGuard[IterableDataset | TypographicStream]:
-    """Return whether a dataset is one that `checked_stream` accepts."""
+    """Return whether a dataset is one that `checked_stream` accepts.
+
+    Args:
+        dataset: Any value.
+
+    Returns:
+        True for a `datasets.IterableDataset` and a `TypographicStream`.
+    """
     return isinstance(dataset, (IterableDataset, TypographicStream))
 
 
@@ -165,11 +177,17 @@ def checked_stream(
         preferences: As for `StreamedPairs`.
         regularization: Ordinary images, or None to take each row's `clean_image`.
         candidate_texts: The candidate texts of every row, if any.
-        args: Losses, number of batches, seed, and what to do with unreadable images.
+        args: Losses, `reg_weight`, number and size of batches, seed, and what to do with unreadable images.
         name: Name of the preferences in messages.
 
+    Returns:
+        The pairs of a run of `max_steps` optimizer steps.
+
     Raises:
-        ValueError, TypeError: If the stream or an argument can't be used.
+        ValueError: If `max_steps` <= 0, if `precompute_ref_log_probs`, `embeddings_cache` or `dataloader_drop_last` is
+            set, if the stream was split by `split_dataset_by_node`, if its columns or the texts of its attack don't
+            suit the losses or the candidate texts, or if images that the losses or `reg_weight` need are missing.
+        TypeError: If `regularization` is used and is not a `datasets.Dataset`.
     """
     if args.max_steps <= 0:
         raise ValueError(

@@ -72,11 +72,37 @@ class AttackedClasses:
         return max(self.attack.count[1], others)
 
     def words(self, label: int, index: int, epoch: int) -> tuple[str, ...]:
-        """Draw the attack words of a row, none of them its class."""
+        """Draw the attack words of a row, none of them its class.
+
+        Args:
+            label: Class of the row, 0..C-1.
+            index: Number of the row.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            The words, as many as `attack.count` allows.
+
+        Raises:
+            ValueError: If no attack word besides the class is left.
+        """
         return self.attack.written(index, epoch, exclude={self.class_names[label]})
 
     def attacked(self, clean: Image.Image, words: Sequence[str], index: int, epoch: int) -> Image.Image:
-        """Write the attack words of a row on its clean image."""
+        """Write the attack words of a row on its clean image.
+
+        Args:
+            clean: PIL image of any mode; it is not changed.
+            words: The words, at least one. Spaces separate them.
+            index: Number of the row, from which its style is drawn.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            RGB image, of the size of `attack.canvas(clean)`.
+
+        Raises:
+            TypeError: If `clean` is not a PIL image.
+            ValueError: If there is no word, or the image can't be converted; see `to_rgb`.
+        """
         return self.attack.draw(clean, " ".join(words), index, epoch)
 
     def preference(self, label: int, words: Sequence[str]) -> Row:
@@ -85,6 +111,10 @@ class AttackedClasses:
         Args:
             label: Its class.
             words: Its attack words, as returned by `words`.
+
+        Returns:
+            `chosen`, the prompt of the class, and `rejected`, the prompts of the attack words and, under "others", of
+            all other classes after them.
         """
         name = self.class_names[label]
         others = [n for n in self.class_names if n != name and n not in words] if self.rejected == "others" else []
@@ -179,7 +209,19 @@ class TypographicPreferences(AttackedClasses, torch.utils.data.Dataset[Row]):
         return self.attack.redraw == "every_epoch"
 
     def row(self, index: int, epoch: int) -> Row:
-        """Return a row as drawn in an epoch."""
+        """Return a row as drawn in an epoch.
+
+        Args:
+            index: Number of the row.
+            epoch: Epoch, counted from 0. It changes nothing if the attack's `redraw` is "never".
+
+        Returns:
+            `image` (attacked) and `clean_image`, both RGB, `chosen`, `rejected` and `weight`.
+
+        Raises:
+            UnreadableImage: If the clean image is missing or can't be read; the message names row and column.
+            ValueError: If no attack word is left for the row.
+        """
         clean = self.image("clean_image", index)
         words = self.words(self.labels[index], index, epoch)
         return {
@@ -189,18 +231,52 @@ class TypographicPreferences(AttackedClasses, torch.utils.data.Dataset[Row]):
         }
 
     def texts(self, index: int, epoch: int) -> Row:
-        """Return a row without its images, which are neither read nor drawn."""
+        """Return a row without its images, which are neither read nor drawn.
+
+        Args:
+            index: Number of the row.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            `chosen`, `rejected` and `weight`, the same as in `row`.
+
+        Raises:
+            ValueError: If no attack word is left for the row.
+        """
         return self._texts(index, self.words(self.labels[index], index, epoch))
 
     def _texts(self, index: int, words: Sequence[str]) -> Row:
         return {**self.preference(self.labels[index], words), "weight": self.weights[index]}
 
     def image(self, name: str, index: int) -> Image.Image:
-        """Return the `clean_image` of a row, or its attacked `image` in epoch 0."""
+        """Return one image of a row of epoch 0.
+
+        Args:
+            name: "clean_image", or "image" for the attacked image.
+            index: Number of the row.
+
+        Returns:
+            RGB image.
+
+        Raises:
+            UnreadableImage: If the clean image is missing or can't be read; the message names row and column.
+            ValueError: If no attack word is left for the row and `name` is "image".
+        """
         return read_image(self.images, self.image_column, index) if name == "clean_image" else self[index][name]
 
     def digest(self, name: str) -> str:
-        """Return a digest of what the images of `image` in epoch 0, or of `clean_image`, are made from."""
+        """Return a digest of everything that the images of a column in epoch 0 depend on.
+
+        Args:
+            name: "clean_image" for the stored images alone; "image" for the attack, class names, labels and the
+                versions of clip_po and Pillow too.
+
+        Returns:
+            SHA-256 as 64 hexadecimal digits.
+
+        Raises:
+            UnreadableImage: If a file can't be read; the message names the row.
+        """
         images = image_digest(self.dataset, self.image_column)
         if name == "clean_image":
             return images
@@ -261,6 +337,10 @@ class TypographicStream(AttackedClasses):
         Args:
             values: The row as read from the stream.
             where: The row in messages.
+
+        Returns:
+            label: Class, 0..C-1.
+            weight: Weight >= 0; 1 without a `weight_column`.
 
         Raises:
             ValueError: If the label is out of range, or the weight is not a finite number >= 0.

@@ -121,7 +121,10 @@ def card_of_run(trainer: Any, model_name: str, kind: CheckpointKind, report: str
         trainer: The trainer, for its arguments, base model and last evaluation.
         model_name: Name of the model if the arguments name no repository.
         kind: What the checkpoint holds.
-        report: A Markdown table of measurements before and after alignment; None if there is none.
+        report: A Markdown table of measurements before and after alignment; None to show the last evaluation instead.
+
+    Returns:
+        The card, not yet saved.
     """
     args, settings = trainer.args, trainer.args.to_dict()
     return model_card(

@@ -217,8 +217,13 @@ class TypographicAttack:
             epoch: Epoch, counted from 0.
             exclude: Words that must not be written, in upper or lower case, such as the row's true class.
 
+        Returns:
+            The words in the order in which they are written, `count[0]` to `count[1]` of them. No two are equal, even
+            in upper or lower case. The first is the same for any `count`.
+
         Raises:
-            ValueError: If no word is left.
+            ValueError: If `exclude` and the words drawn so far leave none to draw from `words`, or from `other_words`
+                where one of these is drawn.
         """
         excluded = {word.casefold() for word in exclude}
         rng = self._random("word", index, epoch)
@@ -244,6 +249,12 @@ class TypographicAttack:
             index: Row of the dataset.
             epoch: Epoch, counted from 0.
             exclude: Words that must not be written, as for `written`.
+
+        Returns:
+            The words of `written`, in the same order.
+
+        Raises:
+            ValueError: If no word is left, as for `written`.
         """
         return " ".join(self.written(index, epoch, exclude))
 
@@ -253,12 +264,16 @@ class TypographicAttack:
         Of several strings, it is the one whose ink and width in the row's font are closest to the word's.
 
         Args:
-            word: The attack word.
+            word: The attack word; not empty.
             index: Row of the dataset.
             epoch: Epoch, counted from 0.
 
+        Returns:
+            The string: each letter or digit of the word becomes a consonant in the same case. Other characters, such
+            as spaces, stay. The string as a whole is no attack word.
+
         Raises:
-            ValueError: If every such string is an attack word.
+            ValueError: If every string that was tried is an attack word, or `word` is empty.
         """
         rng = self._random("meaningless", index, epoch)
         known = {known.lower() for known in self.vocabulary}
@@ -279,7 +294,15 @@ class TypographicAttack:
         return min(strings, key=distance)
 
     def style(self, index: int, epoch: int = 0) -> TextStyle:
-        """Draw the style of a row."""
+        """Draw the style of a row.
+
+        Args:
+            index: Row of the dataset.
+            epoch: Epoch, counted from 0. It changes nothing if `redraw` is "never".
+
+        Returns:
+            The style, with all `colours` in random order.
+        """
         rng = self._random("style", index, epoch)
         place = PLACES[rng.choice(list(self.places))]
         anywhere = (rng.random(), rng.random())
@@ -298,7 +321,19 @@ class TypographicAttack:
         )
 
     def canvas(self, image: Image.Image) -> Image.Image:
-        """Return the image that words are written on, in RGB: cropped to `crop`, or enlarged to `min_side`."""
+        """Return the image that words are written on: cropped to `crop`, or enlarged to `min_side`.
+
+        Args:
+            image: PIL image of any mode.
+
+        Returns:
+            RGB image: `crop` by `crop` pixels, or without `crop` of the same aspect ratio and with a short side >=
+            `min_side`.
+
+        Raises:
+            TypeError: If `image` is not a PIL image.
+            ValueError: If it can't be converted; see `to_rgb`.
+        """
         return enlarge(image, self.min_side) if self.crop is None else middle(to_rgb(image), self.crop)
 
     def draw(self, image: Image.Image, text: str, index: int, epoch: int = 0) -> Image.Image:

@@ -40,7 +40,14 @@ def relative_luminance(colour: Colour) -> float:
 
 
 def contrast_ratio(first: Colour, second: Colour) -> float:
-    """Return the contrast ratio of two colours, 1 (equal) to 21 (black on white).
+    """Return the contrast ratio of two colours.
+
+    Args:
+        first: Red, green, blue in 0..255.
+        second: Red, green, blue in 0..255. The order of the colours does not matter.
+
+    Returns:
+        The ratio, from 1 (equal) to 21 (black on white).
 
     Source: WCAG 2.2, "contrast ratio".
     """
@@ -56,8 +63,11 @@ def load_font(name: str, pixels: int) -> Font:
         name: "pillow" for the default font of Pillow, or the path of a TrueType or OpenType file.
         pixels: Size of the font's em square, >= 1.
 
+    Returns:
+        The font. It is cached, so callers share the object.
+
     Raises:
-        ValueError: If Pillow can't read the file as a font.
+        ValueError: If Pillow can't read the file as a font, or `pixels` < 1.
     """
     if name == PILLOW_FONT:
         return ImageFont.load_default(pixels)
@@ -71,7 +81,19 @@ def load_font(name: str, pixels: int) -> Font:
 
 
 def enlarge(image: Image.Image, min_side: int) -> Image.Image:
-    """Return an image in RGB, enlarged if needed so that its short side has at least `min_side` pixels."""
+    """Enlarge an image if its short side has fewer than `min_side` pixels.
+
+    Args:
+        image: PIL image of any mode.
+        min_side: Smallest short side in pixels, >= 1.
+
+    Returns:
+        RGB image of the same aspect ratio, up to rounding. The same object if it already is RGB and large enough.
+
+    Raises:
+        TypeError: If `image` is not a PIL image.
+        ValueError: If it can't be converted; see `to_rgb`.
+    """
     image = to_rgb(image)
     short = min(image.size)
     if short >= min_side:
@@ -225,6 +247,13 @@ def draw_blank(image: Image.Image, text: str, style: TextStyle) -> Image.Image:
         image: Any PIL image; the result is RGB of the same size.
         text: The text to cover; not empty.
         style: As for `draw_text`. Without a sticker, the box has the first colour of the style.
+
+    Returns:
+        The image with the box.
+
+    Raises:
+        TypeError: If `image` is not a PIL image.
+        ValueError: If the text is empty, or the image can't be converted; see `to_rgb`.
     """
     image = to_rgb(image)
     style = replace(style, sticker=style.sticker or style.colours[0])
@@ -347,11 +376,18 @@ def check_visible(text: str, font: str) -> None:
 
 
 def ink_and_width(text: str, font: str) -> tuple[float, float]:
-    """Return the ink and the width of a text, in pixels, at one size for all texts.
+    """Return the ink and the width of a text at one size, 24 pixels, for all texts.
 
     Args:
         text: The text; not empty.
         font: Name of the font, as for `load_font`.
+
+    Returns:
+        ink: Area that the letters cover, in pixels; 0 if the font draws none of them.
+        width: Sum of the letters' widths, in pixels.
+
+    Raises:
+        ValueError: If the text is empty, or Pillow can't read the font.
     """
     inks, widths = zip(*(_letter_ink(letter, font) for letter in text), strict=True)
     return sum(inks), sum(widths)
