@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_gather
 
+from clip_po.text_identity import TextTokens
 from clip_po.validation import check_candidates
 
 
@@ -17,18 +18,24 @@ class CandidateTexts:
 
     Args:
         texts: M different texts, at least two; None where each row names its own.
+        tokens: The token ids that the text tower reads, which tell texts apart; None to compare the texts themselves.
 
     Attributes:
         texts: The texts as a tuple, or None.
+        tokens: The argument.
 
     Raises:
-        ValueError: If there are fewer than two texts, one is empty, or one occurs twice.
+        ValueError: If there are fewer than two texts, one is empty, or the model can't tell two of them apart.
         TypeError: If `texts` is not a list, or an entry is not a string.
     """
 
-    def __init__(self, texts: Sequence[str] | None = None) -> None:
+    def __init__(self, texts: Sequence[str] | None = None, tokens: TextTokens | None = None) -> None:
         check_candidates(texts)
         self.texts = None if texts is None else tuple(texts)
+        self.tokens = tokens
+        if tokens is not None and self.texts is not None:
+            tokens.warn_of_cut(tokens.learn(self.texts), "candidate_texts")
+            tokens.check_differ(self.texts, "candidate_texts", "Give each candidate once.")
         self._positions = {text: position for position, text in enumerate(self.texts or ())}
 
     def __bool__(self) -> bool:
@@ -49,6 +56,10 @@ class CandidateTexts:
         """
         return self._positions[text]
 
+    def identity(self, text: str) -> Hashable:
+        """Return what is the same for two texts if, and only if, the model can't tell them apart."""
+        return text if self.tokens is None else self.tokens(text)
+
     def of_batch(self, batch: Mapping[str, Any]) -> Sequence[str]:
         """Return the texts that positions in a batch refer to: those given for every row, else `batch["texts"]`.
 
@@ -62,8 +73,8 @@ class CandidateTexts:
         return self.texts if self.texts is not None else batch["texts"]
 
 
-def in_batch_candidates(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Make every text of the global batch a candidate of each of its rows.
+def in_batch_candidates(batch: Mapping[str, Any], identity: Callable[[str], Hashable] = str) -> dict[str, Any]:
+    """Make every text of the global batch a candidate of each of its rows. Texts with one identity are one candidate.
 
     All processes must call this function together. Under gradient accumulation, a global batch is one micro-batch of
     all processes.
@@ -71,6 +82,7 @@ def in_batch_candidates(batch: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         batch: The rows of this process, as `DataCollatorForContrastivePreference` makes them without
             `candidate_texts`.
+        identity: What is the same for two texts that the model can't tell apart, as `CandidateTexts.identity`.
 
     Returns:
         The batch without `candidates`. Its `texts` are the texts of all processes, each once and in the order of the
@@ -80,13 +92,16 @@ def in_batch_candidates(batch: Mapping[str, Any]) -> dict[str, Any]:
     if _processes() > 1:
         own = [[] for _ in range(_processes())]
         distributed.all_gather_object(own, batch["texts"])
-    place = {text: position for position, text in enumerate(dict.fromkeys(text for texts in own for text in texts))}
-    moved = batch["chosen"].new_tensor([place[text] for text in batch["texts"]])
+    first: dict[Hashable, str] = {}
+    for text in (text for texts in own for text in texts):
+        first.setdefault(identity(text), text)
+    place = {known: position for position, known in enumerate(first)}
+    moved = batch["chosen"].new_tensor([place[identity(text)] for text in batch["texts"]])
     candidates = moved[batch["candidates"].clamp(min=0)]
     chosen, rejected = batch["chosen"].unsqueeze(-1), batch["rejected"]
     return {
         **{name: value for name, value in batch.items() if name != "candidates"},
-        "texts": list(place),
+        "texts": list(first.values()),
         "chosen": candidates.gather(-1, chosen).squeeze(-1),
         "rejected": candidates.gather(-1, rejected.clamp(min=0)).masked_fill(rejected < 0, -1),
     }

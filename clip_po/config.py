@@ -21,6 +21,7 @@ from clip_po.validation import (
     SEED,
     STEPS,
     Allowed,
+    check_candidates,
     check_number,
     check_writable,
 )
@@ -368,6 +369,7 @@ def check_args(args: Any, compute_metrics: Any, candidate_texts: Any = None) -> 
             "metrics are computed batch by batch. The function takes (eval_prediction, compute_result) and returns "
             "the metrics if compute_result is True."
         )
+    check_candidates(candidate_texts)
     if args.in_batch_candidates and candidate_texts is not None:
         raise ValueError(
             "in_batch_candidates=True takes the candidates from each batch, but candidate_texts sets them for every "

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, ProcessorMixin
 
 from clip_po.models import dual_encoder
+from clip_po.text_identity import check_tokenizer
 
 
 @contextlib.contextmanager
@@ -49,7 +50,7 @@ def encode_texts(model: nn.Module, processor: ProcessorMixin, texts: Sequence[st
         Tensor[M, D], unit-norm, at least float32, on the device of the model.
 
     Raises:
-        ValueError: If `texts` is a single string or empty, or an embedding is not finite.
+        ValueError: If `texts` is a single string or empty, an embedding is not finite, or as for `check_tokenizer`.
     """
     with torch.autocast(dual_encoder(model).device.type, enabled=False):
         return encode_texts_autocast(model, processor, texts, batch_size)
@@ -77,6 +78,7 @@ def encode_texts_autocast(
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts must be a list of at least one text, got {texts!r}.")
     encoder = dual_encoder(model)
+    check_tokenizer(processor.tokenizer, encoder)
     embeds = []
     with evaluating(encoder):
         for start in range(0, len(texts), batch_size):

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
 from clip_po.hub.safe_loading import refuse_pickles
+from clip_po.text_identity import check_tokenizer
 from clip_po.training.resuming import differences
 from clip_po.validation import check_finite
 
@@ -307,7 +308,8 @@ def check_processor(processor: Any, model: nn.Module) -> None:
 
     Raises:
         TypeError: If it has no image processor or no tokenizer, or as for `dual_encoder`.
-        ValueError: If it makes images of another size, or its tokenizer has more tokens than the model.
+        ValueError: If it makes images of another size, its tokenizer has more tokens than the model, or as for
+            `check_tokenizer`.
     """
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise TypeError(
@@ -326,6 +328,7 @@ def check_processor(processor: Any, model: nn.Module) -> None:
             f"The tokenizer has {len(processor.tokenizer)} tokens, but the model only "
             f"{config.text_config.vocab_size}. Load the processor of the same checkpoint as the model."
         )
+    check_tokenizer(processor.tokenizer, dual_encoder(model))
 
 
 def image_size(processor: ProcessorMixin) -> int | None:

@@ -33,6 +33,7 @@ from clip_po.metrics import RunningMeans, preference_metrics
 from clip_po.models import check_processor, default_output_dir, dual_encoder, load_policy, load_processor
 from clip_po.policy import Policy, preference_logps, regularization_kl
 from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
+from clip_po.text_identity import TextTokens
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback
 from clip_po.training.checkpoints import CheckpointCallback, saving, whole_checkpoint
 from clip_po.training.nan_guard import NanGuardCallback
@@ -98,11 +99,12 @@ class ContrastivePOTrainer(Trainer):
     ) -> None:
         args = args if args is not None else ContrastivePOConfig(default_output_dir(model))
         check_args(args, compute_metrics, candidate_texts)
-        self.candidates, self.reg_dataset = CandidateTexts(candidate_texts), reg_dataset
+        self.reg_dataset = reg_dataset
         encoder = self.load_encoder(model, ref_model, args, peft_config)
         processor = processing_class or load_processor(encoder, args)
         for checked in (encoder, ref_model) if ref_model is not None else (encoder,):
             check_processor(processor, checked)
+        self.candidates = CandidateTexts(candidate_texts, TextTokens.of(processor, dual_encoder(encoder)))
         super().__init__(
             model=self.module_to_train(encoder),
             args=args,
@@ -336,7 +338,9 @@ class ContrastivePOTrainer(Trainer):
         """Count the skipped rows of a batch, and let its rows share their candidates if the arguments say so."""
         skipped = self.skipped_in_training if self.model.training else self.skipped_in_evaluation
         skipped.add(inputs.pop("skipped", ()))
-        return in_batch_candidates(inputs) if self.args.in_batch_candidates else inputs
+        if not self.args.in_batch_candidates:
+            return inputs
+        return in_batch_candidates(inputs, self.candidates.identity)
 
     # ---- Training --------------------------------------------------------------------------------------------
 

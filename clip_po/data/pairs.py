@@ -52,7 +52,8 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
         targets: Literal["clean_image"] | None = None,
         on_bad_image: OnBadImage = "raise",
     ) -> None:
-        self.preferences = as_rows(preferences, candidate_texts or CandidateTexts(), name)
+        candidates = CandidateTexts() if candidate_texts is None else candidate_texts
+        self.preferences = as_rows(preferences, candidates, name)
         self.completion = RowCompletion(regularization, targets, seed, on_bad_image)
         self.name = name
         self.reference: Mapping[str, Tensor] = {}

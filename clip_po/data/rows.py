@@ -12,6 +12,7 @@ from PIL import Image
 from clip_po.candidates import CandidateTexts
 from clip_po.data.embedding_cache import image_digest
 from clip_po.data.formats import IMAGE_COLUMNS, Row, check_preferences, read_row, to_texts
+from clip_po.data.row_texts import check_row_texts
 
 
 @runtime_checkable
@@ -210,6 +211,7 @@ class DatasetRows:
             TypeError: If an entry of a row's `candidates` is not a string.
         """
         check_preferences(self.dataset, candidate_texts.texts, loss_types, name)
+        check_row_texts(self.dataset, candidate_texts, name)
 
 
 def as_rows(preferences: Any, candidate_texts: CandidateTexts, name: str) -> PreferenceRows:

@@ -19,6 +19,7 @@ from clip_po.data.bad_images import OnBadImage, read_or_blank
 from clip_po.data.formats import IMAGE_COLUMNS, Row, check_columns, check_row, check_types, to_texts
 from clip_po.data.images import to_rgb
 from clip_po.data.row_completion import RowCompletion, image_sources
+from clip_po.data.row_texts import check_streamed_texts
 from clip_po.data.sampler import RowKey
 from clip_po.data.stream_reader import StreamMark, StreamReader, StreamRow, columns_of
 from clip_po.data.typographic_preferences import TypographicStream
@@ -62,7 +63,7 @@ class StreamedPairs(torch.utils.data.Dataset[Row]):
         self.multiple = multiple
         self.loss_types = loss_types
         self.completion = RowCompletion(regularization, targets, seed, on_bad_image)
-        self.candidate_texts = candidate_texts or CandidateTexts()
+        self.candidate_texts = CandidateTexts() if candidate_texts is None else candidate_texts
         self.name = name
         self._stream = _rows(preferences)
         self._mark: StreamMark | None = None
@@ -118,6 +119,7 @@ class StreamedPairs(torch.utils.data.Dataset[Row]):
         """Return a row in a preference format, and by column why its images can't be read."""
         texts = {name: value for name, value in values.items() if name not in IMAGE_COLUMNS}
         check_row(texts, self.candidate_texts.texts, self.loss_types, where)
+        check_streamed_texts(texts, self.candidate_texts, where)
         used = [name for name in IMAGE_COLUMNS if name == "image" or self.completion.needs_clean_image]
         images = {name: self._decoded(values, name, where) for name in used}
         reasons = {name: reason for name, (_, reason) in images.items() if reason}

@@ -129,8 +129,8 @@ class AttackedClasses:
             name: Name of the preferences in messages.
 
         Raises:
-            ValueError: If a loss compares with one rejected text and there may be more, or if a text may be drawn
-                that is not a candidate.
+            ValueError: If a loss compares with one rejected text and there may be more, if a text may be drawn that
+                is not a candidate, or if the model can't tell two of the texts apart.
         """
         single = SINGLE_REJECTED & set(loss_types)
         if single and self.most_rejected > 1:
@@ -145,6 +145,11 @@ class AttackedClasses:
                 "candidate_texts. Pass candidate_texts=dataset.candidate_texts and attack words that are class "
                 "names, or leave candidate_texts out."
             )
+
+        if candidate_texts.tokens is not None:
+            tokens = candidate_texts.tokens
+            tokens.warn_of_cut(tokens.learn(self.all_texts), name)
+            tokens.check_differ(self.all_texts, f"{name} may draw", "Leave one of the two names out, or rename it.")
 
     def _prompt(self, name: str) -> str:
         return self.template.replace("{}", name)
