@@ -1,7 +1,7 @@
 """Identity of texts: two texts are the same to the model if its text tower reads the same token ids.
 
-CLIP's tokenizer converts texts to lower case and folds spaces. The text tower reads a limited number of tokens, and its
-embedding is that of the first end-of-text token, so nothing after that token counts.
+CLIP's tokenizer converts texts to lower case and folds spaces. The text tower reads a limited number of tokens, and
+its embedding is that of the first end-of-text token, so nothing after that token counts.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from PIL import Image
 
 from clip_po.candidates import CandidateTexts
 from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.data.attacks.words import spelling
 from clip_po.data.class_labels import known_class_names, read_labels, read_weights
 from clip_po.data.embedding_cache import fingerprint, image_digest
 from clip_po.data.formats import Row
@@ -54,6 +55,9 @@ class AttackedClasses:
         self.class_names = list(class_names)
         self.template = template
         self.rejected = rejected
+        self._named: dict[str, str] = {}
+        for word in (*self.class_names, *attack.vocabulary):  # a class keeps its own spelling in texts
+            self._named.setdefault(spelling(word), word)
 
     @property
     def candidate_texts(self) -> list[str]:
@@ -63,7 +67,7 @@ class AttackedClasses:
     @property
     def all_texts(self) -> list[str]:
         """Every text that a row may hold: the prompts of the classes and of other attack words."""
-        return [self._prompt(name) for name in dict.fromkeys((*self.class_names, *self.attack.vocabulary))]
+        return [self._prompt(name) for name in self._named.values()]
 
     @property
     def most_rejected(self) -> int:
@@ -72,7 +76,7 @@ class AttackedClasses:
         return max(self.attack.count[1], others)
 
     def words(self, label: int, index: int, epoch: int) -> tuple[str, ...]:
-        """Draw the attack words of a row, none of them its class.
+        """Draw the attack words of a row, none of them a spelling of its class.
 
         Args:
             label: Class of the row, 0..C-1.
@@ -117,8 +121,10 @@ class AttackedClasses:
             all other classes after them.
         """
         name = self.class_names[label]
-        others = [n for n in self.class_names if n != name and n not in words] if self.rejected == "others" else []
-        return {"chosen": self._prompt(name), "rejected": [self._prompt(rejected) for rejected in (*words, *others)]}
+        wrong = [self._named[spelling(word)] for word in words]
+        if self.rejected == "others":
+            wrong += [other for other in self.class_names if other != name and other not in wrong]
+        return {"chosen": self._prompt(name), "rejected": [self._prompt(rejected) for rejected in wrong]}
 
     def check(self, candidate_texts: CandidateTexts, loss_types: Collection[str], name: str) -> None:
         """Raise if texts that may be drawn don't suit the losses or the candidate texts.

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.data.attacks.words import spelling
 from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.encoding import evaluating
@@ -54,7 +55,7 @@ class RobustnessImages(torch.utils.data.Dataset):
     Attributes:
         class_names: The names, as a tuple.
         label: Array [N * renderings] of true classes.
-        word: Array [N * renderings], the class named by the written word; -1 if it names none.
+        word: Array [N * renderings], the class named by the written word in any spelling; -1 if it names none.
         written: Array [N * renderings] of the words.
         cluster: Array [N * renderings] of cluster numbers.
 
@@ -90,15 +91,9 @@ class RobustnessImages(torch.utils.data.Dataset):
         self._kept: dict[int, Tensor] = {}
         self.label = np.repeat(label, renderings)
         self.cluster = np.repeat(_clusters(dataset, cluster_column), renderings)
-        # A word that differs from the class name only in case is not a wrong word to a reader.
-        folded = {word: word.casefold() for word in attack.words}
-        same = [[w for w in folded if folded[w] == name.casefold()] for name in self.class_names]
-        words = [attack.word(index, exclude=same[truth]) for index, truth in enumerate(self.label)]
+        words = [attack.word(index, exclude={self.class_names[truth]}) for index, truth in enumerate(self.label)]
         self.written = np.array(words, dtype=np.str_)
-        numbers = {name.casefold(): number for number, name in enumerate(self.class_names)}
-        numbers |= {name: number for number, name in enumerate(self.class_names)}
-        named = [numbers.get(word, numbers.get(word.casefold(), -1)) for word in words]
-        self.word = np.array(named, dtype=np.int64)
+        self.word = np.array(_classes_named(words, self.class_names), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -151,6 +146,16 @@ class RobustnessImages(torch.utils.data.Dataset):
 
     def _read(self, index: int) -> Image.Image:
         return read_image(self._images, self.image_column, index // self.renderings)
+
+
+def _classes_named(words: Sequence[str], class_names: Sequence[str]) -> list[int]:
+    """Return the class that each word names: the first one of its exact name, else of another spelling; -1 if none."""
+    exact: dict[str, int] = {}
+    spelled: dict[str, int] = {}
+    for number, name in enumerate(class_names):
+        exact.setdefault(name, number)
+        spelled.setdefault(spelling(name), number)
+    return [exact.get(word, spelled.get(spelling(word), -1)) for word in words]
 
 
 def _clusters(dataset: Dataset, cluster_column: str | None) -> np.ndarray:

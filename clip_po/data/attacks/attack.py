@@ -21,6 +21,7 @@ from clip_po.data.attacks.drawing import (
     ink_and_width,
     load_font,
 )
+from clip_po.data.attacks.words import spelling
 from clip_po.data.images import middle, to_rgb
 from clip_po.validation import COUNT, FINITE, check_number
 
@@ -72,7 +73,7 @@ class TypographicAttack:
     Args:
         words: Attack words, at least two; usually the class names.
         other_words: Words that are not classes, such as `EVERYDAY_WORDS`, for `other_share` of the written words.
-            Words that name a class, in upper or lower case, are left out.
+            Words that name a class, in any spelling, are left out.
         other_share: Share of the written words that are drawn from `other_words`, 0..1.
         count: Lowest and highest number of different words on an image, >= 1.
         fonts: Names of fonts, as for `load_font`.
@@ -195,17 +196,17 @@ class TypographicAttack:
         """Every word that may be written, without repetition."""
         if not self.other_share:
             return list(dict.fromkeys(self.words))
-        known = {word.casefold() for word in self.words}
-        return list(dict.fromkeys([*self.words, *(w for w in self.other_words if w.casefold() not in known)]))
+        known = {spelling(word) for word in self.words}
+        return list(dict.fromkeys([*self.words, *(w for w in self.other_words if spelling(w) not in known)]))
 
     @functools.cached_property
     def _pools(self) -> tuple[tuple[list[str], dict[str, list[int]]], ...]:
-        """Attack words and other words, each with the positions of a word in lower case. There may be thousands."""
+        """Attack words and other words, each with the positions of a word by its `spelling`."""
         pools = []
         for words in (list(self.words), self.vocabulary[len(set(self.words)) :]):
             places: dict[str, list[int]] = {}
             for place, word in enumerate(words):
-                places.setdefault(word.casefold(), []).append(place)
+                places.setdefault(spelling(word), []).append(place)
             pools.append((words, places))
         return tuple(pools)
 
@@ -215,7 +216,7 @@ class TypographicAttack:
         Args:
             index: Row of the dataset.
             epoch: Epoch, counted from 0.
-            exclude: Words that must not be written, in upper or lower case, such as the row's true class.
+            exclude: Words that must not be written in any spelling, such as the row's true class.
 
         Returns:
             The words in the order in which they are written, `count[0]` to `count[1]` of them. No two are equal, even
@@ -225,7 +226,7 @@ class TypographicAttack:
             ValueError: If `exclude` and the words drawn so far leave none to draw from `words`, or from `other_words`
                 where one of these is drawn.
         """
-        excluded = {word.casefold() for word in exclude}
+        excluded = {spelling(word) for word in exclude}
         rng = self._random("word", index, epoch)
         chosen: list[str] = []
         # The number is drawn last, so that the first word is the same for any `count`.
@@ -239,7 +240,7 @@ class TypographicAttack:
             for missing in gone:
                 place += missing <= place
             chosen.append(pool[place])
-            excluded.add(chosen[-1].casefold())
+            excluded.add(spelling(chosen[-1]))
         return tuple(chosen[: rng.randint(*self.count)])
 
     def word(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> str:

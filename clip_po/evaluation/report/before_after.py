@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from clip_po.data.attacks.drawing import PILLOW_FONT, Colour, Font, load_font
+from clip_po.data.attacks.words import spelling
 from clip_po.evaluation.robustness import Answers
 from clip_po.validation import COUNT, check_number
 
@@ -231,7 +232,7 @@ def _card(page: Image.Image, corner: tuple[int, int], example: Example, image: I
 def _colour(example: Example, answer: str) -> Colour:
     if answer == example.truth:
         return _RIGHT
-    return _WORD if answer.casefold() == example.word.casefold() else _OTHER
+    return _WORD if spelling(answer) == spelling(example.word) else _OTHER
 
 
 def _mark(page: Image.Image, center: tuple[int, int], right: bool, colour: Colour) -> None:

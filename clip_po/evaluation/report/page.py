@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from clip_po.atomic_write import atomic_write
+from clip_po.data.attacks.words import spelling
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.report.before_after import CHANGES, Example
 from clip_po.evaluation.report.figures import figure_svg
@@ -132,7 +133,7 @@ class ExampleCard:
         """
         if answer == self.example.truth:
             return "right"
-        return "word" if answer.casefold() == self.example.word.casefold() else "other"
+        return "word" if spelling(answer) == spelling(self.example.word) else "other"
 
 
 @dataclass(frozen=True)
