@@ -17,6 +17,7 @@ from trl import ScriptArguments, TrlParser
 
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.words import EVERYDAY_WORDS
+from clip_po.data.class_labels import encode_labels, readable_names
 from clip_po.data.loading import load_split
 from clip_po.models import crop_side, image_size
 from clip_po.validation import COUNT, check_number
@@ -31,6 +32,11 @@ TASK_FILE = "clip_po_task.json"
 class TaskArguments(ScriptArguments):
     """Arguments for labelled images, their class names and the attack on them."""
 
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "The images: a Hub id, a folder (train/<class>/*.jpg), or a CSV, JSON or Parquet file."},
+    )
+
     image_column: str = field(default="image", metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of classes."})
     class_names: list[str] | None = field(
@@ -41,6 +47,12 @@ class TaskArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Text at which to cut the dataset's class names: a comma for lists of synonyms, as in ImageNet."
+        },
+    )
+    class_name_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML or JSON file that renames classes of the dataset, such as {n02099601: golden retriever}."
         },
     )
     prompt_template: str | None = field(
@@ -113,7 +125,8 @@ class TaskArguments(ScriptArguments):
         Raises:
             ValueError: If the split is empty.
         """
-        dataset = load_split(str(self.dataset_name), split, self.dataset_config)
+        dataset = load_split(str(self.dataset_name), split, self.dataset_config, self.image_column)
+        dataset = encode_labels(dataset, self.label_column, self.class_names)
         if len(dataset) == 0:
             raise ValueError(f"The split {split!r} of {self.dataset_name!r} is empty. Give one with images.")
         if self.max_samples is not None and self.max_samples < len(dataset):
@@ -128,14 +141,13 @@ class TaskArguments(ScriptArguments):
         """
         feature = dataset.features.get(self.label_column)
         known = feature.names if isinstance(feature, ClassLabel) else None
-        if known is not None and self.name_until:
-            known = [name.split(self.name_until)[0].strip() for name in known]
         if self.class_names is not None:
             return self.class_names
         if task is not None and (known is None or len(known) == len(task.class_names)):
             return list(task.class_names)
         if known is not None:
-            return list(known)
+            renamed = None if self.class_name_map is None else read_mapping(self.class_name_map, "--class_name_map")
+            return readable_names(known, self.name_until, renamed)
         raise ValueError(
             f"The column {self.label_column!r} is {feature}, which has no class names (columns: "
             f"{dataset.column_names}). Give --class_names, one for each label, or --label_column."
@@ -206,7 +218,7 @@ def flag_value(name: str, argv: Sequence[str]) -> str | None:
         if word.startswith(f"--{name}="):
             return word.split("=", 1)[1]
     if name != "config" and (file := flag_value("config", argv)) is not None:
-        return read_recipe(file).get(name)
+        return read_mapping(file).get(name)
     return None
 
 
@@ -214,25 +226,32 @@ def parse_flags(parser: TrlParser, argv: Sequence[str]) -> tuple[Any, ...]:
     """Parse flags and `--config` into one object for each class of the parser.
 
     Raises:
-        ValueError, OSError: As in `read_recipe`.
+        ValueError, OSError: As in `read_mapping`.
     """
     if (file := flag_value("config", argv)) is not None:
-        read_recipe(file)  # TrlParser's own errors do not name the file
+        read_mapping(file)  # TrlParser's own errors do not name the file
     return parser.parse_args_and_config(list(argv))
 
 
-def read_recipe(file: str) -> dict[str, Any]:
-    """Read a YAML file of flags and their values.
+def read_mapping(file: str, flag: str = "--config") -> dict[str, Any]:
+    """Read a YAML or JSON file that maps names to values.
+
+    Args:
+        file: The file.
+        flag: The flag that names it, for messages.
+
+    Returns:
+        The values by name; empty for an empty file.
 
     Raises:
-        ValueError: If the file is not YAML, or not a mapping of flags to values.
+        ValueError: If the file is not YAML, or not a mapping.
         OSError: If the file can't be read.
     """
     with open(file, encoding="utf-8") as stream:
         try:
             found = yaml.safe_load(stream)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config {file!r} is not a YAML file ({error}). Fix its syntax.") from error
+            raise ValueError(f"{flag} {file!r} is not a YAML file ({error}). Fix its syntax.") from error
     if found is not None and not isinstance(found, dict):
-        raise ValueError(f"--config {file!r} must hold flags and their values, such as beta: 0.1, got {found!r}.")
+        raise ValueError(f"{flag} {file!r} must map names to values, such as beta: 0.1, got {found!r}.")
     return found or {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import TrlParser
 
-from clip_po.cli.arguments import TaskArguments, flag_value, read_recipe
+from clip_po.cli.arguments import TaskArguments, flag_value, read_mapping
 from clip_po.cli.compare_methods import METHODS
 
 RECIPE_KEYS = ("methods", "attacks", "training")
@@ -121,7 +121,7 @@ def parse(argv: Sequence[str]) -> tuple[CompareArguments, Recipe]:
     file = flag_value("config", argv)
     if file is None:
         raise ValueError("--config is missing. Pass a YAML recipe with methods, such as examples/compare.yaml.")
-    settings = read_recipe(file)
+    settings = read_mapping(file)
     named = {key: settings.pop(key) for key in RECIPE_KEYS if key in settings}
     recipe = Recipe(**{"attacks": DEFAULT_ATTACKS, "methods": {}, "training": {}, **named})
     parser = TrlParser([CompareArguments], prog="clip-po compare")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
+from clip_po.data.table_files import replace_column
 from clip_po.validation import check_class_names, check_column, check_label, check_row_weight
+
+_WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def known_class_names(feature: object, label_column: str, class_names: Sequence[str] | None) -> tuple[str, ...]:
@@ -26,14 +30,14 @@ def known_class_names(feature: object, label_column: str, class_names: Sequence[
             number of names than the `ClassLabel`, or the same names in another order.
     """
     known: list[str] | None = feature.names if isinstance(feature, ClassLabel) else None
-    chosen = known if class_names is None else class_names
-    if chosen is None:
+    if class_names is None and known is not None:
+        return _checked(readable_names(known))
+    if class_names is None:
         raise ValueError(
             f"Column {label_column!r} is {feature}, without names; pass class_names, or load the column "
             f"as a ClassLabel, for instance with Dataset.class_encode_column({label_column!r})."
         )
-    check_class_names(chosen)
-    names = tuple(chosen)
+    names = _checked(class_names)
     if known is not None and len(known) != len(names):
         raise ValueError(
             f"Column {label_column!r} has {len(known)} classes, class_names has {len(names)} names; give one "
@@ -44,6 +48,11 @@ def known_class_names(feature: object, label_column: str, class_names: Sequence[
             f"class_names has the names of column {label_column!r} in another order; leave class_names out."
         )
     return names
+
+
+def _checked(names: Sequence[str]) -> tuple[str, ...]:
+    check_class_names(names)
+    return tuple(names)
 
 
 def read_labels(
@@ -69,6 +78,75 @@ def read_labels(
     for row, value in enumerate(values):
         check_label(value, len(names), f"Row {row}: column {label_column!r}")
     return names, np.array(values, dtype=np.int64)
+
+
+def readable_names(
+    names: Sequence[str], until: str | None = None, renamed: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return the names of classes as they are written in prompts and on images.
+
+    Args:
+        names: Names of a dataset, such as those of folders.
+        until: Text at which names are cut, such as a comma between synonyms.
+        renamed: Other names for some of `names`.
+
+    Returns:
+        The names in the same order, with spaces for underscores.
+
+    Raises:
+        ValueError: If all names are WordNet ids such as "n02099601", which say nothing to a model.
+    """
+    given = [(renamed or {}).get(name, name) for name in names]
+    if given and all(_WORDNET_ID.fullmatch(name) for name in given):
+        raise ValueError(
+            f"The class names are WordNet ids ({', '.join(given[:3])}, ...), which are no words to a model. Name the "
+            "classes with --class_name_map FILE, a YAML or JSON file such as {n02099601: golden retriever}, or "
+            "with --class_names."
+        )
+    return [readable_name(name, until) for name in given]
+
+
+def readable_name(name: str, until: str | None = None) -> str:
+    """Return the name of a class as it is written in prompts and on images.
+
+    Args:
+        name: Name of a dataset, such as that of a folder.
+        until: Text at which the name is cut, such as a comma between synonyms.
+
+    Returns:
+        The name with spaces for underscores.
+    """
+    return (name.split(until)[0] if until else name).replace("_", " ").strip()
+
+
+def encode_labels(dataset: Dataset, label_column: str, class_names: Sequence[str] | None = None) -> Dataset:
+    """Return a dataset whose labels are numbers: a column of strings becomes a `ClassLabel`.
+
+    Args:
+        dataset: One split.
+        label_column: Name of the column. Any other column than one of strings is left as it is.
+        class_names: The classes in the order of their numbers; None for the sorted values of the column.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        ValueError: If a value is missing, or is not one of `class_names`. The message names the row.
+    """
+    feature = dataset.features.get(label_column)
+    if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string"):
+        return dataset
+    values = list(dataset.with_format(None)[label_column])
+    names = sorted({value for value in values if value is not None}) if class_names is None else list(class_names)
+    number = {name: index for index, name in enumerate(names)}
+    number |= {value: number[name] for value in set(values) if value and (name := readable_name(value)) in number}
+    for row, value in enumerate(values):
+        if value not in number:
+            raise ValueError(
+                f"Row {row}: column {label_column!r} is {value!r}, which is not one of the {len(names)} classes "
+                f"{names[:5]}{'...' if len(names) > 5 else ''}. Fix the row, or give the classes with --class_names."
+            )
+    return replace_column(dataset, label_column, [number[value] for value in values], ClassLabel(names=names))
 
 
 def read_weights(dataset: Dataset, weight_column: str) -> list[float]:

@@ -137,7 +137,11 @@ def blank_image() -> Image.Image:
 
 
 def probe_image() -> Image.Image:
-    """Return the image whose embedding tells models and processors apart: 320 x 240 pixels of all colours."""
+    """Make the image whose embedding tells models and processors apart.
+
+    Returns:
+        320 x 240 random pixels in RGB, always the same.
+    """
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8))
 
 

@@ -1,29 +1,42 @@
-"""Load labelled images from the Hub, a folder of images, Parquet files, or a `save_to_disk` folder."""
+"""Load labelled images from the Hub, a folder of images, table files, or a `save_to_disk` folder."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets.config
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Image, load_dataset, load_dataset_builder, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Image,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import constants
+from huggingface_hub import DatasetCard, constants
 
+from clip_po.data.image_folder import find_images, load_image_folder
 from clip_po.data.path_safety import check_links, check_resolved
+from clip_po.data.table_files import READERS, decode_images, find_tables, load_tables
 
 
-def load_split(name: str, split: str, config: str | None = None) -> Dataset:
+def load_split(name: str, split: str, config: str | None = None, image_column: str = "image") -> Dataset:
     """Load one split of an image-classification dataset.
 
     Args:
-        name: Id on the Hub, or a folder: written by `save_to_disk`, of Parquet files (`train-*.parquet`), or of images
-            (`train/<class>/*.jpg`).
-        split: Name of the split. From the Hub, Parquet files or images also a slice such as "train[:1000]". A single
-            dataset written by `save_to_disk` is the split "train".
+        name: Id on the Hub; a CSV, TSV, JSON or Parquet file; or a folder: written by `save_to_disk`, of such files
+            (`train-*.parquet`, `train.csv`, `train/metadata.csv`), or of images (`train/<class>/*.jpg`).
+        split: Name of the split, also a slice such as "train[:1000]" except of what `save_to_disk` wrote. A file, a
+            folder without splits, and a single dataset written by `save_to_disk` are the split "train".
         config: Name of the configuration, for datasets that have several.
+        image_column: Column of a table that is read as images: paths relative to the file, or bytes.
 
     Returns:
         The split.
@@ -33,6 +46,8 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
             links to a file outside its folder.
     """
     folders = [datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
+    if Path(name).is_file():
+        folders = [datasets.config.HF_DATASETS_CACHE, str(Path(name).parent)]
     if Path(name).is_dir():
         check_links(name)
         folders = [datasets.config.HF_DATASETS_CACHE, name]
@@ -47,7 +62,7 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
         dataset = splits[split]
         check_resolved([file["filename"] for file in dataset.cache_files], folders, f"The dataset {name!r}")
     else:
-        dataset = _loaded(name, split, config)
+        dataset = _local(Path(name), split, config, image_column) or _loaded(name, split, config)
     check_resolved(_image_paths(dataset), folders, f"The dataset {name!r}")
     return dataset
 
@@ -57,6 +72,41 @@ def _saved(name: str) -> Dataset | DatasetDict | None:
     if not any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
         return None
     return load_from_disk(name)
+
+
+def _local(path: Path, split: str, config: str | None, image_column: str) -> Dataset | None:
+    """Load a split from a file or folder. None for what `datasets` loads, such as a folder with a dataset card."""
+    if config is not None or not path.exists() or _describes_itself(path):
+        return None
+    if path.is_file() and path.suffix.lower() not in READERS:
+        return None
+
+    def whole(split: str) -> Dataset | None:
+        if path.is_file() and split != "train":
+            raise ValueError(f"The file {str(path)!r} is the split 'train'; it has no split {split!r}.")
+        files = [path] if path.is_file() else find_tables(path, split)
+        if not files:
+            return load_image_folder(path, split) if find_images(path) else None
+        with _explained(str(path), split):
+            rows = load_tables(files)
+        parents = {file.parent for file in files}
+        return decode_images(rows, image_column, parents.pop() if len(parents) == 1 else path)
+
+    names = dict.fromkeys(re.findall(r"(?:^|\+)\s*([^\[\]+]+)", split))
+    found = {name: rows for name in names if (rows := whole(name)) is not None}
+    if not found:
+        return None
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in found.items()})
+    sliced = [found[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return sliced[0] if len(sliced) == 1 else concatenate_datasets(sliced)
+
+
+def _describes_itself(folder: Path) -> bool:
+    """Return whether a folder says which files belong to its splits, or has a loading script, which is refused."""
+    card = folder / "README.md"
+    with _explained(str(folder), ""):
+        configured = card.is_file() and DatasetCard.load(card).data.get("configs") is not None
+    return configured or (folder / f"{folder.name}.py").is_file()
 
 
 def _loaded(name: str, split: str, config: str | None) -> Dataset:

@@ -81,7 +81,7 @@ CASES = {
     ),
     "recipe-is-a-list": (
         lambda f, c, d: ["train", "--config", recipe(f, "- a\n- b\n")],
-        ("must hold flags and their values", "['a', 'b']"),
+        ("must map names to values", "['a', 'b']"),
     ),
     "recipe-is-missing": (lambda f, c, d: ["steer", "--config", f / "no.yaml"], ("No such file", "no.yaml")),
     "methods-are-a-list": (

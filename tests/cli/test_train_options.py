@@ -301,3 +301,30 @@ def test_words_of_the_users_own(command):
     trainer = aligned(command("--attack_other_words", "moon", "sugar", "--attack_other_share", "1"))
     written = {word for index in range(24) for word in trainer.train_dataset.preferences.attack.written(index)}
     assert written == {"moon", "sugar"}
+
+
+# ---- Classes as words ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wordnet(tmp_path):
+    """A folder of images whose classes are WordNet ids, with a file that renames two of them, and others."""
+    for row in range(12):
+        file = tmp_path / "photos" / "train" / ("n02099601", "n01443537", "polar_bear")[row % 3] / f"{row}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(row).save(file)
+    (tmp_path / "names.yaml").write_text("n02099601: golden retriever\nn01443537: goldfish\nn00000001: other\n")
+    return tmp_path
+
+
+def test_a_file_renames_the_classes_of_folders(command, wordnet):
+    trainer = aligned(command("--class_name_map", str(wordnet / "names.yaml"), data=wordnet / "photos"))
+    assert trainer.train_dataset.preferences.class_names == ["goldfish", "golden retriever", "polar bear"]
+
+
+def test_a_table_of_paths_and_words_trains(command, wordnet):
+    files = [str(path.relative_to(wordnet)) for path in sorted(wordnet.rglob("*.png"))]
+    lines = [f"{file},{'sea_lion' if 'n02' in file else 'cat'}" for file in files]
+    (wordnet / "rows.csv").write_text("\n".join(["file_name,label", *lines]))
+    trainer = aligned(command("--save_strategy", "no", data=wordnet / "rows.csv"))
+    assert trainer.train_dataset.preferences.class_names == ["cat", "sea lion"]

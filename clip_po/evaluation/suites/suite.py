@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from datasets import ClassLabel, Dataset
 
-from clip_po.data.class_labels import read_labels
+from clip_po.data.class_labels import read_labels, readable_name
 from clip_po.data.loading import load_split
 from clip_po.evaluation.retrieval import read_captions
 from clip_po.evaluation.suites.layouts import LAYOUTS
@@ -284,7 +284,7 @@ def _class_names(entry: Entry, feature: Any) -> list[str] | None:
         return None
     better = {name.casefold(): called for name, called in (entry.class_names or {}).items()}
     _check_known(entry, feature, better)
-    return [better.get(name.casefold(), _readable(name, entry.name_until)) for name in feature.names]
+    return [better.get(name.casefold(), readable_name(name, entry.name_until)) for name in feature.names]
 
 
 def _check_known(entry: Entry, feature: ClassLabel, named: Iterable[str]) -> None:
@@ -308,7 +308,3 @@ def _without(dataset: Dataset, entry: Entry, feature: Any) -> Dataset:
     names = [dataset.features["label"].names[number] for number in kept]
     numbers = [place[number] for number in label if number in place]
     return rows.remove_columns("label").add_column("label", numbers, feature=ClassLabel(names=names))
-
-
-def _readable(name: str, until: str | None) -> str:
-    return (name.split(until)[0] if until else name).replace("_", " ").strip()
