@@ -27,7 +27,8 @@ from torch import set_num_threads
 from torch.utils.data import DataLoader
 
 from clip_po.data.attacks.attack import TypographicAttack
-from clip_po.data.attacks.drawing import SMALLEST_TEXT, TextStyle, load_font
+from clip_po.data.attacks.drawing import SMALLEST_TEXT, TextStyle
+from clip_po.data.attacks.fonts import load_font
 from clip_po.data.collator import DataCollatorForContrastivePreference
 from clip_po.data.images import to_pixels
 from clip_po.data.loading import load_split

@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image
 
 from clip_po.data.attacks.attack import TypographicAttack
-from clip_po.data.attacks.drawing import PILLOW_FONT
-from clip_po.data.attacks.fonts import font_files
+from clip_po.data.attacks.fonts import PILLOW_FONT, font_files
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,21 +6,20 @@ import functools
 import itertools
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageColor
 
 from clip_po.data.attacks.drawing import (
-    PILLOW_FONT,
     SMALLEST_TEXT,
     TextStyle,
-    check_visible,
     draw_blank,
     draw_text,
     enlarge,
     ink_and_width,
-    load_font,
 )
+from clip_po.data.attacks.fonts import PILLOW_FONT, load_font
+from clip_po.data.attacks.glyphs import fonts_for, missing_letters
 from clip_po.data.attacks.words import spelling
 from clip_po.data.images import middle, to_rgb
 from clip_po.validation import COUNT, FINITE, check_number
@@ -76,7 +75,7 @@ class TypographicAttack:
             Words that name a class, in any spelling, are left out.
         other_share: Share of the written words that are drawn from `other_words`, 0..1.
         count: Lowest and highest number of different words on an image, >= 1.
-        fonts: Names of fonts, as for `load_font`.
+        fonts: Names of fonts, as for `load_font`. A font that lacks a letter of a word is left out for that word.
         size: Lowest and highest height of the text as a share of the image's short side, in (0, 1].
         places: Names of `PLACES`.
         colours: Fill colours, names or hex codes as Pillow reads them.
@@ -162,8 +161,10 @@ class TypographicAttack:
             raise ValueError(f"places: unknown {wrong}; known are {sorted(PLACES)}.")
         for font in self.fonts:
             load_font(font, SMALLEST_TEXT)
-            for word in self.vocabulary:
-                check_visible(word, font)
+        for word in self.vocabulary:
+            fonts_for(word, self.fonts)
+        if self.count[1] > 1:  # any of them may share an image, and an image has one font
+            fonts_for("".join(sorted(set("".join(self.vocabulary)))), self.fonts)
         for name in ("colours", "sticker_colours"):
             for colour in getattr(self, name):
                 _check_colour(colour, name)
@@ -285,7 +286,7 @@ class TypographicAttack:
                 f"Every string of consonants as long as {word!r} that was tried is one of the {len(known)} attack "
                 "words. Give longer words, or measure without the control."
             )
-        font = self.style(index, epoch).font
+        font = self._style_of(word, index, epoch).font
         ink, width = ink_and_width(word, font)
 
         def distance(string: str) -> float:
@@ -321,6 +322,13 @@ class TypographicAttack:
             sticker=sticker if rng.random() < self.sticker else None,
         )
 
+    def _style_of(self, text: str, index: int, epoch: int) -> TextStyle:
+        """Return the style of a row, in another font if its own lacks letters of a text."""
+        style = self.style(index, epoch)
+        if not missing_letters(text, style.font):
+            return style
+        return replace(style, font=self._random("font", index, epoch).choice(fonts_for(text, self.fonts)))
+
     def canvas(self, image: Image.Image) -> Image.Image:
         """Return the image that words are written on: cropped to `crop`, or enlarged to `min_side`.
 
@@ -349,7 +357,7 @@ class TypographicAttack:
         Returns:
             The attacked image, RGB.
         """
-        return draw_text(self.canvas(image), text, self.style(index, epoch), self.min_contrast)
+        return draw_text(self.canvas(image), text, self._style_of(text, index, epoch), self.min_contrast)
 
     def draw_control(self, image: Image.Image, word: str, index: int, epoch: int = 0) -> Image.Image:
         """Write `meaningless(word)` on an image as `draw` writes the word, with the same style, font size and lines.
@@ -363,7 +371,7 @@ class TypographicAttack:
         Returns:
             The occluded image, RGB.
         """
-        text, style = self.meaningless(word, index, epoch), self.style(index, epoch)
+        text, style = self.meaningless(word, index, epoch), self._style_of(word, index, epoch)
         return draw_text(self.canvas(image), text, style, self.min_contrast, sized_for=word)
 
     def draw_blank(self, image: Image.Image, word: str, index: int, epoch: int = 0) -> Image.Image:
@@ -378,4 +386,4 @@ class TypographicAttack:
         Returns:
             The covered image, RGB.
         """
-        return draw_blank(self.canvas(image), word, self.style(index, epoch))
+        return draw_blank(self.canvas(image), word, self._style_of(word, index, epoch))

@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from clip_po.data.attacks.fonts import Font, load_font
+from clip_po.data.attacks.glyphs import fonts_for
 from clip_po.data.images import to_rgb
 
 Colour = tuple[int, int, int]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-PILLOW_FONT = "pillow"
-"""Name of the default font of Pillow."""
 
 SMALLEST_TEXT = 6  # pixels of height; smaller text is illegible in any font
 _MEASURED_AT = 24  # pixels of height at which ink is compared
@@ -53,31 +51,6 @@ def contrast_ratio(first: Colour, second: Colour) -> float:
     """
     high, low = sorted((relative_luminance(first), relative_luminance(second)), reverse=True)
     return (high + 0.05) / (low + 0.05)
-
-
-@functools.lru_cache(maxsize=512)
-def load_font(name: str, pixels: int) -> Font:
-    """Load a font at a size in pixels.
-
-    Args:
-        name: "pillow" for the default font of Pillow, or the path of a TrueType or OpenType file.
-        pixels: Size of the font's em square, >= 1.
-
-    Returns:
-        The font. It is cached, so callers share the object.
-
-    Raises:
-        ValueError: If Pillow can't read the file as a font, or `pixels` < 1.
-    """
-    if name == PILLOW_FONT:
-        return ImageFont.load_default(pixels)
-    try:
-        return ImageFont.truetype(name, pixels)
-    except OSError as error:
-        raise ValueError(
-            f"fonts: {name!r} can't be read as a font ({error}). Give the path of a .ttf or .otf file, "
-            f"or {PILLOW_FONT!r} for the default font of Pillow."
-        ) from error
 
 
 def enlarge(image: Image.Image, min_side: int) -> Image.Image:
@@ -218,9 +191,9 @@ def draw_text(
         The image with the text.
 
     Raises:
-        ValueError: If the text is empty, or the font has none of its letters.
+        ValueError: If the text is empty, or the font lacks one of its letters.
     """
-    check_visible(text, style.font)
+    fonts_for(text, [style.font])
     image = to_rgb(image)
     block = _set(text, style, image.size, sized_for or text)
     behind = style.sticker or _colour_behind(image, block.size, style)
@@ -354,25 +327,6 @@ def _letter_ink(letter: str, font: str) -> tuple[float, float]:
     """Return the ink and the width of a letter, in pixels."""
     loaded = load_font(font, _MEASURED_AT)
     return sum(loaded.getmask(letter)) / 255, loaded.getlength(letter)
-
-
-def check_visible(text: str, font: str) -> None:
-    """Raise if a text would be invisible, so that an image without a word is never taken for an attack.
-
-    Args:
-        text: The text to write.
-        font: Name of the font, as for `load_font`.
-
-    Raises:
-        ValueError: If the text is empty, or the font draws none of its letters.
-    """
-    if not text.strip():
-        raise ValueError(f"An attack word must not be empty, got {text!r}.")
-    if not ink_and_width(text, font)[0]:
-        raise ValueError(
-            f"The font {font!r} draws nothing for the word {text!r}: it has none of its letters. Choose a font that "
-            "has them, or another word."
-        )
 
 
 def ink_and_width(text: str, font: str) -> tuple[float, float]:

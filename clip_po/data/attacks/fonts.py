@@ -1,4 +1,4 @@
-"""Fonts that are installed with the package: Pillow's default font and the fonts of matplotlib."""
+"""Fonts: loaded by name, and those that are installed with the package, of Pillow and matplotlib."""
 
 from __future__ import annotations
 
@@ -6,7 +6,37 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_po.data.attacks.drawing import PILLOW_FONT
+from PIL import ImageFont
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+PILLOW_FONT = "pillow"
+"""Name of the default font of Pillow."""
+
+
+@functools.lru_cache(maxsize=512)
+def load_font(name: str, pixels: int) -> Font:
+    """Load a font at a size in pixels.
+
+    Args:
+        name: "pillow" for the default font of Pillow, or the path of a TrueType or OpenType file.
+        pixels: Size of the font's em square, >= 1.
+
+    Returns:
+        The font. It is cached, so callers share the object.
+
+    Raises:
+        ValueError: If Pillow can't read the file as a font, or `pixels` < 1.
+    """
+    if name == PILLOW_FONT:
+        return ImageFont.load_default(pixels)
+    try:
+        return ImageFont.truetype(name, pixels)
+    except OSError as error:
+        raise ValueError(
+            f"fonts: {name!r} can't be read as a font ({error}). Give the path of a .ttf or .otf file, "
+            f"or {PILLOW_FONT!r} for the default font of Pillow."
+        ) from error
 
 
 @functools.cache

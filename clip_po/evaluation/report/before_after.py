@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from clip_po.data.attacks.drawing import PILLOW_FONT, Colour, Font, load_font
+from clip_po.data.attacks.drawing import Colour
+from clip_po.data.attacks.fonts import PILLOW_FONT, Font, load_font
 from clip_po.data.attacks.words import spelling
 from clip_po.evaluation.robustness import Answers
 from clip_po.validation import COUNT, check_number

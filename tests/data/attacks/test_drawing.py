@@ -7,7 +7,8 @@ from drawn import GREY, PLAIN, attack, extent, flat, ink, lines, style
 from PIL import Image
 
 from clip_po.data.attacks.attack import PLACES
-from clip_po.data.attacks.drawing import contrast_ratio, draw_text, enlarge, load_font, relative_luminance
+from clip_po.data.attacks.drawing import contrast_ratio, draw_text, enlarge, relative_luminance
+from clip_po.data.attacks.fonts import load_font
 
 # ---- Where it stands
 

@@ -75,7 +75,7 @@ def test_the_text_of_a_word_is_that_of_its_class(clip_folder, tmp_path):
     rows = Dataset.from_dict({"image": [picture(0)] * 8, "label": [0, 1] * 4}, features=features)
     drawn = TypographicAttack(words=["Polar bear", "ship", "dog", "DOG"], min_side=32)
     preferences = TypographicPreferences(rows, drawn, rejected="others")
-    prompts = ["a photo of a polar_bear", "a photo of a Ship", "a photo of a dog"]
+    prompts = ["a photo of a polar bear", "a photo of a Ship", "a photo of a dog"]
     assert preferences.all_texts == prompts
     for index in range(8):
         texts = preferences.texts(index, 0)
