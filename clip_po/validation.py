@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -164,23 +163,18 @@ def check_candidates(texts: Sequence[str] | None, name: str = "candidate_texts")
 
 
 def check_class_names(names: Sequence[str]) -> None:
-    """Raise if class names are not a list of different, non-empty strings.
+    """Raise if class names are not a list of non-empty strings. A name may stand for several classes.
 
     Args:
         names: The names in the order of the labels.
 
     Raises:
-        ValueError: If `names` is not a list or is empty, or if a name is empty, not a string or repeated.
+        ValueError: If `names` is not a list or is empty, or if a name is empty or not a string.
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"class_names must be a list of at least one name, got {names!r}.")
     for position, name in enumerate(names):
         check_text(name, f"class_names[{position}]", "Name the class.")
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise ValueError(
-            f"class_names has {repeated} more than once, so no prompt can tell these classes apart. Rename them."
-        )
 
 
 # ---- Rows --------------------------------------------------------------------------------------------------

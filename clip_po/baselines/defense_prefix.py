@@ -178,7 +178,7 @@ def prefix_class_embeddings(
         model: The model that the token was learned for.
         processor: Its CLIPProcessor.
         prefix: The token.
-        class_names: C different names. They may differ from the names in training.
+        class_names: C names. They may differ from the names in training.
         templates: Prompts with one `{}`, as in `clip_po.evaluation.zero_shot.class_embeddings`.
 
     Returns:
@@ -186,7 +186,7 @@ def prefix_class_embeddings(
 
     Raises:
         TypeError: As in `clip_po.encoding.dual_encoder`.
-        ValueError: If names are missing or repeated, a template does not have exactly one `{}`, the token has
+        ValueError: If a name is missing, a template does not have exactly one `{}`, the token has
             another size, or a name does not begin with a token of its own.
 
     Source: Azuma and Matsui 2023, arXiv 2304.04512.

@@ -13,14 +13,18 @@ from datasets import ClassLabel, Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import ProcessorMixin
+from transformers.utils import logging
 from trl import ScriptArguments, TrlParser
 
 from clip_po.data.attacks.attack import TypographicAttack
-from clip_po.data.attacks.words import EVERYDAY_WORDS
+from clip_po.data.attacks.words import EVERYDAY_WORDS, spelling
 from clip_po.data.class_labels import encode_labels, readable_names
+from clip_po.data.class_positions import shortened
 from clip_po.data.loading import load_split
 from clip_po.models import crop_side, image_size
 from clip_po.validation import COUNT, check_number
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 
@@ -134,24 +138,42 @@ class TaskArguments(ScriptArguments):
         return dataset
 
     def names(self, dataset: Dataset, task: Task | None = None) -> list[str]:
-        """Return `class_names`, else the checkpoint's if it has as many classes, else the dataset's.
+        """Return `class_names`, else the checkpoint's if it knows the dataset's classes, else the dataset's.
+
+        Args:
+            dataset: One split.
+            task: The task of the checkpoint; None if there is none.
+
+        Returns:
+            One name for each class, in the order of the dataset's labels.
 
         Raises:
             ValueError: If there are no class names in any of them.
         """
-        feature = dataset.features.get(self.label_column)
-        known = feature.names if isinstance(feature, ClassLabel) else None
+        known = self.dataset_names(dataset)
         if self.class_names is not None:
             return self.class_names
-        if task is not None and (known is None or len(known) == len(task.class_names)):
+        if task is not None and known is None:
             return list(task.class_names)
+        if task is not None and known is not None and self.class_name_map is None and self.name_until is None:
+            if (names := task.names_of(known)) is not None:
+                return names
+            logger.warning(
+                f"The checkpoint was aligned on the classes {shortened(task.class_names)}. {self.dataset_name!r} has "
+                f"others, {shortened(known)}, which are used here."
+            )
         if known is not None:
             renamed = None if self.class_name_map is None else read_mapping(self.class_name_map, "--class_name_map")
             return readable_names(known, self.name_until, renamed)
         raise ValueError(
-            f"The column {self.label_column!r} is {feature}, which has no class names (columns: "
-            f"{dataset.column_names}). Give --class_names, one for each label, or --label_column."
+            f"The column {self.label_column!r} is {dataset.features.get(self.label_column)}, which has no class names "
+            f"(columns: {dataset.column_names}). Give --class_names, one for each label, or --label_column."
         )
+
+    def dataset_names(self, dataset: Dataset) -> list[str] | None:
+        """Return the class names as the dataset has them; None if its labels have none."""
+        feature = dataset.features.get(self.label_column)
+        return feature.names if isinstance(feature, ClassLabel) else None
 
     def attack(
         self, words: Sequence[str], fonts: Sequence[str], processor: ProcessorMixin, seed: int
@@ -176,10 +198,46 @@ class TaskArguments(ScriptArguments):
 
 @dataclass(frozen=True)
 class Task:
-    """Class names and prompt template of a checkpoint, saved in its folder."""
+    """Class names and prompt template of a checkpoint, saved in its folder.
+
+    Attributes:
+        class_names: Names of the classes in training.
+        prompt_template: Prompt of a class, with `{}` for its name.
+        dataset_names: What the dataset called these classes, if its names were replaced; else None.
+    """
 
     class_names: Sequence[str]
     prompt_template: str
+    dataset_names: Sequence[str] | None = None
+
+    @classmethod
+    def of(cls, class_names: Sequence[str], prompt_template: str, dataset_names: Sequence[str] | None) -> Task:
+        """Return the task of a training on a dataset.
+
+        Args:
+            class_names: As for `Task`.
+            prompt_template: As for `Task`.
+            dataset_names: The class names of the dataset, in the same order; None if it has none.
+
+        Returns:
+            The task, which keeps the names of the dataset only if they were replaced by others.
+        """
+        replaced = dataset_names is not None and [*map(spelling, dataset_names)] != [*map(spelling, class_names)]
+        return cls(class_names, prompt_template, dataset_names if replaced else None)
+
+    def names_of(self, known: Sequence[str]) -> list[str] | None:
+        """Return the names of this task for the classes of a dataset.
+
+        Args:
+            known: The class names of the dataset.
+
+        Returns:
+            The names in the order of `known`; None if a class of the dataset is not one of this task.
+        """
+        called = {spelling(name): name for name in self.class_names}
+        called |= {spelling(n): c for n, c in zip(self.dataset_names or (), self.class_names, strict=False)}
+        names = [called[name] for name in map(spelling, known) if name in called]
+        return names if len(names) == len(known) else None
 
     def save(self, folder: str | Path) -> None:
         """Write the task into the folder of a checkpoint."""
@@ -202,7 +260,11 @@ class Task:
             return None
         try:
             found: dict[str, Any] = json.loads(file.read_text())
-            return cls(class_names=list(found["class_names"]), prompt_template=str(found["prompt_template"]))
+            return cls(
+                class_names=list(found["class_names"]),
+                prompt_template=str(found["prompt_template"]),
+                dataset_names=None if (names := found.get("dataset_names")) is None else list(names),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{str(file)!r} does not contain class_names and prompt_template as JSON ({type(error).__name__}: "

@@ -105,7 +105,7 @@ def labelled_case(args: SteerArguments, seed: int) -> Case:
     return Case(
         model,
         processor,
-        Task(names, template),
+        Task.of(names, template, args.dataset_names(train)),
         TypographicPreferences(train, own, names, template, image_column, label_column),
         images(validation, attack(training_fonts(), seed + 1)),
         images(test, attack(training_fonts(), seed + 2)),

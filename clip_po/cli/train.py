@@ -54,7 +54,8 @@ def align(
     """
     check_model_arguments(args, model_args)
     dataset = task_args.load(task_args.dataset_train_split, args.seed)
-    task = Task(task_args.names(dataset), task_args.prompt_template or DEFAULT_TEMPLATE)
+    names, template = task_args.names(dataset), task_args.prompt_template or DEFAULT_TEMPLATE
+    task = Task.of(names, template, task_args.dataset_names(dataset))
     model, processor = load_start(args, model_args)
     rows = load_preferences(dataset, task, model, processor, task_args, args)
     trainer = make_trainer(model, processor, rows, task_args, args, model_args)

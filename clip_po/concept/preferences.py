@@ -34,6 +34,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
 
 from clip_po.data.class_labels import read_labels
+from clip_po.data.class_positions import check_different_names
 from clip_po.data.images import read_images
 from clip_po.validation import check_candidates, check_text
 
@@ -197,6 +198,7 @@ def _texts(
 ) -> tuple[list[list[str]], list[int]]:
     """Return for each row the texts of all attributes, and its label."""
     names, labels = read_labels(dataset, attribute_column, attribute_names)
+    check_different_names(names)
     if len(names) < 2:
         raise ValueError(f"Column {attribute_column!r} has only {names}; a preference needs two attributes or more.")
     try:

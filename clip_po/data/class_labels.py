@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
+from clip_po.data.class_positions import misplaced_text, shortened
 from clip_po.data.table_files import replace_column
 from clip_po.validation import check_class_names, check_column, check_label, check_row_weight
 
@@ -26,8 +27,8 @@ def known_class_names(feature: object, label_column: str, class_names: Sequence[
         C names in the order of the labels.
 
     Raises:
-        ValueError: If there are no names, if one is empty, repeated or not a string, or if `class_names` has another
-            number of names than the `ClassLabel`, or the same names in another order.
+        ValueError: If there are no names, if one is empty or not a string, or if `class_names` has another number of
+            names than the `ClassLabel`, or the same names in another order.
     """
     known: list[str] | None = feature.names if isinstance(feature, ClassLabel) else None
     if class_names is None and known is not None:
@@ -41,11 +42,14 @@ def known_class_names(feature: object, label_column: str, class_names: Sequence[
     if known is not None and len(known) != len(names):
         raise ValueError(
             f"Column {label_column!r} has {len(known)} classes, class_names has {len(names)} names; give one "
-            f"name for each of {known[:5]}{'...' if len(known) > 5 else ''}, in this order."
+            f"name for each of {shortened(known)}, in this order."
         )
-    if known is not None and sorted(known) == sorted(names) and tuple(known) != names:
+    if known is not None and (wrong := misplaced_text(known, names)) is not None:
+        position, other = wrong
         raise ValueError(
-            f"class_names has the names of column {label_column!r} in another order; leave class_names out."
+            f"class_names has the names of column {label_column!r} in another order: {names[position]!r} is at "
+            f"position {position}, where the column has {known[position]!r}, and names class {other}. Give the names "
+            f"in the order of the labels, {shortened(known)}, or leave class_names out to take those of the column."
         )
     return names
 

@@ -24,6 +24,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
+from clip_po.data.class_positions import check_candidate_positions
 from clip_po.data.images import to_rgb
 from clip_po.losses import WITHOUT_REJECTED
 from clip_po.validation import (
@@ -190,6 +191,8 @@ def check_preferences(
         raise ValueError(f"{name} is empty; give it at least one row.")
     used = [*check_columns(dataset.column_names, candidate_texts, loss_types, name), "candidates", "weight"]
     check_types(dataset, name)
+    if "chosen" not in dataset.column_names:
+        check_candidate_positions(dataset.features, candidate_texts or (), name)
     texts = dataset.select_columns([column for column in used if column in dataset.column_names]).with_format(None)
     for index, row in enumerate(texts):
         check_row(row, candidate_texts, loss_types, f"{name} row {index}")

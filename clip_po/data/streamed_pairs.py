@@ -16,6 +16,7 @@ from PIL import Image
 from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.bad_images import OnBadImage, read_or_blank
+from clip_po.data.class_positions import check_candidate_positions
 from clip_po.data.formats import IMAGE_COLUMNS, Row, check_columns, check_row, check_types, to_texts
 from clip_po.data.images import to_rgb
 from clip_po.data.row_completion import RowCompletion, image_sources
@@ -220,6 +221,8 @@ def checked_stream(
         columns = columns_of(preferences, name)
         check_columns(columns, candidate_texts.texts, args.loss_type, name)
         check_types(preferences, name)
+        if "chosen" not in columns:
+            check_candidate_positions(preferences.features, candidate_texts.texts or (), name)
     source, targets = image_sources(columns, regularization, args, name)
     return StreamedPairs(
         preferences,

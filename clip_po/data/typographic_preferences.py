@@ -15,6 +15,7 @@ from clip_po.candidates import CandidateTexts
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.words import spelling
 from clip_po.data.class_labels import known_class_names, read_labels, read_weights
+from clip_po.data.class_positions import check_different_names
 from clip_po.data.embedding_cache import fingerprint, image_digest
 from clip_po.data.formats import Row
 from clip_po.data.images import read_image, read_images
@@ -51,6 +52,7 @@ class AttackedClasses:
                 f"attack must be a TypographicAttack, such as TypographicAttack(words=class_names), got {attack!r}."
             )
         check_template(template)
+        check_different_names(class_names)
         self.attack = attack
         self.class_names = list(class_names)
         self.template = template

@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Value
 from torch import Tensor
 
+from clip_po.data.class_positions import check_different_names
 from clip_po.data.images import read_images
 from clip_po.encoding import evaluating
 from clip_po.evaluation.zero_shot import CleanImages, class_embeddings, classify, collect_answers
+from clip_po.validation import check_class_names
 
 LABEL_COLUMN, WEIGHT_COLUMN = "label", "weight"
 """Names of the columns that `pseudo_labels` adds."""
@@ -60,6 +62,8 @@ def pseudo_labels(
 
     Source: Lee 2013, "Pseudo-Label" (ICML workshop), with the model before alignment as the labeller.
     """
+    check_class_names(class_names)
+    check_different_names(class_names)
     text_embeds = class_embeddings(model, processor, class_names, templates)
 
     def answers(batch: dict[str, Tensor]) -> Tensor:

@@ -17,7 +17,8 @@ from clip_po.data.images import read_images
 from clip_po.encoding import encode_images, encode_texts, evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.zero_shot import CleanImages, collect_answers
-from clip_po.models import dual_encoder
+from clip_po.models import check_processor, dual_encoder
+from clip_po.text_identity import TextTokens
 
 KS = (1, 5, 10)
 _CELLS_AT_ONCE = 16_000_000  # similarities held in memory together: 64 MB
@@ -206,8 +207,9 @@ def evaluate_retrieval(
         Hits by model.
 
     Raises:
-        ValueError: If there are no models or several templates, or as for `read_captions` and `recall_at_k`.
-        TypeError: As for `clip_po.models.dual_encoder` and `collect_answers`.
+        ValueError: If there are no models or several templates, or as for `check_processor`, `read_captions` and
+            `recall_at_k`.
+        TypeError: As for `clip_po.models.check_processor` and `collect_answers`.
     """
     if not models:
         raise ValueError("models is empty. Give at least one model by name.")
@@ -215,6 +217,10 @@ def evaluate_retrieval(
         raise ValueError(f"Retrieval needs exactly one template, got {list(templates)}: a caption has one embedding.")
     captions, image_of_text = read_captions(dataset, caption_column)
     texts = [templates[0].replace("{}", caption) for caption in captions]
+    for model in models.values():
+        check_processor(processor, model)
+        tokens = TextTokens.of(processor, dual_encoder(model))
+        tokens.warn_once_of_cut(tokens.learn(texts), "the captions")
 
     def embed(batch: dict[str, Tensor]) -> Tensor:
         found = []

@@ -20,6 +20,7 @@ from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.encoding import evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
+from clip_po.evaluation.class_doubles import first_alike
 from clip_po.evaluation.tables import format_table
 from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers
 
@@ -262,9 +263,11 @@ def evaluate_robustness(
         for name, model in models.items()
     }
 
+    first = {name: first_alike(embeds) for name, embeds in texts.items()}
+
     def answers(batch: dict[str, Tensor]) -> Tensor:
         columns = [
-            classify(model, batch[variant], texts[name]).argmax(dim=1).cpu()
+            first[name][classify(model, batch[variant], texts[name]).argmax(dim=1).to(first[name].device)].cpu()
             for name, model in models.items()
             for variant in images.variants
         ]

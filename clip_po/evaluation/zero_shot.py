@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.encoding import encode_texts, evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
+from clip_po.evaluation.class_doubles import first_alike, say_doubles, unique_keys
 from clip_po.models import check_processor, dual_encoder
+from clip_po.text_identity import TextTokens
 from clip_po.validation import COUNT, COUNT_OR_NONE, check_class_names, check_number, check_templates
 
 
@@ -29,7 +31,8 @@ class ZeroShotResult:
 
     Attributes:
         accuracy: Share of images whose predicted class is their label, 0..1.
-        per_class: Accuracy by class name; nan for a class without images.
+        per_class: Accuracy by class name; nan for a class without images. A name that occurs again has the number of
+            its class, as in "missile (class 744)".
         label: Array [N] of true classes.
         predicted: Array [N] of predicted classes.
     """
@@ -46,14 +49,15 @@ def class_embeddings(model: Any, processor: Any, class_names: Sequence[str], tem
     Args:
         model: CLIPModel, or PeftModel around one.
         processor: Its CLIPProcessor.
-        class_names: C different names.
+        class_names: C names. Classes whose prompts the model can't tell apart get the same embedding, which is said
+            once.
         templates: Prompts, each with exactly one `{}` for the name, such as "a photo of a {}".
 
     Returns:
         Tensor[C, D], float32, unit-norm, on the model's device, without gradients.
 
     Raises:
-        ValueError: If names are missing or repeated, a template does not contain exactly one `{}`, the processor
+        ValueError: If a name is missing, a template does not contain exactly one `{}`, the processor
             belongs to another model, or the model's weights are not finite.
         TypeError: If a template is not a string, or as for `clip_po.models.check_processor`.
 
@@ -62,9 +66,18 @@ def class_embeddings(model: Any, processor: Any, class_names: Sequence[str], tem
     check_processor(processor, model)
     check_class_names(class_names)
     check_templates(templates)
-    prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    embeds = encode_texts(model, processor, prompts).view(len(class_names), len(templates), -1)
-    return F.normalize(embeds.mean(dim=1), dim=-1)
+    prompts = [[template.replace("{}", name) for template in templates] for name in class_names]
+    tokens = TextTokens.of(processor, dual_encoder(model))
+    tokens.warn_once_of_cut(tokens.learn(text for texts in prompts for text in texts), "the class prompts")
+    read = [tuple(tokens(text) for text in texts) for texts in prompts]
+    say_doubles(class_names, read)
+    different: dict[Hashable, list[str]] = {}
+    for known, texts in zip(read, prompts, strict=True):
+        different.setdefault(known, texts)
+    place = {known: number for number, known in enumerate(different)}
+    embeds = encode_texts(model, processor, [text for texts in different.values() for text in texts])
+    embeds = F.normalize(embeds.view(len(place), len(templates), -1).mean(dim=1), dim=-1)
+    return embeds[[place[known] for known in read]]
 
 
 def classify(model: Any, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
@@ -144,9 +157,10 @@ def zero_shot_accuracy(
     """
     names, label = read_labels(dataset, label_column, class_names)
     text_embeds = class_embeddings(model, processor, names, templates)
+    first = first_alike(text_embeds)
 
     def answers(batch: dict[str, Tensor]) -> Tensor:
-        return classify(model, batch["pixel_values"], text_embeds).argmax(dim=1, keepdim=True)
+        return first[classify(model, batch["pixel_values"], text_embeds).argmax(dim=1, keepdim=True)]
 
     images = CleanImages(read_images(dataset, image_column), image_column, processor)
     with evaluating(model):
@@ -158,7 +172,7 @@ def zero_shot_accuracy(
     def share(rows: np.ndarray) -> Estimate:
         return bootstrap_interval(lambda means: means["right"], {"right": rows}, None, 0.95, resamples, seed)
 
-    per_class = {name: share(right[label == position]) for position, name in enumerate(names)}
+    per_class = {name: share(right[label == position]) for position, name in enumerate(unique_keys(names))}
     return ZeroShotResult(share(right), per_class, label, predicted)
 
 

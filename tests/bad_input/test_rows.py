@@ -9,7 +9,7 @@ from clip_po.concept.preferences import reverse_attribute
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.robustness import RobustnessImages
-from clip_po.evaluation.zero_shot import class_embeddings, zero_shot_accuracy
+from clip_po.evaluation.zero_shot import zero_shot_accuracy
 
 CAT, DOG, BIRD, SHIP = PROMPTS
 TEMPLATE = ["a photo of a {}"]
@@ -176,6 +176,13 @@ LABELLED = {
         lambda b: drawn(labelled(label=["cat"] * 4)), ValueError, "without names", "class_encode_column('label')"
     ),
     "too-few-names": case(lambda b: drawn(class_names=["cat", "dog"]), ValueError, "has 4 classes", "2 names"),
+    "name-twice": case(
+        lambda b: drawn(class_names=["cat", "dog", "bird", "Dog"]),
+        ValueError,
+        "['dog', 'Dog'] for the classes [1, 3]",
+        "Rename",
+        "An evaluation accepts",
+    ),
     "name-is-a-number": case(lambda b: drawn(class_names=[1, 2, 3, 4]), ValueError, "class_names[0]", "got 1", "Name"),
     "template-without-place": case(lambda b: drawn(template="a photo"), ValueError, "template", "'{}'", "a photo"),
     "template-is-a-list": case(lambda b: drawn(template=TEMPLATE), TypeError, "template", "['a photo of a {}']"),
@@ -214,11 +221,6 @@ EVALUATION = {
     "no-batch": case(lambda b: zero_shot(b, batch_size=0), ValueError, "batch_size must be a whole number >= 1", "0"),
     "workers-are-negative": case(lambda b: zero_shot(b, num_workers=-1), ValueError, "num_workers", "got -1"),
     "names-are-numbers": case(lambda b: zero_shot(b, class_names=[1, 2, 3, 4]), ValueError, "class_names[0]", "1"),
-    "name-twice": case(
-        lambda b: class_embeddings(b.model, b.processor, ["cat", "cat"], TEMPLATE),
-        ValueError,
-        "['cat'] more than once",
-    ),
     "labels-of-robustness": case(
         lambda b: RobustnessImages(labelled(label=[0, 1, 2, 7]), attack(), b.processor, CLASSES),
         ValueError,

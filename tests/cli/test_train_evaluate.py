@@ -169,7 +169,7 @@ def test_a_single_saved_data_set_is_its_train_split_and_no_test_split(tmp_path):
 
 
 def test_the_checkpoints_own_names_and_template_win_also_in_a_checkpoint_folder(tmp_path):
-    task = Task(["a", "b", "c", "d"], "an image of a {}")
+    task = Task(["a", "b", "c", "d"], "an image of a {}", CLASSES)
     (tmp_path / "checkpoint-3").mkdir()
     task.save(tmp_path)
     assert Task.load(tmp_path / "checkpoint-3") == task

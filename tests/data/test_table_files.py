@@ -134,5 +134,4 @@ def test_the_names_of_folders_are_read_as_words_and_wordnet_ids_are_not():
     assert names("golden_retriever", "cat") == ("golden retriever", "cat")
     with pytest.raises(ValueError, match=r"WordNet ids \(n02099601.*--class_name_map"):
         names("n02099601", "n01443537")
-    with pytest.raises(ValueError, match="polar bear"):
-        names("polar_bear", "polar bear")
+    assert names("polar_bear", "polar bear") == ("polar bear", "polar bear")  # which training refuses

@@ -216,6 +216,11 @@ def _photographs(rows: Sequence[tuple[str, str, str, str]], class_names: Sequenc
 def _candidates(labels: Sequence[str], words: Sequence[str], class_names: Sequence[str] | None) -> list[str]:
     if class_names is not None:
         check_class_names(class_names)
+        if len(set(class_names)) < len(class_names):
+            raise ValueError(
+                "class_names has a name more than once, but labels and words are texts here, which name one class "
+                "each. Give each name once."
+            )
         return list(class_names)
     return sorted({*labels, *words} - {""})
 

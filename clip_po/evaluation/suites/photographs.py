@@ -15,6 +15,7 @@ from torch import Tensor
 from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.encoding import evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
+from clip_po.evaluation.class_doubles import first_alike
 from clip_po.evaluation.robustness import Answers
 from clip_po.evaluation.suites.layouts import column_texts
 from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers
@@ -96,6 +97,10 @@ def ask_photographs(
     word = np.array([place.get(text, -1) for text in words], dtype=np.int64)
     allowed = {kind: torch.tensor([text in set(names) for text in texts]) for kind, names in candidates.items()}
     embeds = {name: class_embeddings(model, processor, texts, templates) for name, model in models.items()}
+    first = {
+        name: {kind: _first_allowed(table.cpu(), known) for kind, known in allowed.items()}
+        for name, table in embeds.items()
+    }
 
     def answers(batch: dict[str, Tensor]) -> Tensor:
         columns = []
@@ -105,7 +110,8 @@ def ask_photographs(
                 if kind == "pair":
                     columns.append(_nearer(logits, batch["label"], batch["word"]))
                 else:
-                    columns.append(logits.masked_fill(~allowed[kind], -torch.inf).argmax(dim=1))
+                    answer = logits.masked_fill(~allowed[kind], -torch.inf).argmax(dim=1)
+                    columns.append(first[name][kind][answer])
         return torch.stack(columns, dim=1)
 
     with evaluating(*models.values()):
@@ -127,6 +133,14 @@ def ask_photographs(
         rows = np.arange(len(dataset))
         found[kind] = Answers(tuple(texts), label, np.where(is_candidate, word, -1), np.array(words), rows, predicted)
     return found
+
+
+def _first_allowed(text_embeds: Tensor, allowed: Tensor) -> Tensor:
+    """Return for each allowed text the first allowed one with the same embedding, Tensor[C]."""
+    numbers = allowed.nonzero().flatten()
+    first = torch.arange(len(allowed))
+    first[numbers] = numbers[first_alike(text_embeds[numbers])]
+    return first
 
 
 def _nearer(logits: Tensor, label: Tensor, word: Tensor) -> Tensor:

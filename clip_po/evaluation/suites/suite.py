@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset
 
 from clip_po.data.class_labels import read_labels, readable_name
 from clip_po.data.loading import load_split
+from clip_po.evaluation.class_doubles import spaced_apart
 from clip_po.evaluation.retrieval import read_captions
 from clip_po.evaluation.suites.layouts import LAYOUTS
 from clip_po.evaluation.suites.photographs import CANDIDATES, VARIANTS
@@ -228,7 +229,7 @@ def load_entry(entry: Entry, suite_folder: str | Path | None = None) -> Dataset:
     if not isinstance(rows.features[other], ClassLabel) and rows.features[other].dtype == "string":
         rows = rows.class_encode_column(other)
     names, label = read_labels(rows, other, _class_names(entry, rows.features[other]))
-    labelled = images.add_column("label", label.tolist(), feature=ClassLabel(names=list(names)))
+    labelled = images.add_column("label", label.tolist(), feature=ClassLabel(names=spaced_apart(names)))
     return _without(labelled, entry, rows.features[other]) if entry.without else labelled
 
 
