@@ -30,7 +30,7 @@ from transformers import CLIPModel
 from clip_po.encoding import encode_images
 from clip_po.evaluation.tables import format_table
 from clip_po.losses import LossSettings, preference_loss
-from clip_po.models import TEXT_TOWER, dual_encoder
+from clip_po.models import dual_encoder
 from clip_po.policy import (
     CandidateLogps,
     candidate_logps,
@@ -38,6 +38,7 @@ from clip_po.policy import (
     regularization_kl,
 )
 from clip_po.reference import frozen_copy
+from clip_po.trainable import tower_of
 
 GIGA = 1e9
 
@@ -75,7 +76,7 @@ def stepper(step: Step, device: torch.device) -> tuple[Callable[[], None], Calla
     with torch.device("meta"):
         model: nn.Module = CLIPModel(step.config)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(TEXT_TOWER) and name != "logit_scale")
+            parameter.requires_grad_(tower_of(name) == "vision")
         if step.rank:
             layers = step.config.vision_config.num_hidden_layers
             adapted = "|".join(str(layer) for layer in range(layers - step.reached, layers))

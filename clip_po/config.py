@@ -74,7 +74,13 @@ STEPPED: Mapping[str, str] = {"logging_steps": "logging_strategy", "save_steps":
 
 SMOOTHING = Allowed("lie in [0, 0.5)", lambda number: 0 <= number < 0.5)
 
-BOOLEAN_ARGUMENTS = ("reference_free", "in_batch_candidates", "train_text_model", "train_logit_scale")
+BOOLEAN_ARGUMENTS = (
+    "reference_free",
+    "in_batch_candidates",
+    "train_vision_model",
+    "train_text_model",
+    "train_logit_scale",
+)
 """Arguments that must be True or False. Any string, even "false", would count as True."""
 
 
@@ -137,8 +143,13 @@ class ContrastivePOConfig(TrainingArguments):
 
         > The model
 
-        train_text_model (`bool`, defaults to `False`): Also train the text tower, which is frozen by default.
+        train_vision_model (`bool`, defaults to `True`): Train the vision tower with its projection. With `False` and
+            `train_text_model=True`, the text tower trains alone, and each fixed image is embedded once.
+        train_text_model (`bool`, defaults to `False`): Also train the text tower with its projection.
         train_logit_scale (`bool`, defaults to `False`): Also train the logit scale.
+        trainable_layers (`int`, *optional*): Train only the last blocks of each trained tower, this many, with the
+            final norm and the projection; 0 for these two alone. No graph is kept for the layers below. Defaults to
+            the whole tower. Parameters that are frozen in the model you pass stay frozen with any of these arguments.
         model_init_kwargs (`dict`, *optional*): Keyword arguments of `CLIPModel.from_pretrained`, if the trainer gets
             the name of a model.
         base_model_id (`str`, *optional*): Hub id of the base model, for adapters and the model card, if the model was
@@ -206,8 +217,16 @@ class ContrastivePOConfig(TrainingArguments):
     in_batch_candidates: bool = field(
         default=False, metadata={"help": "Make every text of the global batch a candidate of each of its rows."}
     )
+    train_vision_model: bool = field(default=True, metadata={"help": "Train the vision tower."})
     train_text_model: bool = field(default=False, metadata={"help": "Also train the text tower."})
     train_logit_scale: bool = field(default=False, metadata={"help": "Also train the logit scale."})
+    trainable_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train only this many last blocks of each trained tower, with final norm and projection; default: "
+            "the whole tower."
+        },
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of CLIPModel.from_pretrained, as JSON."}
     )
@@ -284,9 +303,16 @@ class ContrastivePOConfig(TrainingArguments):
                 check_number(name, value, allowed)
         if self.data_seed is not None:
             check_number("data_seed", self.data_seed, SEED)
+        if self.trainable_layers is not None:
+            check_number("trainable_layers", self.trainable_layers, COUNT_OR_NONE)
         for name in BOOLEAN_ARGUMENTS:
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__}).")
+        if not (self.train_vision_model or self.train_text_model or self.train_logit_scale):
+            raise ValueError(
+                "train_vision_model=False leaves nothing to train. Set train_text_model=True or "
+                "train_logit_scale=True, or leave train_vision_model out."
+            )
         if self.precompute_ref_log_probs not in (None, True, False):
             raise TypeError(
                 f"precompute_ref_log_probs must be True, False or None, got {self.precompute_ref_log_probs!r}."

@@ -1,4 +1,4 @@
-"""Loading models: from safetensors, checked, with adapters, and frozen where they do not train."""
+"""Loading models: from safetensors, checked, and with adapters."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ from clip_po.training.resuming import differences
 from clip_po.validation import check_finite
 
 logger = logging.get_logger(__name__)
-
-TEXT_TOWER = ("text_model.", "text_projection.")
 
 
 def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
@@ -158,16 +156,16 @@ def load_policy(
     args: ContrastivePOConfig,
     peft_config: PeftConfig | None,
 ) -> PreTrainedModel | PeftModel:
-    """Make the initial policy: load it if it is a name, add new adapters, and freeze what does not train.
+    """Make the initial policy: load it if it is a name, and add new adapters.
 
     Args:
         model: The model, or its folder or Hub id. An object is changed in place, not copied.
         ref_model: The reference policy, if it is another model; None if not.
-        args: Says what trains. `seed` draws new adapters, and `model_init_kwargs` are used if `model` is a name.
+        args: `seed` draws new adapters, and `model_init_kwargs` are used if `model` is a name.
         peft_config: New adapters; None for no new ones.
 
     Returns:
-        The model with `requires_grad` set; with adapters, a `PeftModel`.
+        The model; with adapters, a `PeftModel`.
 
     Raises:
         ValueError: If arguments do not fit together, or a weight is not finite. The message says which, and what to
@@ -213,11 +211,6 @@ def load_policy(
                 "peft_config was given with a PeftModel, which already has adapters. Leave peft_config out to train "
                 "these adapters, or merge them first: model = model.merge_and_unload()."
             )
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                "The PeftModel has no trainable parameters: PeftModel.from_pretrained freezes adapters. Load it with "
-                "is_trainable=True."
-            )
     elif peft_config is not None:
         # Adapters start from random weights, which must be the same for the same seed.
         set_seed(args.seed)
@@ -228,11 +221,6 @@ def load_policy(
                 f"peft_config does not fit the model ({error}). Target layers of its vision tower, with "
                 r"target_modules=r'.*vision_model.*\.(q_proj|v_proj)'."
             ) from error
-    else:
-        for name, parameter in encoder.named_parameters():
-            frozen = name.startswith(TEXT_TOWER) and not args.train_text_model
-            parameter.requires_grad_(not frozen and (name != "logit_scale" or args.train_logit_scale))
-    _check_adapters(model, args)
     if args.base_model_id is None and isinstance(model, PeftModel) and os.path.isdir(encoder.config.name_or_path):
         logger.warning(
             f"The adapters will name the folder {encoder.config.name_or_path!r} as their base model, which does not "
@@ -259,18 +247,6 @@ def init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ValueError(f"model_init_kwargs must be a dict (as JSON on the command line), got {kwargs!r}.")
     return dict(kwargs or {})
-
-
-def _check_adapters(model: nn.Module, args: ContrastivePOConfig) -> None:
-    if not isinstance(model, PeftModel) or args.train_text_model:
-        return
-    text = [n for n, p in model.named_parameters() if p.requires_grad and any(part in n for part in TEXT_TOWER)]
-    if text:
-        raise ValueError(
-            f"{len(text)} trainable adapter parameters are in the text tower (such as {text[0]!r}), which is frozen. "
-            "Target the vision tower alone, with target_modules="
-            r"r'.*vision_model.*\.(q_proj|v_proj)', or set train_text_model=True."
-        )
 
 
 def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixin:

@@ -100,8 +100,20 @@ def regularization_kl(policy: CandidateLogps, reference: CandidateLogps) -> Tens
     return kl_regularization(reference.regularization, policy.regularization)
 
 
+def known_image_embeds(batch: Mapping[str, Any]) -> list[Tensor]:
+    """Return the embeddings of preference and regularization images that a batch carries, Tensor[B, D] each.
+
+    Args:
+        batch: Batch of `DataCollatorForContrastivePreference`, or of `ReferencePolicy.embedded`.
+    """
+    return [batch[name] for name in ("ref_image_embeds", "ref_reg_image_embeds") if name in batch]
+
+
 class Policy:
     """pi(y | x) of the model in training, with one forward pass a step for all images.
+
+    A batch without `pixel_values` carries the embeddings of a frozen vision tower, as `ReferencePolicy.embedded`
+    returns it.
 
     Args:
         processor: Processor of the model.
@@ -118,7 +130,8 @@ class Policy:
         self.processor = processor
         self.candidates = candidates
         self.text_embeddings = text_embeddings
-        self._stand_in: dict[str, Tensor] | None = None
+        self._shortest_text: dict[str, Tensor] | None = None
+        self._blank_image: Tensor | None = None
 
     def __call__(self, model: nn.Module, encoder: CLIPModel, batch: Mapping[str, Any]) -> CandidateLogps:
         """Compute log-probabilities over the candidate texts.
@@ -131,18 +144,19 @@ class Policy:
         Returns:
             Tensor[B, N] for the preference images, and for the regularization images if there are any.
         """
-        pixels = [
-            batch["pixel_values"],
-            *([batch["reg_pixel_values"]] if "reg_pixel_values" in batch else []),
-        ]
+        embedded = "pixel_values" not in batch
+        pixels = [batch[name] for name in ("pixel_values", "reg_pixel_values") if name in batch]
         texts = self.candidates.of_batch(batch)
         shared = "candidates" not in batch  # every process has the same texts
         if self.text_embeddings:
-            tokens = self._shortest_text(encoder)
+            tokens = self._unused_text(encoder)
         else:
             tokens = tokenize(encoder, self.processor, share_of_texts(texts) if shared else texts)
-        outputs = model(**tokens, pixel_values=torch.cat(pixels))
-        image_embeds = unit_norm(outputs.vision_model_output.pooler_output)
+        outputs = model(**tokens, pixel_values=self._unused_image(encoder) if embedded else torch.cat(pixels))
+        if embedded:
+            image_embeds = known_image_embeds(batch)
+        else:
+            image_embeds = [*unit_norm(outputs.vision_model_output.pooler_output).chunk(len(pixels))]
         if self.text_embeddings:
             text_embeds = self.text_embeddings(texts)
         else:
@@ -150,12 +164,20 @@ class Policy:
             text_embeds = embeds_of_all(own, len(texts)) if shared else own
         logps = [
             candidate_logps(embeds, text_embeds, encoder.logit_scale.exp(), batch.get("candidates"))
-            for embeds in image_embeds.split(len(pixels[0]))
+            for embeds in image_embeds
         ]
         return CandidateLogps(logps[0], logps[1] if len(logps) > 1 else None)
 
-    def _shortest_text(self, encoder: CLIPModel) -> dict[str, Tensor]:
+    def _unused_text(self, encoder: CLIPModel) -> dict[str, Tensor]:
         """Return the tokens that CLIPModel, which always runs both towers, gets if the text embeddings are known."""
-        if self._stand_in is None:  # kept, because a copy to a GPU waits for the step before
-            self._stand_in = tokenize(encoder, self.processor, [""])
-        return self._stand_in
+        if self._shortest_text is None:  # kept, because a copy to a GPU waits for the step before
+            self._shortest_text = tokenize(encoder, self.processor, [""])
+        return self._shortest_text
+
+    def _unused_image(self, encoder: CLIPModel) -> Tensor:
+        """Return the pixels that CLIPModel gets if the image embeddings are known."""
+        if self._blank_image is None:
+            config = encoder.config.vision_config
+            shape = (1, config.num_channels, config.image_size, config.image_size)
+            self._blank_image = torch.zeros(shape, device=encoder.device)
+        return self._blank_image

@@ -89,6 +89,18 @@ class ReferencePolicy:
             known.update(zip(unknown, embeds.chunk(len(unknown)), strict=True))
         return known
 
+    def embedded(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch with the embeddings of its images in the place of their pixels.
+
+        Args:
+            batch: Batch of `DataCollatorForContrastivePreference`.
+
+        Returns:
+            The batch without pixels. Embeddings that it did not carry are computed in one forward pass.
+        """
+        embeds = {f"ref_{name}_embeds": found for name, found in self.batch_embeds(batch, ROW_IMAGES).items()}
+        return {**{key: value for key, value in batch.items() if not key.endswith("pixel_values")}, **embeds}
+
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> CandidateLogps:
         """Compute log-probabilities over the candidate texts of a batch.

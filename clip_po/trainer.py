@@ -34,6 +34,7 @@ from clip_po.models import check_processor, default_output_dir, dual_encoder, lo
 from clip_po.policy import Policy, preference_logps, regularization_kl
 from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
 from clip_po.text_identity import TextTokens
+from clip_po.trainable import choose_trainable, tower_trains
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback
 from clip_po.training.checkpoints import CheckpointCallback, saving, whole_checkpoint
 from clip_po.training.nan_guard import NanGuardCallback
@@ -127,6 +128,8 @@ class ContrastivePOTrainer(Trainer):
             args.beta, args.label_smoothing, args.desirable_weight, args.undesirable_weight
         )
         self.reference = self.build_reference(encoder, ref_model, peft_config)
+        # A frozen vision tower gives policy and reference the same image embeddings.
+        self.shares_image_embeds = ref_model is None and not tower_trains(self.encoder, "vision")
         self.policy = self.build_policy(encoder, ref_model)
         self.training_means, self.evaluation_means = RunningMeans(), RunningMeans()
         self.skipped_in_training, self.skipped_in_evaluation = SkippedRows(), SkippedRows()
@@ -157,7 +160,9 @@ class ContrastivePOTrainer(Trainer):
         Raises:
             ValueError, TypeError, OSError: As for `load_policy`.
         """
-        return load_policy(model, ref_model, args, peft_config)
+        encoder = load_policy(model, ref_model, args, peft_config)
+        choose_trainable(encoder, args)
+        return encoder
 
     def module_to_train(self, encoder: PreTrainedModel | PeftModel) -> nn.Module:
         """Return the module that `Trainer` trains and saves: the dual encoder itself.
@@ -215,8 +220,7 @@ class ContrastivePOTrainer(Trainer):
         """Build the reference policy from `ref_model`, or from the policy as it is now.
 
         Args:
-            encoder: From `load_encoder`. This trainer copies `self.model`, which is the same object, and does not read
-                it.
+            encoder: From `load_encoder`. This trainer copies `self.model`, which is the same object.
             ref_model: The reference policy, which is frozen and moved to the device of the trainer; None for the
                 initial policy.
             peft_config: Adapters that were just added, which the reference leaves out; None for no new ones.
@@ -230,7 +234,7 @@ class ContrastivePOTrainer(Trainer):
         else:
             model = ref_model.requires_grad_(False).eval().to(self.accelerator.device)
         # If the text tower trains in bfloat16, both sides of the log-ratios must have the same rounding error.
-        encode = encode_texts_autocast if self.args.train_text_model else encode_texts
+        encode = encode_texts_autocast if tower_trains(encoder, "text") else encode_texts
         texts = CachedTextEmbeddings(model, self.processing_class, encode)
         compares = self._has_rewards and not self.args.reference_free
         images = ROW_IMAGES if compares else ROW_IMAGES[1:]
@@ -247,7 +251,7 @@ class ContrastivePOTrainer(Trainer):
             A callable (model, encoder, batch) -> `CandidateLogps`: a `Policy`.
         """
         texts: CachedTextEmbeddings | None = self.reference.text_embeddings
-        if self.args.train_text_model:
+        if tower_trains(encoder, "text"):
             texts = None
         elif ref_model is not None:
             own = frozen_copy(encoder) if self.is_fsdp_enabled else encoder
@@ -279,9 +283,10 @@ class ContrastivePOTrainer(Trainer):
         Source: Afzali et al. 2025, arXiv 2411.08923.
         """
         inputs = self._without_metadata(inputs)
-        policy = self.policy(model, self.encoder, inputs)
         with self.accelerator.autocast():  # accelerate applies it to the forward of the model alone
+            inputs = self.reference.embedded(inputs) if self.shares_image_embeds else inputs
             reference = self.reference(inputs)
+        policy = self.policy(model, self.encoder, inputs)
         logps = preference_logps(policy, reference, inputs)
         kl = regularization_kl(policy, reference)
         weight, reg_weight = inputs["weight"], inputs["reg_row_weight"]  # of each row; 0 for padding
@@ -579,13 +584,14 @@ class ContrastivePOTrainer(Trainer):
         """
         return self.get_eval_dataloader(test_dataset)
 
-    def embed_images(self, pairs: PreferencePairs, pays: bool, images: Sequence[str] | None = None) -> None:
+    def embed_images(self, pairs: PreferencePairs, pays: bool) -> None:
         """Embed fixed images with the reference once, if the arguments say so or, by default, if it pays.
+
+        It always pays if the policy has the same embeddings. Rows then come without images.
 
         Args:
             pairs: The rows, which get the embeddings.
             pays: Whether it pays. Only read if `precompute_ref_log_probs` is None.
-            images: Names in `ROW_IMAGES`; None for the images that the reference is asked about.
 
         Raises:
             UnreadableImage: If an image can't be read and `on_bad_image` is "raise".
@@ -593,7 +599,8 @@ class ContrastivePOTrainer(Trainer):
             OSError: If `embeddings_cache` can't be written to.
         """
         wanted = self.args.precompute_ref_log_probs
-        if not (pays if wanted is None else wanted):
+        pairs.without_images = self.shares_image_embeds
+        if not (pays or self.shares_image_embeds if wanted is None else wanted):
             return
         cache = EmbeddingCache(self.args.embeddings_cache) if self.args.embeddings_cache else None
         with self.accelerator.autocast():
@@ -606,7 +613,7 @@ class ContrastivePOTrainer(Trainer):
                 self.args.dataloader_num_workers,
                 bool(self.args.disable_tqdm),
                 cache,
-                images or self.reference.images,
+                ROW_IMAGES if self.shares_image_embeds else self.reference.images,
             )
 
     def _load(self, dataset: Any, batch_size: int, seed: int | None, drop_last: bool) -> DataLoader[Any]:

@@ -18,6 +18,8 @@ from transformers import (
 
 from clip_po.concept import ConceptConfig, ConceptTrainer
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.trainer import ContrastivePOTrainer
 
 # transformers 5.23 renamed gradient_checkpointing and warns about the old name.
@@ -58,6 +60,12 @@ def make_labelled(rows: int) -> datasets.Dataset:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
     columns = {"image": [picture(i) for i in range(rows)], "label": [i % len(CLASSES) for i in range(rows)]}
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def typographic(rows=16, **attack):
+    """Preferences on the labelled rows, with words drawn on their images."""
+    style = {"min_side": IMAGE_SIZE, "size": (0.3, 0.5), **attack}
+    return TypographicPreferences(make_labelled(rows), TypographicAttack(words=CLASSES, **style))
 
 
 def write_parquet(folder, **splits: int):

@@ -17,6 +17,7 @@ from clip_po.models import (
     load_processor,
 )
 from clip_po.reference import initial_policy
+from clip_po.trainable import choose_trainable
 
 VISION = r".*vision_model.*\.(q_proj|v_proj)"
 BOTH = ["q_proj", "v_proj"]
@@ -100,10 +101,8 @@ def test_arguments_for_a_model_that_is_an_object_already_are_warned_of(model, ar
     ],
 )
 def test_the_vision_side_trains_and_the_rest_on_demand(arguments, more, model, args):
-    model.requires_grad_(False)
-    assert parts_that_train(load_policy(model, None, args(**arguments), None)) == (
-        {"vision_model", "visual_projection"} | more
-    )
+    choose_trainable(model, args(**arguments))
+    assert parts_that_train(model) == {"vision_model", "visual_projection"} | more
 
 
 def test_new_adapters_are_all_that_trains(model, args):
@@ -167,6 +166,10 @@ def test_trained_adapters_stay_on_in_the_reference(model):
 def frozen_adapters(model, clip_folder, folder):
     get_peft_model(model, lora()).save_pretrained(folder)
     return PeftModel.from_pretrained(CLIPModel.from_pretrained(clip_folder), folder)
+
+
+def prepare(model, ref_model, args, peft_config):
+    choose_trainable(load_policy(model, ref_model, args, peft_config), args)
 
 
 REFUSED = {
@@ -260,7 +263,7 @@ def test_what_does_not_fit_together_is_refused_with_a_remedy(case, model, clip_f
     make, arguments, kind, *parts = case
     given = {"model": model, "ref_model": None, "peft_config": None, **make(model, clip_folder, tmp_path)}
     with pytest.raises(kind) as error:
-        load_policy(given["model"], given["ref_model"], args(**arguments), given["peft_config"])
+        prepare(given["model"], given["ref_model"], args(**arguments), given["peft_config"])
     assert not unsaid(error, parts)
 
 

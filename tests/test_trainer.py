@@ -8,7 +8,18 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from samples import CLASSES, PROMPTS, StopAt, logged, make_labelled, make_preferences, same, tiny_config, weights
+from samples import (
+    CLASSES,
+    PROMPTS,
+    StopAt,
+    logged,
+    make_labelled,
+    make_preferences,
+    same,
+    tiny_config,
+    typographic,
+    weights,
+)
 from tolerances import LOGPS, RUNS, largest, rounding
 from transformers import CLIPModel, CLIPProcessor
 
@@ -160,11 +171,6 @@ def test_row_weights_count(make_trainer):
         for data in (doubled, kept)
     ]
     assert results[0]["eval_logps/chosen"] == pytest.approx(results[1]["eval_logps/chosen"], abs=LOGPS)
-
-
-def typographic(rows=16, **attack):
-    style = {"min_side": 32, "size": (0.3, 0.5), **attack}
-    return TypographicPreferences(make_labelled(rows), TypographicAttack(words=CLASSES, **style))
 
 
 @pytest.mark.slow

@@ -25,12 +25,10 @@ from clip_po.evaluation.interpolation import choose_alpha, interpolate, interpol
 from clip_po.evaluation.pseudo_labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import init_kwargs, load_model, load_processor
+from clip_po.trainable import trained_linear_layers
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.callbacks import EvaluatorCallback
 from clip_po.validation import check_writable
-
-VISION_LINEAR_LAYERS = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-"""Default target modules of LoRA: the linear layers of attention and MLP in the vision tower."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -146,8 +144,9 @@ def make_trainer(
     model_args: ModelConfig,
 ) -> ContrastivePOTrainer:
     """Return the trainer. Arguments that are not given are filled in from the size of model and data."""
-    peft_config = adapters(model_args)
-    width = model.config.vision_config.hidden_size
+    peft_config = adapters(model_args, model, args)
+    towers = model.config
+    width = (towers.vision_config if args.train_vision_model else towers.text_config).hidden_size
     for name, value in fit_to_size(width, len(rows.train), bool(peft_config)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -167,11 +166,11 @@ def make_trainer(
     )
 
 
-def adapters(model_args: ModelConfig) -> PeftConfig | None:
-    """Return the adapters that the LoRA flags describe, by default on `VISION_LINEAR_LAYERS`."""
+def adapters(model_args: ModelConfig, model: CLIPModel, args: ContrastivePOConfig) -> PeftConfig | None:
+    """Return the adapters that the LoRA flags describe, by default on the linear layers of the blocks that train."""
     model_args.lora_task_type = None
     if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = VISION_LINEAR_LAYERS
+        model_args.lora_target_modules = trained_linear_layers(model.config, args)
     return get_peft_config(model_args)
 
 

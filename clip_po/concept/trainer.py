@@ -19,9 +19,9 @@ from clip_po.data.collator import total_weights
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.streamed_pairs import StreamedPairs, is_stream
 from clip_po.hub.card import CheckpointKind
-from clip_po.models import default_output_dir, dual_encoder
-from clip_po.policy import CandidateLogps, candidate_logps
-from clip_po.reference import ROW_IMAGES, ReferencePolicy
+from clip_po.models import default_output_dir, dual_encoder, load_policy
+from clip_po.policy import CandidateLogps, candidate_logps, known_image_embeds
+from clip_po.reference import ReferencePolicy
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.activation_checkpointing import checkpoints_activations
 from clip_po.validation import NOT_NEGATIVE, Allowed
@@ -45,7 +45,7 @@ class ConceptConfig(ContrastivePOConfig):
 
 
 class ConceptPolicy:
-    """pi(y | x) on transformed embeddings of the reference. No tower runs if the batch carries the embeddings.
+    """pi(y | x) on transformed embeddings of the reference. No tower runs.
 
     Args:
         reference: The frozen model, which is the reference policy too.
@@ -60,12 +60,12 @@ class ConceptPolicy:
         Args:
             model: The `ConceptTransform` as wrapped for training.
             encoder: The CLIPModel. Its logit scale is that of the reference.
-            batch: Batch of `DataCollatorForContrastivePreference`.
+            batch: Batch of `ReferencePolicy.embedded`.
 
         Returns:
             Tensor[B, N] for the preference images, and for the regularization images if there are any.
         """
-        images = list(self.reference.batch_embeds(batch, ("image", "reg_image")).values())
+        images = known_image_embeds(batch)
         texts = self.reference.text_embeddings(self.reference.candidates.of_batch(batch))
         image_embeds, text_embeds = model(torch.cat(images), texts)
         logps = [
@@ -151,7 +151,7 @@ class ConceptTrainer(ContrastivePOTrainer):
             ValueError: If the size of its embeddings is not that of the transformation, or as for `load_policy`.
             TypeError, OSError: As for `load_policy`.
         """
-        encoder = super().load_encoder(model, ref_model, args, peft_config)
+        encoder = load_policy(model, ref_model, args, peft_config)
         dim = dual_encoder(encoder).config.projection_dim
         if self.concept.dim != dim:
             raise ValueError(
@@ -219,20 +219,6 @@ class ConceptTrainer(ContrastivePOTrainer):
         """
         return ConceptPolicy(self.reference)
 
-    def embed_images(self, pairs: PreferencePairs, pays: bool, images: Sequence[str] | None = None) -> None:
-        """Embed all fixed images once, unless the arguments say otherwise; rows then come without images.
-
-        Args:
-            pairs: The rows, which get the embeddings.
-            pays: Not read: embedding once always pays, unless `precompute_ref_log_probs=False`.
-            images: Not read: the policy needs the embeddings of all `ROW_IMAGES`.
-
-        Raises:
-            UnreadableImage, ValueError, OSError: As for `ContrastivePOTrainer.embed_images`.
-        """
-        pairs.without_images = True
-        super().embed_images(pairs, pays=True, images=ROW_IMAGES)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -274,8 +260,10 @@ def _check_args(concept: Any, args: Any) -> None:
     if not isinstance(args, ConceptConfig):
         raise TypeError(f"args must be a ConceptConfig, got {type(args).__name__}.")
     given = {
+        "train_vision_model=False": not args.train_vision_model,
         "train_text_model=True": args.train_text_model,
         "train_logit_scale=True": args.train_logit_scale,
+        f"trainable_layers={args.trainable_layers}": args.trainable_layers is not None,
         "activation_checkpointing=True": checkpoints_activations(args),
     }
     wrong = [name for name, is_given in given.items() if is_given]

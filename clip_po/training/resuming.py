@@ -84,8 +84,8 @@ def _check_states(folder: str) -> None:
 def _check_optimizer(trainer: Trainer, folder: str) -> None:
     """Raise if the optimizer's state is for other parameters or for another kind of optimizer."""
     remedy = (
-        "Resume with the optimizer (optim) and the trained parts (train_text_model, train_logit_scale, peft_config) "
-        "of the run that wrote it, or start a new run."
+        "Resume with the optimizer (optim) and the trained parts (train_vision_model, train_text_model, "
+        "train_logit_scale, trainable_layers, peft_config) of the run that wrote it, or start a new run."
     )
     trainer.create_optimizer()
     groups = trainer.optimizer.param_groups

@@ -328,3 +328,28 @@ def test_a_table_of_paths_and_words_trains(command, wordnet):
     (wordnet / "rows.csv").write_text("\n".join(["file_name,label", *lines]))
     trainer = aligned(command("--save_strategy", "no", data=wordnet / "rows.csv"))
     assert trainer.train_dataset.preferences.class_names == ["cat", "sea lion"]
+
+
+# ---- What trains ----------------------------------------------------------------------------------------
+
+
+def test_the_text_tower_or_the_last_layers_train_from_the_command_line(command):
+    trainer = aligned(command("--no_train_vision_model", "--train_text_model", "--trainable_layers", "1"))
+    found = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[0] for name in found} == {"text_model", "text_projection"}
+    assert not [name for name in found if "layers.0" in name]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], {("vision", "0"), ("vision", "1")}),
+        (["--trainable_layers", "1"], {("vision", "1")}),
+        (["--train_vision_model", "false", "--train_text_model"], {("text", "0"), ("text", "1")}),
+        (["--train_text_model", "--trainable_layers", "1"], {("vision", "1"), ("text", "1")}),
+    ],
+)
+def test_adapters_are_by_default_where_training_is(command, more, expected):
+    trainer = aligned(command("--use_peft", "--lora_r", "2", *more, steps=1))
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert {re.search(r"(\w+)_model\.encoder\.layers\.(\d)", name).groups() for name in names} == expected

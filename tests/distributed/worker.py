@@ -19,6 +19,7 @@ from clip_po.config import ContrastivePOConfig
 from clip_po.training.sharding import SHARDING_IS_EXACT
 
 GLOBAL_BATCH = 8
+TEXT_ALONE = {"train_vision_model": False, "train_text_model": True}
 IN_BATCH = {"own_texts": True, "in_batch_candidates": True, "learning_rate": 1e-3}
 # By name: arguments of the configuration; `lora`, `concept` and `own_texts` say what else differs.
 RUNS = {
@@ -27,6 +28,7 @@ RUNS = {
     "accumulated": {"loss_type": ["ipo", "sft"], "gradient_accumulation_steps": 2, "train_text_model": True},
     "in_batch": {**IN_BATCH, "gradient_accumulation_steps": 2, "train_text_model": True},
     "in_batch_frozen": {**IN_BATCH, "loss_type": ["sigmoid", "distillation"], "max_steps": 10},
+    "text_alone": {**TEXT_ALONE, "trainable_layers": 1, "learning_rate": 1e-3, "max_steps": 10},
     "scale": {"train_logit_scale": True, "precompute_ref_log_probs": False, "max_steps": 10},
     "lora": {"lora": True, "max_steps": 10},
     "concept": {"concept": True, "max_steps": 10},
@@ -35,6 +37,7 @@ RUNS = {
 SHARDED_RUNS = {
     "sharded": {"loss_type": "kto_pair", "beta": 1.0, "max_steps": 4},
     "sharded_in_batch": {**IN_BATCH, "train_text_model": True, "max_steps": 4},
+    "sharded_text_alone": {**TEXT_ALONE, "learning_rate": 1e-3, "max_steps": 4},
     "sharded_lora": {"lora": True, "max_steps": 4},
 }
 

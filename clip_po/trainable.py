@@ -1,0 +1,191 @@
+"""Which parameters train: the towers and layers that the arguments name, without what the user froze."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+from transformers import CLIPConfig
+from transformers.utils import logging
+
+from clip_po.config import ContrastivePOConfig
+from clip_po.models import dual_encoder
+
+logger = logging.get_logger(__name__)
+
+Tower = Literal["vision", "text"]
+
+PARTS: Mapping[Tower, tuple[str, str]] = {
+    "vision": ("vision_model", "visual_projection"),
+    "text": ("text_model", "text_projection"),
+}
+"""Names of a CLIPModel's modules by tower."""
+
+FINAL_LAYERS = ("post_layernorm", "final_layer_norm", "visual_projection", "text_projection")
+"""The layers above the blocks of both towers, which train with any `trainable_layers`."""
+
+_LOGIT_SCALE = re.compile(r"(^|\.)logit_scale$")
+_BLOCK = re.compile(r"\.encoder\.layers\.(\d+)\.")
+
+
+def tower_of(name: str) -> Tower | None:
+    """Return the tower of a parameter of a CLIPModel or PeftModel; None for the logit scale.
+
+    Args:
+        name: Name of the parameter, as in `named_parameters`.
+    """
+    parts = name.split(".")
+    return next((tower for tower in get_args(Tower) if any(part in parts for part in PARTS[tower])), None)
+
+
+def tower_trains(model: nn.Module, tower: Tower) -> bool:
+    """Return whether any parameter of a tower or its projection requires gradients.
+
+    Args:
+        model: CLIPModel or PeftModel.
+        tower: "vision" or "text".
+    """
+    return any(parameter.requires_grad and tower_of(name) == tower for name, parameter in model.named_parameters())
+
+
+def choose_trainable(model: nn.Module, args: ContrastivePOConfig) -> None:
+    """Freeze the parameters that the arguments do not train. Parameters that are frozen already stay frozen.
+
+    Args:
+        model: CLIPModel or PeftModel. Changed in place.
+        args: `train_vision_model`, `train_text_model`, `train_logit_scale` and `trainable_layers`.
+
+    Raises:
+        ValueError: If nothing is left to train, adapters are in a part that does not train, or a trained tower has
+            fewer blocks than `trainable_layers`.
+    """
+    config = dual_encoder(model).config
+    _check_layers(config, args)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    excluded = {name: found for name in trainable if (found := _excluded(name, config, args)) is not None}
+    if isinstance(model, PeftModel):
+        _check_adapters(model, trainable, excluded)
+    for name in excluded:
+        trainable[name].requires_grad_(False)
+    if len(excluded) == len(trainable):
+        asked = {"train_vision_model": args.train_vision_model, **_asked(args)}
+        raise ValueError(
+            "Nothing is left to train: every parameter that "
+            f"{', '.join(f'{name}=True' for name, is_asked in asked.items() if is_asked)} would train is frozen in "
+            "the model. Unfreeze what should train, for instance with model.vision_model.requires_grad_(True), before "
+            "you pass the model."
+        )
+    left = trainable.keys() - excluded.keys()
+    trains = {
+        "train_text_model": any(tower_of(name) == "text" for name in left),
+        "train_logit_scale": any(_LOGIT_SCALE.search(name) for name in left),
+    }
+    for name, is_asked in _asked(args).items():
+        if is_asked and not trains[name]:
+            logger.warning(
+                f"{name}=True trains nothing, because the model was passed with those parameters frozen. To train "
+                "them, call requires_grad_(True) on them first."
+            )
+
+
+def trained_linear_layers(config: CLIPConfig, args: ContrastivePOConfig) -> str:
+    """Return a pattern for the linear layers of attention and MLP that the arguments train, as `target_modules`.
+
+    Args:
+        config: Configuration of the CLIPModel.
+        args: As for `choose_trainable`.
+
+    Returns:
+        A regular expression that matches names of modules, of the vision tower alone by default.
+    """
+    layers = r"(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+    return "|".join(rf"{_blocks_pattern(tower, config, args)}\.{layers}" for tower in _trained_towers(args))
+
+
+def _blocks_pattern(tower: Tower, config: CLIPConfig, args: ContrastivePOConfig) -> str:
+    if args.trainable_layers is None:
+        return rf".*{tower}_model.*"
+    blocks = _blocks(config, tower)
+    last = "|".join(map(str, range(blocks - args.trainable_layers, blocks)))
+    return rf".*{tower}_model.*layers\.({last})\..*"
+
+
+def _trained_towers(args: ContrastivePOConfig) -> list[Tower]:
+    trains = {"vision": args.train_vision_model, "text": args.train_text_model}
+    return [tower for tower in get_args(Tower) if trains[tower]]
+
+
+def _asked(args: ContrastivePOConfig) -> dict[str, bool]:
+    return {"train_text_model": args.train_text_model, "train_logit_scale": args.train_logit_scale}
+
+
+def _blocks(config: CLIPConfig, tower: Tower) -> int:
+    return {"vision": config.vision_config, "text": config.text_config}[tower].num_hidden_layers
+
+
+def _check_layers(config: CLIPConfig, args: ContrastivePOConfig) -> None:
+    for tower in _trained_towers(args):
+        blocks = _blocks(config, tower)
+        if args.trainable_layers is not None and args.trainable_layers > blocks:
+            raise ValueError(
+                f"trainable_layers={args.trainable_layers}, but the {tower} tower has {blocks} blocks. Give a number "
+                f"from 0 to {blocks}, or leave it out to train the whole tower."
+            )
+
+
+def _check_adapters(
+    model: PeftModel, trainable: Mapping[str, nn.Parameter], excluded: Mapping[str, tuple[str, str]]
+) -> None:
+    """Raise if adapters do not train, train where the arguments do not, or something trains beside them."""
+    if not trainable:
+        raise ValueError(
+            "The PeftModel has no trainable parameters: PeftModel.from_pretrained freezes adapters. Load it with "
+            "is_trainable=True."
+        )
+    if excluded:
+        place, remedy = next(iter(excluded.values()))
+        names = [name for name, found in excluded.items() if found == (place, remedy)]
+        raise ValueError(
+            f"{len(names)} trainable adapter parameters are {place} (such as {names[0]!r}), which is frozen. {remedy}"
+        )
+    states = [
+        get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) for name in model.peft_config
+    ]
+    saved = {weight.data_ptr() for state in states for weight in state.values()}
+    lost = [name for name, parameter in trainable.items() if parameter.data_ptr() not in saved]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} trainable parameters of the PeftModel are not part of its adapters (such as {lost[0]!r}), "
+            "so a checkpoint would not hold them. Freeze them, or name their modules in modules_to_save of the "
+            "adapters' configuration."
+        )
+
+
+def _excluded(name: str, config: CLIPConfig, args: ContrastivePOConfig) -> tuple[str, str] | None:
+    """Return where a frozen parameter is, and what to do about adapters there; None if the arguments train it."""
+    tower = tower_of(name)
+    if tower is None:
+        if _LOGIT_SCALE.search(name) and not args.train_logit_scale:
+            return "the logit scale", "Freeze it in the model, too."
+        return None
+    other: Tower = "text" if tower == "vision" else "vision"
+    if tower not in _trained_towers(args):
+        return (
+            f"in the {tower} tower",
+            rf"Target the {other} tower alone, with target_modules=r'.*{other}_model.*\.(q_proj|v_proj)', or set "
+            f"train_{tower}_model=True.",
+        )
+    if args.trainable_layers is None or any(layer in name.split(".") for layer in FINAL_LAYERS):
+        return None
+    blocks = _blocks(config, tower)
+    block = _BLOCK.search(name)
+    if block is not None and int(block[1]) >= blocks - args.trainable_layers:
+        return None
+    targets = rf"{_blocks_pattern(tower, config, args)}\.(q_proj|v_proj)"
+    return (
+        f"below the last {args.trainable_layers} blocks of the {tower} tower",
+        f"Target the last blocks alone, with target_modules=r'{targets}', or leave trainable_layers out.",
+    )
