@@ -31,6 +31,10 @@ from clip_po.validation import check_finite
 logger = logging.get_logger(__name__)
 
 
+ANSWERS = ("forward", "get_image_features", "get_text_features", "__call__")
+"""Methods of CLIPModel that define its answers. Embeddings are computed by these methods or by the towers in them."""
+
+
 def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
     """Return the CLIPModel inside a plain model or a PeftModel. Its LoRA layers stay active.
 
@@ -42,7 +46,8 @@ def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
         The model itself, or the base model of a `PeftModel`: no copy.
 
     Raises:
-        TypeError: If the model is not a CLIPModel with two towers.
+        TypeError: If the model is not a CLIPModel with two towers, or is a subclass that overrides a method in
+            `ANSWERS`.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, CLIPModel):
@@ -50,6 +55,14 @@ def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
             f"{name} must be a transformers.CLIPModel (or a PeftModel around one), got {type(inner).__name__}. "
             "Preferences between texts need both towers, which a vision or text model alone does not have. Convert an "
             "open_clip checkpoint to the Hugging Face layout first."
+        )
+    own = [method for method in ANSWERS if getattr(type(inner), method) is not getattr(CLIPModel, method)]
+    if own:
+        kind = type(inner).__name__
+        raise TypeError(
+            f"{name} is a {kind}, whose own {', '.join(f'{kind}.{method}' for method in own)} would be ignored: "
+            "embeddings are computed as CLIPModel computes them. Load the weights with CLIPModel.from_pretrained, or "
+            "put the change into a module of the model, such as model.vision_model."
         )
     return inner
 
