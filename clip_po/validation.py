@@ -290,24 +290,38 @@ def check_column(dataset: Any, column: str, argument: str) -> Any:
 
 
 class UnreadableImage(ValueError):
-    """An image that can't be read or is refused. The message names row and column and says why."""
+    """An image that can't be read or is refused. The message names row, column and file and says why.
+
+    Args:
+        message: The message. A `DataLoader` raises the error of a worker process again with the worker's traceback as
+            its message, which ends in the message of the error: that alone is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        if message.startswith("Caught "):
+            message = message.rpartition(f"{type(self).__name__}: ")[2].strip()
+        super().__init__(message)
 
 
-def unreadable_image(error: Exception, column: str, where: str, drop: str = "dataset.select") -> UnreadableImage:
+def unreadable_image(
+    error: Exception, column: str, where: str, path: str | None = None, drop: str = "dataset.select"
+) -> UnreadableImage:
     """Return the exception for an image that can't be read.
 
     Args:
         error: What the decoder raised.
         column: Name of the image column, quoted: "'image'".
         where: The row in messages, such as "train_dataset row 3".
+        path: Path or name of the image's file; None if it is not known.
         drop: The method that drops rows.
 
     Returns:
-        The exception, not raised. Its message names the row and the column and says what to do.
+        The exception, not raised. Its message names the row, the column and the file and says what to do.
     """
+    file = f" ({path})" if path and path not in str(error) else ""
     return UnreadableImage(
-        f"{where}: the image in column {column} can't be read ({type(error).__name__}: {error}). Fix the file or drop "
-        f"the row, for instance with `{drop}`."
+        f"{where}: the image in column {column}{file} can't be read ({type(error).__name__}: {error}). Fix the file "
+        f"or drop the row, for instance with `{drop}`."
     )
 
 

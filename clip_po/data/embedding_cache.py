@@ -94,7 +94,7 @@ def image_digest(dataset: Dataset, column: str) -> str:
                 try:
                     data = Path(image["path"]).read_bytes()
                 except OSError as error:
-                    raise unreadable_image(error, repr(column), f"Row {index}") from error
+                    raise unreadable_image(error, repr(column), f"Row {index}", image["path"]) from error
             yield hashlib.sha256(data or b"").digest()
 
     return _digest(parts())

@@ -25,7 +25,7 @@ from datasets import ClassLabel, Dataset, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
 from clip_po.data.class_positions import check_candidate_positions
-from clip_po.data.images import to_rgb
+from clip_po.data.images import check_index, image_path, to_rgb, unformatted
 from clip_po.losses import WITHOUT_REJECTED
 from clip_po.validation import (
     check_candidates,
@@ -43,10 +43,11 @@ Row = dict[str, Any]
 IMAGE_COLUMNS = ("image", "clean_image")
 
 _DECODING = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError),
+    *(OSError, SyntaxError, ValueError, EOFError, OverflowError),
     *(struct.error, zlib.error, PILImage.DecompressionBombError),
 )
-"""Errors that decoders of broken files raise. Any other error comes from a transform of the user."""
+"""Errors that mean an unreadable image also where every image of the row can be read alone: a transform of the user
+may open files."""
 
 
 def as_list(value: Any) -> list[Any]:
@@ -298,37 +299,47 @@ def read_row(dataset: Dataset, index: int, name: str) -> Row:
         name: Name of the dataset in messages.
 
     Returns:
-        All columns of the row by name, after a transform of the user if there is one. `image` and `clean_image` are
-        RGB images.
+        All columns of the row by name, without a format, and after a transform of the user if there is one. `image`
+        and `clean_image` are RGB images.
 
     Raises:
         UnreadableImage: If `image` or `clean_image` is None or holds a path or bytes, or any image of the row can't be
-            read; the message names row and column.
+            read; the message names row, column and, where it is known, the file.
+        IndexError: If there is no such row.
     """
     where = f"{name} row {index}"
+    check_index(dataset, index, name)
     try:
-        row = dataset[index]
+        row = unformatted(dataset)[index]
         for column in IMAGE_COLUMNS:
             if isinstance(row.get(column), PILImage.Image):
                 row[column] = to_rgb(row[column])
-    except _DECODING as error:
-        raise unreadable_image(error, _unreadable_columns(dataset, index), where) from error
+    except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
+        broken = _unreadable(dataset, index)
+        if not broken and not isinstance(error, _DECODING):
+            raise  # an error in a transform of the user
+        columns = " or ".join(map(repr, broken or _image_columns(dataset)))
+        paths = ", ".join(filter(None, broken.values()))
+        raise unreadable_image(error, columns, where, paths) from error
     for column in IMAGE_COLUMNS:
         if column in row:
             check_image(row[column], column, where)
     return row
 
 
-def _unreadable_columns(dataset: Dataset, index: int) -> str:
-    """Return the image columns of a row that can't be read, quoted; all image columns if each can be read alone."""
-    columns = [c for c, feature in dataset.features.items() if isinstance(feature, Image)] or ["image"]
-    broken = []
-    for column in columns:
+def _image_columns(dataset: Dataset) -> list[str]:
+    return [column for column, feature in dataset.features.items() if isinstance(feature, Image)] or ["image"]
+
+
+def _unreadable(dataset: Dataset, index: int) -> dict[str, str | None]:
+    """Return the image columns of a row that can't be read alone, with the paths of their images."""
+    broken = {}
+    for column in _image_columns(dataset):
         try:
             to_rgb(dataset.with_format(None).select_columns([column])[index][column])
         except Exception:  # any error here means that the image is the cause
-            broken.append(column)
-    return " or ".join(map(repr, broken or columns))
+            broken[column] = image_path(dataset, column, index)
+    return broken
 
 
 def to_texts(row: Row, candidate_texts: Sequence[str] | None) -> Row:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, ProcessorMixin
@@ -85,6 +86,66 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 # ---- A column of a dataset ---------------------------------------------------------------------------------
 
 
+def is_transformed(dataset: Dataset) -> bool:
+    """Return whether a transform of the user, which may be random, changes the rows as they are read.
+
+    Args:
+        dataset: The rows.
+
+    Returns:
+        True after `dataset.set_transform` or `dataset.with_transform`.
+    """
+    return dataset.format["type"] == "custom"
+
+
+def unformatted(dataset: Dataset) -> Dataset:
+    """Return a dataset whose rows are Python values and PIL images, in all columns.
+
+    A format such as "torch" turns images into arrays, and a palette image into positions in its palette.
+
+    Args:
+        dataset: The rows.
+
+    Returns:
+        The dataset without its format; as it is if it has none, or a transform of the user, which applies.
+    """
+    plain = dataset.format["type"] is None and dataset.format["columns"] == dataset.column_names
+    return dataset if plain or is_transformed(dataset) else dataset.with_format(None)
+
+
+def check_index(dataset: Dataset, index: int, name: str) -> None:
+    """Raise if a dataset has no row of a number: that is no fault of an image.
+
+    Args:
+        dataset: The rows.
+        index: Number of the row; negative numbers count from the end.
+        name: Name of the dataset in messages.
+
+    Raises:
+        IndexError: If there is no such row.
+    """
+    if not -len(dataset) <= index < len(dataset):
+        raise IndexError(f"{name} has {len(dataset)} rows, so there is no row {index}.")
+
+
+def image_path(dataset: Dataset, column: str, index: int) -> str | None:
+    """Return the path of an image as the dataset knows it.
+
+    Args:
+        dataset: The rows.
+        column: Name of the image column.
+        index: Number of the row.
+
+    Returns:
+        The path of its file, or the name that is stored with its bytes; None if there is neither, or if the column is
+        no `datasets.Image`.
+    """
+    if not isinstance(dataset.features.get(column), ImageFeature):
+        return None
+    stored = dataset.with_format(None).select_columns([column]).cast_column(column, ImageFeature(decode=False))
+    return (stored[index][column] or {}).get("path")
+
+
 def read_images(dataset: Dataset, image_column: str) -> Dataset:
     """Return the image column of a dataset alone, unformatted, so that reading a row decodes one image only.
 
@@ -115,8 +176,11 @@ def read_image(images: Dataset, image_column: str, row: int) -> Image.Image:
         RGB image; transparent pixels are white, as in `to_rgb`.
 
     Raises:
-        UnreadableImage: If the image can't be read or converted, or there is none; the message names row and column.
+        UnreadableImage: If the image can't be read or converted, or there is none; the message names row, column and,
+            where it is known, the file.
+        IndexError: If there is no such row.
     """
+    check_index(images, row, "The dataset")
     try:
         image = images[row][image_column]
         check_image(image, image_column, f"Row {row}")
@@ -124,7 +188,8 @@ def read_image(images: Dataset, image_column: str, row: int) -> Image.Image:
     except UnreadableImage:
         raise
     except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
-        raise unreadable_image(error, repr(image_column), f"Row {row}") from error
+        path = image_path(images, image_column, row)
+        raise unreadable_image(error, repr(image_column), f"Row {row}", path) from error
 
 
 def blank_image() -> Image.Image:

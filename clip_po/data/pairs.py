@@ -16,9 +16,9 @@ from clip_po.config import ContrastivePOConfig
 from clip_po.data.bad_images import OnBadImage, read_or_blank
 from clip_po.data.embedding_cache import image_digest
 from clip_po.data.formats import IMAGE_COLUMNS, Row
-from clip_po.data.images import blank_image
+from clip_po.data.images import blank_image, is_transformed
 from clip_po.data.row_completion import RowCompletion, image_sources, regularization_image
-from clip_po.data.rows import as_rows, is_transformed
+from clip_po.data.rows import as_rows
 from clip_po.data.sampler import RowKey
 from clip_po.data.typographic_preferences import TypographicStream
 from clip_po.validation import UnreadableImage

@@ -12,6 +12,7 @@ from PIL import Image
 from clip_po.candidates import CandidateTexts
 from clip_po.data.embedding_cache import image_digest
 from clip_po.data.formats import IMAGE_COLUMNS, Row, check_preferences, read_row, to_texts
+from clip_po.data.images import is_transformed
 from clip_po.data.row_texts import check_row_texts
 
 
@@ -107,7 +108,7 @@ class DatasetRows:
     """Rows of a `datasets.Dataset` in a preference format.
 
     Args:
-        dataset: Image-preferences or class-preferences.
+        dataset: Image-preferences or class-preferences. Its format, such as "torch", does not apply.
         candidate_texts: The candidate texts of every row, if any.
         name: Name of the dataset in messages.
     """
@@ -236,15 +237,3 @@ def as_rows(preferences: Any, candidate_texts: CandidateTexts, name: str) -> Pre
         f"{name} must be a datasets.Dataset or TypographicPreferences, got {type(preferences).__name__}. "
         "Convert a list of dicts with Dataset.from_list(rows)."
     )
-
-
-def is_transformed(dataset: Dataset) -> bool:
-    """Return whether a transform of the user, which may be random, changes the rows as they are read.
-
-    Args:
-        dataset: The rows.
-
-    Returns:
-        True after `dataset.set_transform` or `dataset.with_transform`.
-    """
-    return dataset.format["type"] == "custom"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -152,7 +152,8 @@ def _decode(feature: ImageFeature, value: Any, column: str, where: str) -> Image
         # datasets 4.7 to 5.0 decode every image of a mapped stream.
         return to_rgb(value if isinstance(value, Image.Image) else feature.decode_example(value))
     except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
-        raise unreadable_image(error, repr(column), where, drop="stream.filter") from error
+        path = value.get("path") if isinstance(value, Mapping) else None
+        raise unreadable_image(error, repr(column), where, path, drop="stream.filter") from error
 
 
 def is_stream(dataset: Any) -> TypeGuard[IterableDataset | TypographicStream]:

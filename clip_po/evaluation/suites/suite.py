@@ -215,7 +215,7 @@ def load_entry(entry: Entry, suite_folder: str | Path | None = None) -> Dataset:
             where = {"split": entry.split, "config": entry.config, "columns": entry.columns, "where": entry.where}
             return LAYOUTS[entry.layout](source, pinned, **where)
         return LAYOUTS[entry.layout](Path(source), pinned)
-    rows = load_split(source, entry.split, entry.config)
+    rows = load_split(source, entry.split, entry.config).with_format(None)  # one may be saved with a dataset
     image, other = (
         entry.columns.get(name, name) for name in ("image", "caption" if entry.layout == "captioned" else "label")
     )
@@ -225,7 +225,7 @@ def load_entry(entry: Entry, suite_folder: str | Path | None = None) -> Dataset:
     images = rows.select_columns([image]).rename_columns({image: "image"})
     if entry.layout == "captioned":
         read_captions(rows, other)
-        return images.add_column("caption", rows.with_format(None)[other], feature=rows.features[other])
+        return images.add_column("caption", rows[other], feature=rows.features[other])
     if not isinstance(rows.features[other], ClassLabel) and rows.features[other].dtype == "string":
         rows = rows.class_encode_column(other)
     names, label = read_labels(rows, other, _class_names(entry, rows.features[other]))
@@ -248,7 +248,7 @@ def load_faces(entry: Entry, suite_folder: str | Path | None = None) -> Dataset:
     """
     source = entry_source(entry, suite_folder)
     if entry.layout == "attributes":
-        return load_split(source, entry.split, entry.config)
+        return load_split(source, entry.split, entry.config).with_format(None)
     people = load_vl_bias(source, str(entry.config))
     return people.select([row for row, gender in enumerate(people["gender"]) if gender is not None])
 
