@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.images import probe_image, to_pixels
 from clip_po.hub.safe_loading import refuse_pickles
 from clip_po.text_identity import check_tokenizer
 from clip_po.training.resuming import differences
@@ -306,11 +307,14 @@ def check_processor(processor: Any, model: nn.Module) -> None:
             f"{type(processor).__name__}."
         )
     config = dual_encoder(model).config
-    size = image_size(processor)
-    if size is not None and size != config.vision_config.image_size:
+    side, probe = config.vision_config.image_size, probe_image()
+    height, width = to_pixels(processor, [probe]).shape[-2:]
+    if (height, width) != (side, side):
+        size = f"{width}" if width == height else f"{width} x {height}"
         raise ValueError(
-            f"The processor makes images of {size} pixels, but the model reads {config.vision_config.image_size}. "
-            "Load the processor of the same checkpoint as the model."
+            f"The processor makes images of {size} pixels from one of {probe.width} x {probe.height}; the model reads "
+            f"{side} x {side}. Load the processor of the same checkpoint as the model, with its own resizing and "
+            "cropping."
         )
     if len(processor.tokenizer) > config.text_config.vocab_size:
         raise ValueError(

@@ -36,7 +36,7 @@ from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, f
 from clip_po.text_identity import TextTokens
 from clip_po.trainable import choose_trainable, tower_trains
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback
-from clip_po.training.checkpoints import CheckpointCallback, saving, whole_checkpoint
+from clip_po.training.checkpoints import CheckpointCallback, check_best_metric, saving, whole_checkpoint
 from clip_po.training.nan_guard import NanGuardCallback
 from clip_po.training.resuming import check_resume
 from clip_po.training.sharding import allow_sharding
@@ -100,6 +100,7 @@ class ContrastivePOTrainer(Trainer):
     ) -> None:
         args = args if args is not None else ContrastivePOConfig(default_output_dir(model))
         check_args(args, compute_metrics, candidate_texts)
+        check_best_metric(args, eval_dataset)
         self.reg_dataset = reg_dataset
         encoder = self.load_encoder(model, ref_model, args, peft_config)
         processor = processing_class or load_processor(encoder, args)

@@ -293,7 +293,7 @@ def test_the_models_own_processor_is_accepted(model, processor):
 def test_a_processor_of_another_image_size_is_refused(model):
     with pytest.raises(ValueError) as error:
         check_processor(tiny_processor(size=48), model)
-    assert not unsaid(error, ["images of 48 pixels", "the model reads 32", "of the same checkpoint"])
+    assert not unsaid(error, ["images of 48 pixels", "the model reads 32 x 32", "of the same checkpoint"])
 
 
 @pytest.mark.parametrize("half", ["image_processor", "tokenizer"])

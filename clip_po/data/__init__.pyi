@@ -4,6 +4,7 @@ from .attacks.fonts import unseen_fonts as unseen_fonts
 from .attacks.words import EVERYDAY_WORDS as EVERYDAY_WORDS
 from .collator import DataCollatorForContrastivePreference as DataCollatorForContrastivePreference
 from .digits import load_digits_dataset as load_digits_dataset
+from .images import to_rgb as to_rgb
 from .loading import load_split as load_split
 from .rows import PreferenceRows as PreferenceRows
 from .typographic_preferences import TypographicPreferences as TypographicPreferences

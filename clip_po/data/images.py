@@ -13,8 +13,11 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, ProcessorMixin
+from transformers.utils import logging
 
 from clip_po.validation import UnreadableImage, check_column, check_image, unreadable_image
+
+logger = logging.get_logger(__name__)
 
 WHITE = (255, 255, 255, 255)
 """Background of transparent pixels, as viewers and the image processors of transformers draw it."""
@@ -57,6 +60,11 @@ def to_rgb(image: Any) -> Image.Image:
             "the image would exhaust the memory. Crop the image"
         )
     if image.mode[0] in "IF":
+        logger.warning_once(
+            f"Images have greys of more than 8 bits (mode {image.mode!r}). They are scaled to 8 bits here, but the "
+            "processors of transformers clip them at 255. Wherever the model is used later, convert such images with "
+            "clip_po.data.to_rgb first, or save them with 8 bits."
+        )
         image = Image.fromarray(_eight_bits(np.asarray(image)))
     if image.mode == "La":  # Pillow converts it to LA only
         image = image.convert("LA")

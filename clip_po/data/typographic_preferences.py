@@ -53,6 +53,8 @@ class AttackedClasses:
             )
         check_template(template)
         check_different_names(class_names)
+        for name in class_names:
+            attack.check_words_left([name])
         self.attack = attack
         self.class_names = list(class_names)
         self.template = template

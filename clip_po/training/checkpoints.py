@@ -101,6 +101,28 @@ def whole_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str)
     return str(resume_from_checkpoint)
 
 
+def check_best_metric(args: TrainingArguments, eval_dataset: Any) -> None:
+    """Raise if the metric that chooses the best checkpoint will not exist, before training instead of after an epoch.
+
+    Args:
+        args: Arguments of the trainer.
+        eval_dataset: Its evaluation data: several by name, or anything else.
+
+    Raises:
+        ValueError: If there are several evaluation data sets and the metric is that of none.
+    """
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if not args.load_best_model_at_end or not isinstance(eval_dataset, dict):
+        return
+    if not any(metric.startswith(f"{name}_") for name in eval_dataset):
+        names = [f"eval_{name}_loss" for name in eval_dataset]
+        raise ValueError(
+            f"load_best_model_at_end=True with metric_for_best_model={args.metric_for_best_model!r}, but each of the "
+            f"evaluation data sets {list(eval_dataset)} has metrics of its own. Set metric_for_best_model to one of "
+            f"them, such as {names[0]!r}."
+        )
+
+
 class SavingError(OSError):
     """Saving failed. The message says where, why, and which checkpoint is left."""
 

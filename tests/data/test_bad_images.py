@@ -125,11 +125,12 @@ def test_an_ordinary_image_of_another_data_set_costs_its_share_alone():
     assert "reg_dataset row 2" in next(row["skipped"] for row in rows if row["skipped"])
 
 
-def test_padding_is_not_counted_and_errors_of_another_kind_are_not_skipped():
+def test_padding_is_not_counted_and_errors_of_another_kind_are_not_skipped(monkeypatch):
     pairs = rows_of("rows", on_bad_image="skip")
     assert pairs[0, 5, 2]["skipped"] is None
-    few = TypographicPreferences(make_labelled(4), TypographicAttack(["cat", "CAT"], min_side=32))
-    with pytest.raises(ValueError, match="give more words"):
+    few = TypographicPreferences(make_labelled(4), TypographicAttack(["cat", "dog"], min_side=32))
+    monkeypatch.setattr(few.attack.__class__, "written", lambda *_, **__: few.attack.check_words_left(["cat", "dog"]))
+    with pytest.raises(ValueError, match="Give more words"):
         PreferencePairs(few, on_bad_image="skip")[0]
 
 

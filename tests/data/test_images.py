@@ -1,14 +1,17 @@
 """Images of a column in RGB; pixel values bit for bit those of the processor, by the fast path too."""
 
+import io
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from samples import make_scenes, tiny_processor
+from samples import make_scenes, picture, tiny_processor
 from transformers import CLIPImageProcessorPil
+from transformers.utils import logging
 
-from clip_po.data.images import read_image, read_images, to_pixels
+from clip_po.data.images import read_image, read_images, to_pixels, to_rgb
 from clip_po.evaluation.zero_shot import zero_shot_accuracy
 
 
@@ -83,3 +86,43 @@ def test_images_are_rgb():
         {"image": [Image.new("L", (4, 4))]}, features=datasets.Features({"image": datasets.Image()})
     )
     assert read_image(read_images(grey, "image"), "image", 0).mode == "RGB"
+
+
+# ---- The same pixels after deployment
+
+
+def files_of_every_mode():
+    """Files as people have them, by mode, with the pixels that a viewer shows."""
+    base, noise = picture(3, 48), Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48), dtype=np.uint8))
+    see_through, grey = base.convert("RGBA"), base.convert("LA")
+    see_through.putalpha(noise)
+    grey.putalpha(noise)
+    for image in (
+        *(base.convert(mode) for mode in ("L", "1", "P", "LA")),
+        see_through,
+        grey,
+        see_through.quantize(64),
+    ):
+        yield image.mode, image, "png"
+    yield "CMYK", base.convert("CMYK"), "jpeg"
+    yield "YCbCr", base.convert("YCbCr"), "tiff"
+
+
+@pytest.mark.parametrize(("mode", "image", "kind"), files_of_every_mode())
+def test_training_and_the_plain_processor_read_the_same_pixels(processor, mode, image, kind):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": buffer.getvalue(), "path": None}]})
+    trained = to_pixels(
+        processor, [read_image(read_images(rows.cast_column("image", datasets.Image()), "image"), "image", 0)]
+    )
+    plain = processor(images=Image.open(io.BytesIO(buffer.getvalue())), return_tensors="pt")["pixel_values"]
+    assert torch.equal(trained, plain)
+
+
+@pytest.mark.parametrize("values", [np.uint16, np.int32])
+def test_where_the_plain_processor_would_clip_a_warning_says_so(values, caplog):
+    logging.get_logger("clip_po.data.images").warning_once.cache_clear()
+    to_rgb(Image.fromarray((np.arange(64).reshape(8, 8) * 1000).astype(values)))
+    assert "clip them at 255" in caplog.text
+    assert "clip_po.data.to_rgb" in caplog.text

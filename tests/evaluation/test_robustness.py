@@ -108,7 +108,7 @@ def test_a_word_in_another_case_is_the_class(dataset, processor):
 
 
 def test_classes_that_differ_by_case_keep_their_own_words(dataset, processor):
-    attack = TypographicAttack(words=["Car", "car"], min_side=32)
+    attack = TypographicAttack(words=["Car", "car", "cat"], min_side=32)
     plain = dataset.cast_column("label", datasets.Value("int64")).filter(lambda row: row["label"] == 0)
     images = RobustnessImages(plain, attack, processor, ["cat", "Car", "car"], renderings=4)
     expected = [["cat", "Car", "car"].index(word) for word in images.written]

@@ -277,3 +277,16 @@ def test_a_run_killed_many_times_ends_with_the_same_bits(tmp_path, kills):
     outcome = kills.kill_and_resume(tmp_path, kills=8, seed=1)
     assert (outcome.different, outcome.looks_in_vain) == ([], 0)
     assert {kill.phase for kill in outcome.kills} >= {"writing", "training"}
+
+
+@pytest.mark.parametrize("metric", [None, "loss", "eval_loss", "rewards/margins"])
+def test_the_best_of_several_evaluations_needs_the_metric_of_one(make_trainer, metric):
+    each_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    arguments = {
+        "eval_dataset": {"one": make_preferences(4), "two": make_preferences(4)},
+        "load_best_model_at_end": True,
+        **each_step,
+    }
+    with pytest.raises(ValueError, match="such as 'eval_one_loss'"):
+        make_trainer(metric_for_best_model=metric, **arguments)
+    make_trainer(metric_for_best_model="eval_two_loss", **arguments).train()

@@ -120,7 +120,8 @@ class TypographicAttack:
     def __post_init__(self) -> None:
         """Check every argument."""
         self._check_types()
-        if isinstance(self.words, str) or len(set(self.words)) < 2 or not all(w.strip() for w in self.words):
+        words = {spelling(word) for word in self.words}
+        if isinstance(self.words, str) or len(words) < 2 or not all(w.strip() for w in self.words):
             raise ValueError(
                 f"words must be a list of at least two different words, none empty, got {self.words!r}. "
                 "With a single word, no wrong word is left for the images of its class."
@@ -141,9 +142,11 @@ class TypographicAttack:
                 f"other_share must be the share of the {len(self.other_words)} other_words among written words, 0 to "
                 f"1, got {self.other_share!r}; above 0 it needs other_words."
             )
-        if not 1 <= self.count[0] <= self.count[1] <= len(set(self.words)) - 1:
+        if self.other_share > 0 and words.issuperset(map(spelling, self.other_words)):
+            raise ValueError(f"other_words are all among words: {list(self.other_words)!r}. Give words of no class.")
+        if not 1 <= self.count[0] <= self.count[1] <= len(words) - 1:
             raise ValueError(
-                f"count must be (lowest, highest) number of words on an image, from 1 to {len(set(self.words)) - 1}, "
+                f"count must be (lowest, highest) number of words on an image, from 1 to {len(words) - 1}, "
                 f"one less than there are words, got {self.count!r}."
             )
         if not 0 <= self.sticker <= 1:
@@ -211,6 +214,24 @@ class TypographicAttack:
             pools.append((words, places))
         return tuple(pools)
 
+    def check_words_left(self, exclude: Collection[str]) -> None:
+        """Raise if a row could run out of words to draw.
+
+        Args:
+            exclude: Words that must not be written on the row, such as its class.
+
+        Raises:
+            ValueError: If fewer than `count[1]` words are left of those that may be drawn.
+        """
+        excluded = {spelling(word) for word in exclude}
+        for share, (words, places) in zip((1 - self.other_share, self.other_share), self._pools, strict=True):
+            if share > 0 and len(places.keys() - excluded) < self.count[1]:
+                raise ValueError(
+                    f"words: of {words[:5]}{'...' if len(words) > 5 else ''}, too few are left for images of "
+                    f"{', '.join(map(repr, exclude))}: up to {self.count[1]} are written on an image, and never its "
+                    "class. Give more words."
+                )
+
     def written(self, index: int, epoch: int = 0, exclude: Collection[str] = ()) -> tuple[str, ...]:
         """Draw the attack words of a row.
 
@@ -272,15 +293,18 @@ class TypographicAttack:
 
         Returns:
             The string: each letter or digit of the word becomes a consonant in the same case. Other characters, such
-            as spaces, stay. The string as a whole is no attack word.
+            as spaces, stay. Neither the string nor a part of it between spaces is an attack word.
 
         Raises:
             ValueError: If every string that was tried is an attack word, or `word` is empty.
         """
+        if not word.strip():
+            raise ValueError(f"An attack word must not be empty, got {word!r}.")
         rng = self._random("meaningless", index, epoch)
-        known = {known.lower() for known in self.vocabulary}
+        known = {spelling(known) for known in self.vocabulary}
         drawn = ("".join(_consonant(letter, rng) for letter in word) for _ in range(_MOST_TRIES))
-        strings = list(itertools.islice((string for string in drawn if string.lower() not in known), _CONTROLS))
+        free = (string for string in drawn if not known & {spelling(part) for part in (string, *string.split())})
+        strings = list(itertools.islice(free, _CONTROLS))
         if not strings:
             raise ValueError(
                 f"Every string of consonants as long as {word!r} that was tried is one of the {len(known)} attack "

@@ -228,6 +228,7 @@ def draw_blank(image: Image.Image, text: str, style: TextStyle) -> Image.Image:
         TypeError: If `image` is not a PIL image.
         ValueError: If the text is empty, or the image can't be converted; see `to_rgb`.
     """
+    fonts_for(text, [style.font])
     image = to_rgb(image)
     style = replace(style, sticker=style.sticker or style.colours[0])
     size = _set(text, style, image.size, text).size

@@ -91,8 +91,8 @@ def fonts_for(text: str, fonts: Sequence[str]) -> list[str]:
         fewest = min((missing_letters(text, font) for font in fonts), key=len)
         raise ValueError(
             f"words: none of the {len(fonts)} fonts can draw {text!r}; even the best one lacks {fewest!r} and would "
-            f"draw boxes or other signs. Give a font that has its letters with fonts=[PATH] (--attack_fonts PATH), for example "
-            f"{_source(text, fewest[0])}, or leave the word out."
+            f"draw boxes or other signs. Give a font that has its letters with fonts=[PATH] (--attack_fonts PATH), "
+            f"for example {_source(text, fewest[0])}, or leave the word out."
         )
     return found
 

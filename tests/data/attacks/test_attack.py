@@ -269,3 +269,61 @@ def test_a_crop_keeps_the_whole_word_of_a_long_image():
             break
     else:
         raise AssertionError("no word fell outside of the middle: the test shows nothing")
+
+
+# ---- What would fail in the middle of a run
+
+MOON = {"other_words": ["moon"], "other_share": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"words": ["Cat", "cat"]}, "at least two different words"),
+        ({"words": ["polar_bear", "polar bear", "dog"], "count": (1, 2)}, "from 1 to 1"),
+        ({"other_words": ["Cat", "dog "], "other_share": 0.1}, "other_words are all among words"),
+    ],
+)
+def test_spellings_of_one_word_are_counted_once(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        TypographicAttack(**{"words": ["cat", "dog"], **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {
+            "words": ["dog", "CAT"],
+            "count": (1, 1),
+            **MOON,
+            "exclude": ["cat", "dog"],
+        },
+        {"words": ["dog", "bird"], "exclude": ["dog", "bird"]},
+        {"words": ["dog", "bird", "fish"], "count": (1, 2), "exclude": ["Fish", "bird"]},
+        {
+            "words": ["dog", "bird", "fish"],
+            "count": (1, 2),
+            **MOON,
+            "exclude": [],
+        },
+    ],
+)
+def test_rows_that_could_run_out_of_words_are_refused(arguments):
+    exclude = arguments.pop("exclude")
+    with pytest.raises(ValueError, match="too few are left"):
+        TypographicAttack(**arguments).check_words_left(exclude)
+    TypographicAttack(["dog", "bird", "fish"], count=(1, 2)).check_words_left(["dog"])
+
+
+def test_the_control_of_a_text_spells_no_word_in_any_of_its_parts():
+    two = TypographicAttack(["tv", *(f"{a}v" for a in "bcdfghjklmnpqrsvwx")], min_side=32)
+    for index in range(100):
+        assert "zv" not in two.words
+        assert not set(two.meaningless("cat tv", index).split()) & set(two.words)
+
+
+@pytest.mark.parametrize("draw", ["meaningless", "draw_blank"])
+def test_no_word_at_all_is_refused(draw):
+    given = ("", 0) if draw == "meaningless" else (flat(), " ", 0)
+    with pytest.raises(ValueError, match="must not be empty"):
+        getattr(attack(), draw)(*given)
