@@ -291,6 +291,12 @@ class ContrastivePOConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor!r} is Trainer's argument for classifiers. It "
                 "has no effect here. Use label_smoothing for the conservative DPO loss."
             )
+        for name in ("fp16_full_eval", "bf16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}=True converts the model itself to 16 bits, so that it would be trained and saved with "
+                    "rounded weights after an evaluation. Leave it out; with bf16=True, evaluations run in bfloat16."
+                )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 f"train_sampling_strategy must be 'random' or 'sequential', got {self.train_sampling_strategy!r}: "

@@ -173,7 +173,8 @@ def load_policy(
     """Make the initial policy: load it if it is a name, and add new adapters.
 
     Args:
-        model: The model, or its folder or Hub id. An object is changed in place, not copied.
+        model: The model, or its folder or Hub id. An object is changed in place, not copied. 16-bit weights are
+            converted to float32.
         ref_model: The reference policy, if it is another model; None if not.
         args: `seed` draws new adapters, and `model_init_kwargs` are used if `model` is a name.
         peft_config: New adapters; None for no new ones.
@@ -216,9 +217,10 @@ def load_policy(
     elif args.model_init_kwargs:
         logger.warning("model_init_kwargs are ignored because the model is an object, not a name.")
     encoder = dual_encoder(model)
-    check_finite(encoder)
-    if ref_model is not None:
-        check_finite(ref_model, "ref_model")
+    for given, name in ((model, "model"), (ref_model, "ref_model")):
+        if given is not None:
+            check_finite(given, name)
+            to_float32(given, name)
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError(
@@ -244,6 +246,29 @@ def load_policy(
         for config in model.peft_config.values():
             config.base_model_name_or_path = args.base_model_id
     return model
+
+
+def to_float32(model: nn.Module, name: str = "model") -> None:
+    """Convert the 16-bit weights of a model to float32, and say so.
+
+    An optimizer step on them leaves nan in float16, and is mostly rounded away in bfloat16.
+
+    Args:
+        model: The model. Changed in place, with its configuration.
+        name: Name of the argument, for the message.
+    """
+    narrow = [p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4]
+    if not narrow:
+        return
+    dtypes = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in narrow}))
+    logger.warning(
+        f"{name} is in {dtypes}: converted to float32 to be trained. For 16-bit computation, set bf16=True."
+    )
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.dtype = torch.float32  # transformers loads a saved model in this dtype
 
 
 def init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class ContrastivePOTrainer(Trainer):
     KL(reference || policy) on regularization images keeps the rest.
 
     Args:
-        model (`str`, `CLIPModel` or `PeftModel`): The policy. A name or folder is loaded in float32.
+        model (`str`, `CLIPModel` or `PeftModel`): The policy. A name or folder is loaded in float32, and an
+            object in 16 bits is converted.
         ref_model (`CLIPModel`, *optional*): The reference policy. Defaults to the policy as training starts: without
             adapters if `peft_config` is given, with its adapters if `model` is a `PeftModel`.
         args (`ContrastivePOConfig`, *optional*): Settings. The defaults write to `<model>-PO`.
@@ -135,7 +136,8 @@ class ContrastivePOTrainer(Trainer):
         self.training_means, self.evaluation_means = RunningMeans(), RunningMeans()
         self.skipped_in_training, self.skipped_in_evaluation = SkippedRows(), SkippedRows()
         self._stream_position, self._checkpoints = StreamPositionCallback(), CheckpointCallback(self)
-        for callback in (NoInputGradientsCallback(), NanGuardCallback(self), self._stream_position, self._checkpoints):
+        self._nan_guard = NanGuardCallback(self)
+        for callback in (NoInputGradientsCallback(), self._nan_guard, self._stream_position, self._checkpoints):
             self.add_callback(callback)
 
     # ---- Steps of __init__, for subclasses to replace --------------------------------------------------------
@@ -629,6 +631,7 @@ class ContrastivePOTrainer(Trainer):
         """Save a checkpoint. It counts once `CheckpointCallback` has marked it."""
         if self._checkpoints.is_saved(self.state):
             return
+        self._nan_guard.check_weights()
         with self._checkpoints.writing(self.args, self.state):
             super()._save_checkpoint(model, trial)
         if not self.control.should_save:  # a signal called this method, not the training loop, which calls on_save

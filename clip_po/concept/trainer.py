@@ -19,7 +19,7 @@ from clip_po.data.collator import total_weights
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.streamed_pairs import StreamedPairs, is_stream
 from clip_po.hub.card import CheckpointKind
-from clip_po.models import default_output_dir, dual_encoder, load_policy
+from clip_po.models import default_output_dir, dual_encoder, load_policy, to_float32
 from clip_po.policy import CandidateLogps, candidate_logps, known_image_embeds
 from clip_po.reference import ReferencePolicy
 from clip_po.trainer import ContrastivePOTrainer
@@ -169,6 +169,7 @@ class ConceptTrainer(ContrastivePOTrainer):
         Returns:
             `concept` of the trainer.
         """
+        to_float32(self.concept, "concept")
         return self.concept
 
     def training_rows(self, dataset: Any, args: ContrastivePOConfig) -> PreferencePairs | StreamedPairs:

@@ -67,6 +67,33 @@ class NanGuardCallback(TrainerCallback):
             return  # float16 overflowed because the scale is too large: the step is skipped and the scale halved
         raise FloatingPointError(self._describe(model, float(norm)))
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the trained weights, which no further step does."""
+        self.check_weights()
+
+    def check_weights(self) -> None:
+        """Raise if a step left weights that are not finite. Every process must call this method.
+
+        Raises:
+            FloatingPointError: If a trained weight of any process is NaN or infinite.
+        """
+        parameters = {name: p for name, p in self.trainer.model.named_parameters() if p.requires_grad}
+        broken = [name for name, parameter in parameters.items() if not _is_finite(parameter)]
+        accelerator = self.trainer.accelerator
+        if not accelerator.reduce(torch.tensor(float(len(broken)), device=accelerator.device), "sum"):
+            return
+        named = f", for instance {broken[0]!r}" if broken else ""
+        raise FloatingPointError(
+            f"Training stopped after step {self.trainer.state.global_step}: weights are not finite{named}. They are "
+            f"not saved. Lower learning_rate (now {self.trainer.args.learning_rate:g}), or {self._way_back()}."
+        )
+
+    def _way_back(self) -> str:
+        last = last_whole_checkpoint(str(self.trainer.args.output_dir))
+        return f"resume from {last!r} with resume_from_checkpoint=True" if last else "start a new run"
+
     def _describe(self, model: nn.Module, norm: float) -> str:
         trainer, args = self.trainer, self.trainer.args
         step = trainer.state.global_step
@@ -86,11 +113,14 @@ class NanGuardCallback(TrainerCallback):
         named = f" Not finite: {', '.join(parts)}." if parts else ""
         if not parts:
             named = " Every part of the loss is finite."
-        last = last_whole_checkpoint(str(args.output_dir))
-        resume = f"or resume from {last!r} with resume_from_checkpoint=True" if last else "or start a new run"
         half = "train in bf16 or float32 instead of fp16, " if args.fp16 else ""
         return (
             f"Training stopped at step {step + 1}: {found}.{named} The step was not taken, so the weights are still "
             f"those of step {step}. Lower learning_rate (now {args.learning_rate:g}) or max_grad_norm (now "
-            f"{args.max_grad_norm:g}), {half}look for losses that grow in the log, {resume}."
+            f"{args.max_grad_norm:g}), {half}look for losses that grow in the log, or {self._way_back()}."
         )
+
+
+def _is_finite(parameter: nn.Parameter) -> bool:
+    own = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP2 shards parameters
+    return bool(own.isfinite().all())
