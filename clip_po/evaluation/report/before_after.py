@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from clip_po.data.attacks.drawing import Colour
-from clip_po.data.attacks.fonts import PILLOW_FONT, Font, load_font
+from clip_po.data.attacks.fonts import Font, load_font, training_fonts
+from clip_po.data.attacks.glyphs import missing_letters
 from clip_po.data.attacks.words import spelling
 from clip_po.evaluation.robustness import Answers
 from clip_po.validation import COUNT, check_number
@@ -145,7 +146,7 @@ def before_after_grid(
     title: str = "Before and after preference optimization",
     subtitle: str = "",
     columns: int = 4,
-    font: str = PILLOW_FONT,
+    font: str | None = None,
 ) -> Path:
     """Save a PNG of attacked images with the answers before and after alignment, right and wrong in colour.
 
@@ -156,7 +157,8 @@ def before_after_grid(
         title: Heading.
         subtitle: Line below the heading, such as `changes_line`.
         columns: Largest number of images side by side, >= 1.
-        font: As in `load_font`. Pass a font file for names in scripts that Pillow's own font lacks.
+        font: As in `load_font`. None for Pillow's own font, or the first of `training_fonts` that has all letters if
+            that lacks some.
 
     Returns:
         The path.
@@ -167,6 +169,8 @@ def before_after_grid(
     if not examples:
         raise ValueError("There are no examples to show: both models answer every attacked image correctly.")
     check_number("columns", columns, COUNT)
+    shown = title + subtitle + "".join(e.truth + e.word + e.before + e.after for e in examples)
+    font = font or min(training_fonts(), key=lambda name: len(missing_letters(shown, name)))
     across = min(columns, len(examples))
     down = -(-len(examples) // across)
     # At least two cards wide, so that the header fits.

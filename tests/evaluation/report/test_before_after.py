@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_po.data.attacks.fonts import PILLOW_FONT, font_files
 from clip_po.evaluation.report.before_after import Example, before_after_grid, changes, changes_line, choose_examples
 
 
@@ -111,3 +112,14 @@ def test_pictures_come_from_the_attacked_images(answers, dataset, attack, proces
     examples = choose_examples(answers, "before", "after")
     path = before_after_grid(examples, tmp_path / "grid.png", picture=images.picture)
     assert path.stat().st_size > 10_000
+
+
+def test_names_are_written_in_a_font_that_has_their_letters(tmp_path):
+    def drawn(name, **arguments):
+        example = Example(0, "fixed", name, "dog", "dog", name)
+        path = tmp_path / f"{len(arguments)}.png"
+        before_after_grid([example], path, picture=lambda index: Image.new("RGB", (64, 64)), **arguments)
+        return path.read_bytes()
+
+    assert drawn("кошка") == drawn("кошка", font=font_files(["DejaVuSans"])[0])
+    assert drawn("cat") == drawn("cat", font=PILLOW_FONT)
