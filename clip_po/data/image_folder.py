@@ -44,14 +44,16 @@ def find_images(folder: Path) -> list[Path]:
     Returns:
         Files with an extension that Pillow can open.
     """
+    return sorted(map(Path, _images(folder)))
+
+
+def _images(folder: Path) -> Iterator[str]:
     suffixes = {suffix for suffix, kind in Pillow.registered_extensions().items() if kind in Pillow.OPEN}
-    found = []
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        found += [
-            Path(parent, name) for name in files if Path(name).suffix.lower() in suffixes and not is_hidden(name)
-        ]
-    return sorted(found)
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in files:
+            if os.path.splitext(name)[1].lower() in suffixes and not is_hidden(name):
+                yield os.path.join(parent, name)
 
 
 def is_hidden(name: str) -> bool:
@@ -80,7 +82,7 @@ def find_split(folder: Path, split: str) -> Path:
     Raises:
         ValueError: If there is no such split, or it is not clear what is a split and what is a class.
     """
-    folders = [path for path in _folders(folder) if find_images(path)]
+    folders = [path for path in _folders(folder) if any(_images(path))]
     splits = [path for path in folders if split_name(path.name) is not None]
     others = [path.name for path in folders if path not in splits and path.name != split]
     exact = [path for path in folders if path.name == split]
