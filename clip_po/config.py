@@ -146,7 +146,7 @@ class ContrastivePOConfig(TrainingArguments):
         train_vision_model (`bool`, defaults to `True`): Train the vision tower with its projection. With `False` and
             `train_text_model=True`, the text tower trains alone, and each fixed image is embedded once.
         train_text_model (`bool`, defaults to `False`): Also train the text tower with its projection.
-        train_logit_scale (`bool`, defaults to `False`): Also train the logit scale.
+        train_logit_scale (`bool`, defaults to `False`): Also train the logit scale, up to ln 100 (before exp).
         trainable_layers (`int`, *optional*): Train only the last blocks of each trained tower, this many, with the
             final norm and the projection; 0 for these two alone. No graph is kept for the layers below. Defaults to
             the whole tower. Parameters that are frozen in the model you pass stay frozen with any of these arguments.

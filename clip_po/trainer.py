@@ -37,6 +37,7 @@ from clip_po.text_identity import TextTokens
 from clip_po.trainable import choose_trainable, tower_trains
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback
 from clip_po.training.checkpoints import CheckpointCallback, check_best_metric, saving, whole_checkpoint
+from clip_po.training.logit_scale import LogitScaleCallback
 from clip_po.training.nan_guard import NanGuardCallback
 from clip_po.training.resuming import check_resume
 from clip_po.training.sharding import allow_sharding
@@ -137,7 +138,8 @@ class ContrastivePOTrainer(Trainer):
         self.skipped_in_training, self.skipped_in_evaluation = SkippedRows(), SkippedRows()
         self._stream_position, self._checkpoints = StreamPositionCallback(), CheckpointCallback(self)
         self._nan_guard = NanGuardCallback(self)
-        for callback in (NoInputGradientsCallback(), self._nan_guard, self._stream_position, self._checkpoints):
+        bound = LogitScaleCallback()
+        for callback in (NoInputGradientsCallback(), bound, self._nan_guard, self._stream_position, self._checkpoints):
             self.add_callback(callback)
 
     # ---- Steps of __init__, for subclasses to replace --------------------------------------------------------
