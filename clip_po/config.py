@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from clip_po.hub.redaction import redacted
-from clip_po.losses import LOSSES
+from clip_po.losses import LOSSES, REFERENCED
 from clip_po.validation import (
     BELOW_ONE,
     COUNT,
@@ -74,6 +74,14 @@ STEPPED: Mapping[str, str] = {"logging_steps": "logging_strategy", "save_steps":
 
 SMOOTHING = Allowed("lie in [0, 0.5)", lambda number: 0 <= number < 0.5)
 
+READ_BY: Mapping[str, frozenset[str]] = {
+    "label_smoothing": frozenset({"sigmoid"}),
+    "desirable_weight": frozenset({"kto_pair"}),
+    "undesirable_weight": frozenset({"kto_pair"}),
+    "reference_free": REFERENCED,
+}
+"""Arguments that only some losses read, with these losses."""
+
 BOOLEAN_ARGUMENTS = (
     "reference_free",
     "in_batch_candidates",
@@ -128,11 +136,13 @@ class ContrastivePOConfig(TrainingArguments):
             reference's answer on the clean image as a soft target, without labels). Several losses are summed.
         loss_weights (`list[float]`, *optional*): Weight of each loss type. Defaults to 1 each.
         beta (`float`, defaults to `0.1`): Strength of the pull to the reference policy, > 0. It is tau in IPO.
-        label_smoothing (`float`, defaults to `0.0`): Probability in [0, 0.5) that a preference is wrong (`sigmoid`).
+        label_smoothing (`float`, defaults to `0.0`): Probability in [0, 0.5) that a preference is wrong. Only
+            `sigmoid` reads it; without this loss, another value than the default is refused.
         reference_free (`bool`, defaults to `False`): Use 0 for the reference's log-ratios of the preferences. The
-            regularization still compares with the reference.
-        desirable_weight (`float`, defaults to `1.0`): Weight of chosen texts in `kto_pair`, >= 0.
-        undesirable_weight (`float`, defaults to `1.0`): Weight of rejected texts in `kto_pair`, >= 0.
+            regularization still compares with the reference. Refused if no loss compares with the reference.
+        desirable_weight (`float`, defaults to `1.0`): Weight of chosen texts in `kto_pair`, >= 0. Refused without it.
+        undesirable_weight (`float`, defaults to `1.0`): Weight of rejected texts in `kto_pair`, >= 0. Refused without
+            it.
         reg_weight (`float`, defaults to `1.0`): Weight of KL(reference || policy) on regularization images, >= 0;
             lambda in the paper. 0 leaves the images out.
         in_batch_candidates (`bool`, defaults to `False`): Let the policy choose among all texts of the global batch
@@ -327,6 +337,17 @@ class ContrastivePOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (str, os.PathLike)) or not str(value)):
                 raise TypeError(f"{name} must be the path of a folder, got {value!r}. Choose where files are written.")
+        self._check_read_by_a_loss()
+
+    def _check_read_by_a_loss(self) -> None:
+        """Raise if an argument was set that none of the losses reads."""
+        for name, readers in READ_BY.items():
+            value = getattr(self, name)
+            if value != getattr(type(self), name) and not readers & set(self.loss_type):
+                raise ValueError(
+                    f"{name}={value!r} has no effect with loss_type={self.loss_type!r}: only {sorted(readers)} reads "
+                    f"it. Leave {name} out, or add such a loss."
+                )
 
     def _numbers(self) -> dict[str, Allowed]:
         """Return the arguments in `NUMBERS` that are used, with their allowed values."""

@@ -19,7 +19,9 @@ from clip_po.config import ADAMAX, ContrastivePOConfig, check_args
 from clip_po.data.bad_images import SkippedRows
 from clip_po.data.collator import SMALLEST_WEIGHT, DataCollatorForContrastivePreference, total_weights
 from clip_po.data.embedding_cache import EmbeddingCache
+from clip_po.data.idle_data import warn_of_idle_data
 from clip_po.data.pairs import EvaluationPairs, PreferencePairs, checked_pairs
+from clip_po.data.regularization_texts import warn_of_few_texts
 from clip_po.data.row_loader import row_loader
 from clip_po.data.sampler import EpochSampler
 from clip_po.data.stream_reader import StreamMark
@@ -194,7 +196,10 @@ class ContrastivePOTrainer(Trainer):
             ValueError, TypeError: If the data can't be used; the message names row and column.
         """
         check = checked_stream if is_stream(dataset) else checked_pairs
-        return check(dataset, self.reg_dataset, self.candidates, args, "train_dataset")
+        pairs = check(dataset, self.reg_dataset, self.candidates, args, "train_dataset")
+        warn_of_few_texts(dataset, self.candidates.texts, args, "train_dataset")
+        warn_of_idle_data(dataset, self.reg_dataset, self.candidates.texts, args)
+        return pairs
 
     def evaluation_rows(self, dataset: Any, args: ContrastivePOConfig, name: str = "eval_dataset") -> Any:
         """Check an evaluation data set, or several by name.

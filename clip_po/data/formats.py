@@ -25,6 +25,7 @@ from datasets import ClassLabel, Dataset, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
 from clip_po.data.class_positions import check_candidate_positions
+from clip_po.data.column_names import check_column_names
 from clip_po.data.images import check_index, image_path, to_rgb, unformatted
 from clip_po.losses import WITHOUT_REJECTED
 from clip_po.validation import (
@@ -190,6 +191,7 @@ def check_preferences(
     """
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; give it at least one row.")
+    check_column_names(dataset.column_names, dataset.features, name)
     used = [*check_columns(dataset.column_names, candidate_texts, loss_types, name), "candidates", "weight"]
     check_types(dataset, name)
     if "chosen" not in dataset.column_names:

@@ -17,6 +17,7 @@ from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.bad_images import OnBadImage, read_or_blank
 from clip_po.data.class_positions import check_candidate_positions
+from clip_po.data.column_names import check_column_names
 from clip_po.data.formats import IMAGE_COLUMNS, Row, check_columns, check_row, check_types, to_texts
 from clip_po.data.images import to_rgb
 from clip_po.data.row_completion import RowCompletion, image_sources
@@ -220,6 +221,7 @@ def checked_stream(
         columns = list(preferences.column_names)
     else:
         columns = columns_of(preferences, name)
+        check_column_names(columns, preferences.features, name)
         check_columns(columns, candidate_texts.texts, args.loss_type, name)
         check_types(preferences, name)
         if "chosen" not in columns:

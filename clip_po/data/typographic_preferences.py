@@ -41,6 +41,9 @@ class AttackedClasses:
     """
 
     column_names = ("image", "clean_image", "chosen", "rejected", "weight")
+    weight_column: str | None
+    image_columns: Sequence[str]
+    """Columns of the labelled images."""
 
     def __init__(
         self, attack: TypographicAttack, class_names: Sequence[str], template: str, rejected: Rejected
@@ -209,8 +212,9 @@ class TypographicPreferences(AttackedClasses, torch.utils.data.Dataset[Row]):
         self.dataset = dataset
         self.labels: list[int] = labels.tolist()
         self.weights = [1.0] * len(labels) if weight_column is None else read_weights(dataset, weight_column)
-        self.image_column, self.label_column = image_column, label_column
+        self.image_column, self.label_column, self.weight_column = image_column, label_column, weight_column
         self.images = read_images(dataset, image_column)
+        self.image_columns = dataset.column_names
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -344,6 +348,7 @@ class TypographicStream(AttackedClasses):
         names = known_class_names((stream.features or {}).get(label_column), label_column, class_names)
         super().__init__(attack, names, template, rejected)
         self.stream = stream
+        self.image_columns = columns
         self.image_column, self.label_column, self.weight_column = image_column, label_column, weight_column
 
     def label_and_weight(self, values: Row, where: str) -> tuple[int, float]:

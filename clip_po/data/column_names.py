@@ -1,0 +1,101 @@
+"""Columns of other formats and misspelled columns: refused with the way to the formats of `clip_po.data.formats`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from datasets import Image, List, Value
+
+COMMON = ("image", "clean_image", "weight")
+TEXTS = (*COMMON, "chosen", "rejected", "candidates")
+CLASSES = (*COMMON, "label", "rejected_label")
+
+OTHER_NAMES: Mapping[str, str] = {
+    "candidatetext": "candidates",
+    "rowweight": "weight",
+    "sampleweight": "weight",
+}
+"""Names from elsewhere, as `_plain` returns them, and what they are called here."""
+
+ALIKE = 0.85
+"""Similarity from which names with the same first letter and about the same length are spellings of one."""
+
+IMAGE_PAIRS = ({"chosen_image", "rejected_image"}, {"jpg_0", "jpg_1"}, {"image_0", "image_1"}, {"image_w", "image_l"})
+"""Columns of datasets of preferences between two images."""
+
+
+def check_column_names(columns: Collection[str], features: Mapping[str, Any] | None, name: str) -> None:
+    """Raise if columns belong to a format that is not supported, or are misspelled and would have no effect.
+
+    Args:
+        columns: Names of the columns.
+        features: Features of the dataset; None where a stream does not say.
+        name: Name of the dataset in messages.
+
+    Raises:
+        ValueError: If the rows are preferences between images, conversations, or texts that are labelled right or
+            wrong one by one, or if a column has a name that is nearly that of a column in use.
+    """
+    kinds = features or {}
+    if remedy := _other_format(set(columns), kinds):
+        raise ValueError(f"{name} has the columns {sorted(columns)}. {remedy}")
+    wanted = TEXTS if {"image", "chosen"} <= set(columns) else CLASSES if {"image", "label"} <= set(columns) else None
+    for column in columns:
+        meant = None if column in {*TEXTS, *CLASSES} else _meant(column, wanted or {*TEXTS, *CLASSES})
+        if meant is not None and meant not in columns:
+            raise ValueError(
+                f"{name} has a column {column!r}, which nothing reads: the column must be called {meant!r}. Rename it "
+                f"with dataset.rename_column({column!r}, {meant!r}), or drop it with "
+                f"dataset.remove_columns({column!r})."
+            )
+
+
+def _other_format(columns: set[str], kinds: Mapping[str, Any]) -> str | None:
+    """Return how to convert rows of a format that is not supported; None if they are of no such format."""
+    chosen = kinds.get("chosen")
+    if any(pair <= columns for pair in IMAGE_PAIRS) or isinstance(chosen, Image):
+        return (
+            "A preference here is between texts, for one image; preferences between two images are not supported. "
+            "Give rows with one image and two texts, in the columns image, chosen and rejected."
+        )
+    if isinstance(chosen, (list, dict)) or (isinstance(chosen, List) and not isinstance(chosen.feature, Value)):
+        return (
+            "Its column chosen holds messages of a conversation, but CLIP reads one text. Keep the text of the "
+            "answer: dataset.map(lambda row: {c: row[c][-1]['content'] for c in ('chosen', 'rejected')})."
+        )
+    if "images" in columns and "image" not in columns:
+        return (
+            "Its column images holds a list for each row, but a preference here has one image. Keep the first: "
+            "dataset.map(lambda row: {'image': row['images'][0]}, remove_columns='images')."
+        )
+    label = kinds.get("label")
+    unpaired = isinstance(label, Value) and label.dtype == "bool" and "chosen" not in columns
+    if unpaired or {"completion", "label"} <= columns:
+        return (
+            "Its rows are unpaired: each holds one text and whether it is right. A preference needs a chosen and a "
+            "rejected text. Join the rows of each image into one with the columns image, chosen and rejected, or "
+            "train on the right texts alone, as a column chosen, with loss_type='sft' and candidate_texts."
+        )
+    return None
+
+
+def _meant(column: str, wanted: Collection[str]) -> str | None:
+    """Return the column that a name is a misspelling of, if any."""
+    plain = _plain(column)
+    if (other := OTHER_NAMES.get(plain)) in wanted:
+        return other
+    return next((known for known in wanted if plain and _misspelled(plain, _plain(known))), None)
+
+
+def _misspelled(plain: str, known: str) -> bool:
+    """Return whether a name is "rejeted" for "rejected" or "wieght" for "weight", but not "height" for "weight"."""
+    close = plain[0] == known[0] and abs(len(plain) - len(known)) <= 1
+    return sorted(plain) == sorted(known) or (close and difflib.SequenceMatcher(None, plain, known).ratio() >= ALIKE)
+
+
+def _plain(column: str) -> str:
+    """Return a name in lower case, without separators and the plural."""
+    return re.sub(r"[^a-z0-9]", "", column.casefold()).removesuffix("s")
