@@ -88,6 +88,7 @@ BOOLEAN_ARGUMENTS = (
     "train_vision_model",
     "train_text_model",
     "train_logit_scale",
+    "disable_dropout",
 )
 """Arguments that must be True or False. Any string, even "false", would count as True."""
 
@@ -160,6 +161,8 @@ class ContrastivePOConfig(TrainingArguments):
         trainable_layers (`int`, *optional*): Train only the last blocks of each trained tower, this many, with the
             final norm and the projection; 0 for these two alone. No graph is kept for the layers below. Defaults to
             the whole tower. Parameters that are frozen in the model you pass stay frozen with any of these arguments.
+        disable_dropout (`bool`, defaults to `True`): Set every dropout probability of the policy, the reference and
+            their adapters to 0. The saved configuration of the model keeps its values.
         model_init_kwargs (`dict`, *optional*): Keyword arguments of `CLIPModel.from_pretrained`, if the trainer gets
             the name of a model.
         base_model_id (`str`, *optional*): Hub id of the base model, for adapters and the model card, if the model was
@@ -236,6 +239,9 @@ class ContrastivePOConfig(TrainingArguments):
             "help": "Train only this many last blocks of each trained tower, with final norm and projection; default: "
             "the whole tower."
         },
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout probability of policy, reference and adapters to 0."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of CLIPModel.from_pretrained, as JSON."}

@@ -218,6 +218,7 @@ def embed_fixed_images(
                 _Images(pairs, column),
                 batch_size=batch_size,
                 num_workers=num_workers,
+                generator=torch.Generator(),  # not torch's global one, which belongs to the training
                 collate_fn=functools.partial(_batch, processor),
             )
         )

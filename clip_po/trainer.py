@@ -39,8 +39,10 @@ from clip_po.text_identity import TextTokens
 from clip_po.trainable import choose_trainable, tower_trains
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback
 from clip_po.training.checkpoints import CheckpointCallback, check_best_metric, saving, whole_checkpoint
+from clip_po.training.dropout import disable_dropout
 from clip_po.training.logit_scale import LogitScaleCallback
 from clip_po.training.nan_guard import NanGuardCallback
+from clip_po.training.random_state import unchanged_random_state
 from clip_po.training.resuming import check_resume
 from clip_po.training.sharding import allow_sharding
 from clip_po.training.stream_position import StreamPositionCallback
@@ -108,8 +110,11 @@ class ContrastivePOTrainer(Trainer):
         self.reg_dataset = reg_dataset
         encoder = self.load_encoder(model, ref_model, args, peft_config)
         processor = processing_class or load_processor(encoder, args)
-        for checked in (encoder, ref_model) if ref_model is not None else (encoder,):
+        models = (encoder, ref_model) if ref_model is not None else (encoder,)
+        for checked in models:
             check_processor(processor, checked)
+        if args.disable_dropout:
+            disable_dropout(*models)
         self.candidates = CandidateTexts(candidate_texts, TextTokens.of(processor, dual_encoder(encoder)))
         super().__init__(
             model=self.module_to_train(encoder),
@@ -475,6 +480,22 @@ class ContrastivePOTrainer(Trainer):
             return {}
         return {"skipped_rows": rows.pop(self._sum_over_processes, self.accelerator.device, fewest)}
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as `Trainer.evaluate` does, callbacks included. Training goes on as it would without it.
+
+        Args:
+            *args: As in `Trainer.evaluate`.
+            **kwargs: As in `Trainer.evaluate`.
+
+        Returns:
+            As from `Trainer.evaluate`, with the metrics of `evaluation_loop`.
+
+        Raises:
+            ValueError, TypeError, KeyError: As for `get_eval_dataloader` and `evaluation_loop`.
+        """
+        with unchanged_random_state(self.accelerator.device):
+            return super().evaluate(*args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -523,7 +544,10 @@ class ContrastivePOTrainer(Trainer):
             ValueError: If all rows were skipped.
         """
         self.evaluation_means, self.skipped_in_evaluation = RunningMeans(), SkippedRows()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with unchanged_random_state(self.accelerator.device):  # `predict` calls this method too
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         means = self.evaluation_means.pop(self._sum_over_processes)
         means["loss"] = means.get("loss/preference", 0.0) + means.get("loss/regularization", 0.0)
         means |= self._count_skipped(self.skipped_in_evaluation, fewest=1)
@@ -613,7 +637,7 @@ class ContrastivePOTrainer(Trainer):
         if not (pays or self.shares_image_embeds if wanted is None else wanted):
             return
         cache = EmbeddingCache(self.args.embeddings_cache) if self.args.embeddings_cache else None
-        with self.accelerator.autocast():
+        with unchanged_random_state(self.accelerator.device), self.accelerator.autocast():
             embed_fixed_images(
                 self.reference,
                 pairs,

@@ -29,6 +29,7 @@ DEFAULTS: Mapping[str, Any] = {
     "warmup_steps": 0.1,
     "save_strategy": "epoch",
     "save_total_limit": 1,
+    "lora_dropout": 0.0,  # disable_dropout is on
     # Filled in if they are not given: batch size and workers by `parse`, the others by `fit_to_size`.
     "per_device_train_batch_size": None,
     "dataloader_num_workers": None,

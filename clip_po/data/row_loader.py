@@ -45,6 +45,7 @@ def row_loader(
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
             prefetch_factor=args.dataloader_prefetch_factor,
+            generator=sampler.worker_seeds,
             # Each evaluation has a loader of its own, whose workers would never end.
             persistent_workers=args.dataloader_persistent_workers and sampler.seed is not None,
             multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),  # new transformers

@@ -275,7 +275,8 @@ def collect_answers(
     # fill the last batch, and would keep this loader among those of a training in progress.
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     mine = Subset(items, range(rank, total, processes))
-    loader: DataLoader = DataLoader(mine, batch_size=batch_size, num_workers=num_workers)
+    # Without a generator of its own, a loader would draw from torch's global one, in the middle of a training too.
+    loader: DataLoader = DataLoader(mine, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator())
     parts = [torch.empty(0, width, dtype=dtype)]
     with tqdm(total=total, desc=title, unit="img", disable=disable_tqdm or rank > 0) as bar:
         for batch in loader:

@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from clip_po.evaluation.evaluator import Evaluator
 from clip_po.trainer import ContrastivePOTrainer
+from clip_po.training.random_state import unchanged_random_state
 
 
 class EvaluatorCallback(TrainerCallback):
@@ -97,8 +98,8 @@ class EvaluatorCallback(TrainerCallback):
         return self._base
 
     def _measure(self, name: str, model: Any) -> dict[str, Any]:
-        return self.evaluator.measure(
-            {name: model},
-            accelerator=self.trainer.accelerator,
-            disable_tqdm=bool(self.trainer.args.disable_tqdm),
-        )
+        accelerator = self.trainer.accelerator
+        with unchanged_random_state(accelerator.device):
+            return self.evaluator.measure(
+                {name: model}, accelerator=accelerator, disable_tqdm=bool(self.trainer.args.disable_tqdm)
+            )

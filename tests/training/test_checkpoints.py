@@ -240,6 +240,7 @@ def test_all_that_a_run_consists_of_comes_back(make_trainer, tmp_path, kills):
         "eval_steps": 2,
         "eval_dataset": make_preferences(5),
         "model": tmp_path / "dropout",
+        "disable_dropout": False,
     }
     CLIPModel(tiny_config({"attention_dropout": 0.2})).save_pretrained(settings["model"])
     tiny_processor().save_pretrained(settings["model"])
@@ -261,7 +262,7 @@ def test_differences_are_seen(make_trainer, tmp_path, kills):
         trainer.train()
         trainer.save_model()
     found = kills.differences(Path(one.args.output_dir), Path(other.args.output_dir), 6)
-    assert {"model.safetensors", "checkpoint-6/optimizer.pt", "checkpoint-6/rng_state.pth"} <= set(found)
+    assert {"model.safetensors", "checkpoint-6/optimizer.pt"} <= set(found)
     assert "checkpoint-6/config.json" not in found
 
 
