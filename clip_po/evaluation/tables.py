@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clip_po.evaluation.bootstrap import Estimate
+from clip_po.hub.markdown import escape_markdown
 
 UNDEFINED = "n/a"
 
@@ -67,7 +68,7 @@ def format_table(
             raise ValueError(f"Row {position} has {len(row)} cells for the {len(columns)} columns {columns}.")
     numeric = [bool(rows) and not any(isinstance(row[i], str) for row in rows) for i in range(len(columns))]
     lines = [list(columns), *([_cell(cell, digits) for cell in row] for row in rows)]
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    lines = [[escape_markdown(cell) for cell in line] for line in lines]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(columns))]
 
     def join(cells: Sequence[str]) -> str:

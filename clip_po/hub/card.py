@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from clip_po.hub.redaction import redacted
+from clip_po.hub.markdown import code_span, escape_markdown
+from clip_po.hub.redaction import publishable, without_folders
 
 CheckpointKind = Literal["model", "adapter", "concept"]
 """What a checkpoint holds: a model, adapters of the base model, or a transformation of its embeddings."""
@@ -28,6 +29,9 @@ METHODS = {
     "distillation": "distillation of clean answers",
 }
 """Name of the method in the card, by loss type."""
+
+WITHOUT_PAIRS = frozenset({"sft", "distillation"})
+"""Loss types that prefer no text to another."""
 
 CARD_SETTINGS = (
     "loss_type",
@@ -66,7 +70,8 @@ def model_card(
         model_name: Name of the model.
         base_model: Name of the model that was aligned.
         loss_types: Names in `clip_po.losses.LOSSES`.
-        settings: Training settings, shown as a table without secrets.
+        settings: Training settings, shown as a table without secrets and local folders. The text mentions the KL
+            only if `reg_weight` is among them.
         metrics: Metrics of the last evaluation, by name. Only shown without a `report`.
         kind: What the checkpoint holds.
         report: A Markdown table of measurements before and after alignment.
@@ -74,8 +79,8 @@ def model_card(
     Returns:
         The card. Its `data` is the metadata that the Hub reads.
     """
-    method = " + ".join(METHODS.get(name, name) for name in loss_types)
     local = os.path.isabs(base_model) or os.path.exists(base_model)
+    base = without_folders(base_model)
     data = ModelCardData(
         model_name=model_name,
         base_model=None if local else base_model,
@@ -86,34 +91,47 @@ def model_card(
     measured = report or _table({k: f"{v:.4f}" for k, v in sorted(metrics.items())}) or "Nothing was measured yet."
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
-        f"# {model_name}\n\n"
-        f"`{base_model}`, aligned by preference optimization ({method}) with clip_po {version('clip_po')}: for an "
-        "image, the preferred text rather than another, while KL(reference || policy) on ordinary images keeps the "
-        f"rest (Afzali et al., ICLR 2025, [arXiv {PAPER}](https://arxiv.org/abs/{PAPER})).\n\n"
-        f"```python\n{_loading_code(model_name, base_model, kind)}\n"
-        f'processor = CLIPProcessor.from_pretrained("{model_name}")\n```\n\n'
+        f"# {escape_markdown(model_name)}\n\n"
+        f"{_what_was_done(base, loss_types, settings)}\n\n"
+        f"```python\n{_loading_code(model_name, base, kind)}\n"
+        f"processor = CLIPProcessor.from_pretrained({json.dumps(model_name)})\n```\n\n"
         f"{MEASURED}\n\n{measured}\n\n"
-        f"## Settings\n\n{_table({k: json.dumps(v, default=str) for k, v in redacted(settings).items()})}\n"
+        f"## Settings\n\n{_table({k: json.dumps(v, default=str) for k, v in publishable(settings).items()})}\n"
+    )
+
+
+def _what_was_done(base: str, loss_types: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """Say how the model was trained. What a loss prefers, or the KL keeps, is claimed only where it was trained."""
+    method = escape_markdown(" + ".join(METHODS.get(name, name) for name in loss_types))
+    prefers = "for an image, the preferred text rather than another" if set(loss_types) - WITHOUT_PAIRS else ""
+    weight = settings.get("reg_weight")
+    kept = {None: "", 0: "without regularization on ordinary images"}.get(
+        weight, "while KL(reference || policy) on ordinary images keeps the rest"
+    )
+    what = ", ".join(filter(None, (prefers, kept)))
+    return (
+        f"{code_span(base)}, aligned by preference optimization ({method}) with clip_po {version('clip_po')}"
+        f"{f': {what}' if what else ''} (Afzali et al., ICLR 2025, [arXiv {PAPER}](https://arxiv.org/abs/{PAPER}))."
     )
 
 
 def _loading_code(model_name: str, base_model: str, kind: CheckpointKind) -> str:
-    base = f'CLIPModel.from_pretrained("{base_model}")'
+    name, base = json.dumps(model_name), f"CLIPModel.from_pretrained({json.dumps(base_model)})"
     return {
-        "model": "from transformers import CLIPModel, CLIPProcessor\n\n"
-        f'model = CLIPModel.from_pretrained("{model_name}")',
+        "model": f"from transformers import CLIPModel, CLIPProcessor\n\nmodel = CLIPModel.from_pretrained({name})",
         "adapter": "from peft import PeftModel\nfrom transformers import CLIPModel, CLIPProcessor\n\n"
-        f'model = PeftModel.from_pretrained({base}, "{model_name}")',
+        f"model = PeftModel.from_pretrained({base}, {name})",
         "concept": "from clip_po.concept import ConceptTransform\n"
         "from transformers import CLIPModel, CLIPProcessor\n\n"
-        f'model = ConceptTransform.load("{model_name}").fold_into({base}, t=1.0)',
+        f"model = ConceptTransform.from_pretrained({name}).fold_into({base}, t=1.0)",
     }[kind]
 
 
 def _table(rows: Mapping[str, str]) -> str:
     if not rows:
         return ""
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    lines = [f"| {escape_markdown(name)} | {escape_markdown(value)} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def card_of_run(trainer: Any, model_name: str, kind: CheckpointKind, report: str | None) -> ModelCard:
@@ -156,8 +174,8 @@ def update_card(folder: Path, table: str) -> None:
         table: Markdown.
     """
     file = folder / CARD_FILE
-    if not file.is_file() or MEASURED not in (text := file.read_text()):
+    if not file.is_file() or MEASURED not in (text := file.read_text(encoding="utf-8")):
         return
     before, _, rest = text.partition(MEASURED)
     _, heading, after = rest.partition("\n## ")
-    file.write_text(f"{before}{MEASURED}\n\n{table}\n{heading}{after}")
+    file.write_text(f"{before}{MEASURED}\n\n{table}\n{heading}{after}", encoding="utf-8")

@@ -13,7 +13,8 @@ from transformers import ProcessorMixin, Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from clip_po.hub.redaction import redacted
+from clip_po.hub.card import CARD_FILE
+from clip_po.hub.redaction import publishable, redacted
 
 logger = logging.get_logger(__name__)
 
@@ -35,13 +36,19 @@ def save_pretrained(
         folder: Created if it does not exist.
         model: Model, adapters or transformation with a `save_pretrained` of its own.
         processor: Processor of the model.
-        settings: Training arguments. Secrets are replaced.
+        settings: Training arguments. Secrets are replaced, and absolute paths reduced to their last part.
         state_dict: Weights as Trainer gathered them from several processes; None for those of `model`.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
+    card = Path(folder, CARD_FILE)
+    written = card.read_bytes() if card.is_file() else None
     model.save_pretrained(folder, state_dict=state_dict)
+    if written is not None:  # PEFT and ModelHubMixin write a card of their own, PEFT with the folder of the base model
+        card.write_bytes(written)
+    else:
+        card.unlink(missing_ok=True)
     processor.save_pretrained(folder)
-    text = json.dumps(redacted(settings), indent=2, sort_keys=True, default=str)
+    text = json.dumps(publishable(settings), indent=2, sort_keys=True, default=str)
     Path(folder, TRAINING_ARGS_FILE).write_text(text + "\n")
 
 

@@ -117,7 +117,7 @@ def test_what_was_saved_folds_into_a_plain_model_that_says_the_same(make_concept
         images, texts = encode_images(trainer.encoder, pixels), encode_texts(trainer.encoder, processor, PROMPTS)
         torch.testing.assert_close(encode_images(plain, pixels), trainer.model(images, texts)[0], atol=1e-5, rtol=0)
     card = (tmp_path / "run" / "README.md").read_text()
-    assert 'ConceptTransform.load("run")' in card
+    assert 'ConceptTransform.from_pretrained("run")' in card
     assert "penalty_weight" in card
 
 

@@ -1,6 +1,9 @@
 """What is published: no secret in the settings, and a card that loads again."""
 
+import ast
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +11,9 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 
+from clip_po.evaluation.tables import format_table
 from clip_po.hub.card import model_card
 from clip_po.training.checkpoints import MARK
 
@@ -46,7 +51,7 @@ def test_text_says_what_was_done_and_measured(tmp_path):
 def test_card_holds_no_secret(tmp_path):
     loaded = card(tmp_path)
     assert "hf_abc" not in loaded.content
-    assert '| hub_token | "<redacted>" |' in loaded.text
+    assert '| hub_token | "&lt;redacted>" |' in loaded.text
 
 
 def test_adapters_are_loaded_onto_their_base(tmp_path):
@@ -72,6 +77,63 @@ def test_measurements_may_be_missing_or_a_report(measured, said, tmp_path):
     text = card(tmp_path, **measured).text
     assert said in text
     assert "eval_loss" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss_types", "claims"),
+    [
+        ({"reg_weight": 0.5}, ["sigmoid"], {"keeps the rest", "rather than another"}),
+        ({"reg_weight": 0.0}, ["sigmoid"], {"without regularization", "rather than another"}),
+        ({"reg_weight": 0}, ["sft"], {"without regularization"}),
+        ({}, ["ipo", "sft"], {"rather than another"}),
+    ],
+)
+def test_the_card_claims_only_what_was_trained(settings, loss_types, claims, tmp_path):
+    text = card(tmp_path, settings=settings, loss_types=loss_types).text
+    all_claims = ("keeps the rest", "without regularization", "rather than another")
+    assert {claim for claim in all_claims if claim in text} == claims
+
+
+EVIL = 'a|b <script>x</script>\n---\nlicense: mit\n# **h** [l](http://e) `c` "q'
+
+
+def test_text_in_a_card_is_only_text(tmp_path):
+    settings = {"note": EVIL, EVIL: 1, "reg_weight": 1}
+    loaded = card(tmp_path, model_name=EVIL, base_model=EVIL, settings=settings, loss_types=[EVIL])
+    assert loaded.data.model_name == EVIL
+    assert loaded.data.license is None
+    prose, code = loaded.text.split("```python")[0] + loaded.text.split("```\n")[-1], loaded.text.split("```")[1]
+    assert "<script>" not in re.sub("(`+) .*? \\1", "", prose)
+    assert not re.search(r"(?<!\\)\[l\]|(?<!\\)\*\*h", re.sub("(`+) .*? \\1", "", prose))
+    assert [line for line in loaded.text.splitlines() if line.startswith("#")] == [
+        line for line in loaded.text.splitlines() if line.startswith(("# a", "## What was measured", "## Settings"))
+    ]
+    rows = [line for line in prose.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+    assert "license: mit" not in loaded.text.splitlines()
+    ast.parse(code.removeprefix("python"))
+
+
+def test_names_in_a_measured_table_are_only_text():
+    row = format_table(["model", "clean"], [[EVIL, 0.5]]).splitlines()[-1]
+    assert "<script>" not in row
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2, target_modules=r".*vision_model.*\.(q_proj|v_proj)")])
+def test_nothing_that_is_published_names_a_folder_of_this_machine(lora, make_trainer, tmp_path):
+    trainer = make_trainer(peft_config=lora, embeddings_cache=str(tmp_path / "cache"))
+    folder = Path(trainer.args.output_dir)
+    for save in (
+        trainer.save_model,
+        trainer.create_model_card,
+        trainer.save_model,
+    ):  # PEFT changes cards that it finds
+        save()
+        published = [folder / name for name in ("README.md", "training_args.json") if (folder / name).exists()]
+        assert not [file for file in published if str(tmp_path.parent) in file.read_text()]
+    assert json.loads((folder / "training_args.json").read_text())["embeddings_cache"] == "cache"
+    assert "aligned by preference optimization" in (folder / "README.md").read_text()
 
 
 TOKEN = "hf_" + "s3cret" * 6

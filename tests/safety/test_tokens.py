@@ -16,6 +16,7 @@ from clip_po.config import ContrastivePOConfig
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.averaging import BetaMovingAverageCallback
 
+PUBLISHED = {"README.md", "training_args.json", "report.json", "report.html", "table.md"}
 LORA = LoraConfig(r=2, target_modules=r".*vision_model.*\.(q_proj|v_proj)")
 
 
@@ -107,6 +108,9 @@ def test_commands_write_their_token_nowhere(token, clip_folder, parquet, tmp_pat
     base = ["--base_model_name_or_path", str(clip_folder)]
     assert main(["evaluate", "--model_name_or_path", aligned, *base, *data]) == 0
     assert not holding(token, tmp_path / "written")
+    published = [f for f in (tmp_path / "written").rglob("*") if f.name in PUBLISHED]
+    assert {file.name for file in published} == PUBLISHED
+    assert not [file for file in published if str(tmp_path.parent) in file.read_text()]  # nor a folder of this machine
     # A wrong flag is repeated in the message, with what stands beside it.
     assert main(["train", *data, "--output_dir", aligned, "--hub_tokem", token]) == 2
     said = capfd.readouterr()

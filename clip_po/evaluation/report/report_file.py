@@ -19,7 +19,7 @@ import torch
 
 from clip_po.atomic_write import atomic_write
 from clip_po.evaluation.bootstrap import Estimate
-from clip_po.hub.redaction import redacted
+from clip_po.hub.redaction import publishable, redacted
 
 SCHEMA_VERSION = 1
 
@@ -37,8 +37,8 @@ def write_report(
 ) -> Path:
     """Write report.json: the results, and everything needed to reproduce them.
 
-    The file is written whole or not at all. Undefined numbers become null. The value of every setting whose name
-    contains "token" is replaced, at any depth, and so is a Hub token in any text.
+    The file is written whole or not at all. Undefined numbers become null. Secrets are replaced, and absolute paths
+    are reduced to their last part, as in `clip_po.hub.redaction.publishable`.
 
     Args:
         path: The file. Missing folders are created.
@@ -71,8 +71,8 @@ def write_report(
             model: {metric: estimate.as_dict() for metric, estimate in metrics.items()}
             for model, metrics in models.items()
         },
-        "data": redacted(data or {}),
-        "settings": redacted(settings),
+        "data": publishable(data or {}),
+        "settings": publishable(settings),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "hardware": _hardware(),
         "seconds": seconds,

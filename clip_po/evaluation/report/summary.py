@@ -12,6 +12,7 @@ from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.report.report_file import read_report, report_estimates
 from clip_po.evaluation.robustness import robustness_table
 from clip_po.evaluation.tables import format_estimate, format_number
+from clip_po.hub.markdown import escape_markdown
 
 Found = Mapping[str, Mapping[str, Estimate]]
 """Estimates by model and metric, as from `report_estimates`."""
@@ -59,7 +60,7 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
         Markdown without headings.
     """
     data = report.get("data") or {}
-    rows, name = data.get("rows"), _markdown(data_name(data))
+    rows, name = data.get("rows"), escape_markdown(data_name(data))
     on = f" on {name}" if name else ""
     on += "" if rows is None else f", {rows:,} images"
     settings = dict(flat(report.get("settings") or {}))
@@ -71,7 +72,7 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
     ]
     if shown:
         lines += ["", "| setting | value |", "| --- | --- |"]
-        lines += [f"| {name} | {_markdown(_without_folders(name, value))} |" for name, value in shown.items()]
+        lines += [f"| {name} | {escape_markdown(_without_folders(name, value))} |" for name, value in shown.items()]
     return "\n".join(lines)
 
 
@@ -238,7 +239,3 @@ def _text(value: Any) -> str:
 def _without_folders(name: str, text: str) -> str:
     """Return a setting for publication: local files and folders are reduced to their last part."""
     return ", ".join(map(last_part, text.split(", "))) if name.endswith(("fonts", "path")) else text
-
-
-def _markdown(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
