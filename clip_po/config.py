@@ -152,6 +152,11 @@ class ContrastivePOConfig(TrainingArguments):
         logging_nan_inf_filter (`bool`, defaults to `False`): Trainer's filter, which logs a loss of nan as the mean of
             other losses and asks the device after each batch. Training stops before a step on such a loss anyway.
 
+        > The output folder
+
+        overwrite_output_dir (`bool`, defaults to `False`): Replace what an earlier run left in `output_dir`. Training
+            then starts by deleting that run's checkpoints. By default, a new run in a folder with checkpoints raises.
+
         > The model
 
         train_vision_model (`bool`, defaults to `True`): Train the vision tower with its projection. With `False` and
@@ -203,6 +208,10 @@ class ContrastivePOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Log a loss of nan as the mean of other losses; training stops before such a step anyway."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace what an earlier run left in output_dir, checkpoints included; default: refuse."},
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],

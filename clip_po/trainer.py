@@ -42,6 +42,7 @@ from clip_po.training.checkpoints import CheckpointCallback, check_best_metric, 
 from clip_po.training.dropout import disable_dropout
 from clip_po.training.logit_scale import LogitScaleCallback
 from clip_po.training.nan_guard import NanGuardCallback
+from clip_po.training.output_folder import OverwriteCallback, check_unused
 from clip_po.training.random_state import unchanged_random_state
 from clip_po.training.resuming import check_resume
 from clip_po.training.sharding import allow_sharding
@@ -145,8 +146,8 @@ class ContrastivePOTrainer(Trainer):
         self.skipped_in_training, self.skipped_in_evaluation = SkippedRows(), SkippedRows()
         self._stream_position, self._checkpoints = StreamPositionCallback(), CheckpointCallback(self)
         self._nan_guard = NanGuardCallback(self)
-        bound = LogitScaleCallback()
-        for callback in (NoInputGradientsCallback(), bound, self._nan_guard, self._stream_position, self._checkpoints):
+        watching = (NoInputGradientsCallback(), LogitScaleCallback(), self._nan_guard, self._stream_position)
+        for callback in (*watching, OverwriteCallback(), self._checkpoints):
             self.add_callback(callback)
 
     # ---- Steps of __init__, for subclasses to replace --------------------------------------------------------
@@ -377,13 +378,15 @@ class ContrastivePOTrainer(Trainer):
             As from `Trainer.train`.
 
         Raises:
-            ValueError, OSError: If the checkpoint is not whole, damaged, unsafe to read, or of another run; or if
+            ValueError, OSError: If the checkpoint is not whole, damaged, unsafe to read, or of another run; if
+                `output_dir` holds checkpoints of an earlier run, unless `overwrite_output_dir` says so; or if
                 there is no `train_dataset`, a row of a stream can't be used, or all rows were skipped.
             UnreadableImage: If an image can't be read and `on_bad_image` is "raise".
             FloatingPointError: If the loss or a gradient is not finite.
             SavingError: If a checkpoint can't be written.
         """
         folder = whole_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        check_unused(self.args, folder)
         self.args.resume_from_checkpoint = folder
         self.training_means, self.skipped_in_training = RunningMeans(), SkippedRows()
         self._stream_position.mark = None

@@ -158,3 +158,8 @@ def make_scenes(rows: int = 13) -> datasets.Dataset:
             }
         ),
     )
+
+
+TINY_RUN = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--max_steps", "2"]
+TINY_RUN += ["--per_device_train_batch_size", "4"]
+"""Flags of a command that trains, for a short run."""

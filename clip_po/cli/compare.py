@@ -21,7 +21,14 @@ from clip_po.cli.compare_arguments import CompareArguments, Recipe, parse
 from clip_po.cli.compare_methods import DETERMINISTIC_METHODS, ComparisonSetup, MethodResult, run_method
 from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
 from clip_po.evaluation.bootstrap import Estimate
-from clip_po.evaluation.comparison import ComparisonResults, comparison_table, pool_seeds
+from clip_po.evaluation.comparison import (
+    ComparisonResults,
+    best_method,
+    cheapest_method,
+    comparison_table,
+    describe_best,
+    pool_seeds,
+)
 from clip_po.evaluation.report.before_after import changes_line, choose_examples
 from clip_po.evaluation.report.figures import save_figure
 from clip_po.evaluation.report.page import report_page, write_page
@@ -132,14 +139,24 @@ class Summary:
     Attributes:
         metrics: Estimates by method and metric, the base first.
         seconds: Mean duration of each method over its seeds.
-        best: The method with the highest recovery within the bound on clean cost.
+        best: As from `best_method`.
         table: The comparison as a Markdown table.
     """
 
     metrics: Mapping[str, Mapping[str, Estimate]]
     seconds: Mapping[str, float]
-    best: str
+    best: str | None
     table: str
+
+    @property
+    def methods(self) -> dict[str, Mapping[str, Estimate]]:
+        """The metrics without those of the base."""
+        return {name: found for name, found in self.metrics.items() if name != BASE}
+
+    @property
+    def shown(self) -> str:
+        """The method that examples and headline are about: the best, else the cheapest."""
+        return self.best or cheapest_method(self.methods)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -156,8 +173,8 @@ def main(argv: Sequence[str]) -> None:
     measure(comparison)
     summary = summarize(comparison)
     seconds = time.time() - start
-    print_summary(comparison, summary)
     report, page = write(comparison, summary, seconds)
+    print_summary(comparison, summary)
     print(f"Report: {report}\nPage:   {page}")
 
 
@@ -185,6 +202,7 @@ def _load_setup(args: CompareArguments, recipe: Recipe) -> ComparisonSetup:
     template = args.prompt_template or DEFAULT_TEMPLATE
     shared = {name: getattr(args, name) for name in SHARED_FLAGS}
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    quiet["overwrite_output_dir"] = True  # of a run that was stopped: a finished one is not run again
     own = {"model_name_or_path": args.model_name_or_path, "class_names": names, "prompt_template": template}
     return ComparisonSetup(
         model=str(args.model_name_or_path),
@@ -291,8 +309,7 @@ def summarize(comparison: Comparison) -> Summary:
         name: float(np.mean([(results.find(name, s, methods[name]) or {})["seconds"] for s in comparison.seeds(name)]))
         for name in methods
     }
-    bound = comparison.args.max_clean_cost
-    best = max(methods, key=lambda n: (metrics[n]["clean_cost"].value <= bound, metrics[n]["recovery"].value))
+    best = best_method({name: metrics[name] for name in methods}, comparison.args.max_clean_cost)
     return Summary(metrics, seconds, best, comparison_table(metrics, seconds, list(comparison.images)))
 
 
@@ -309,7 +326,7 @@ def _metrics_under(comparison: Comparison, attack: str, name: str) -> dict[str, 
 
 
 def print_summary(comparison: Comparison, summary: Summary) -> None:
-    """Print the table and the best method.
+    """Print the table and the best method, or that there is none.
 
     Args:
         comparison: The comparison.
@@ -317,7 +334,7 @@ def print_summary(comparison: Comparison, summary: Summary) -> None:
     """
     args, images = comparison.args, comparison.images[comparison.main_attack]
     print(f"\n{summary.table}\n\n{len(images)} test images, {len(args.seeds)} seeds; in brackets 95% intervals.")
-    print(f"Highest recovery at no more than {args.max_clean_cost:g} points of clean accuracy: {summary.best}")
+    print(describe_best(summary.methods, args.max_clean_cost))
 
 
 def write(comparison: Comparison, summary: Summary, seconds: float) -> tuple[Path, Path]:
@@ -331,14 +348,15 @@ def write(comparison: Comparison, summary: Summary, seconds: float) -> tuple[Pat
     Returns:
         Paths of report.json and report.html.
     """
-    args, folder, attack, best = comparison.args, comparison.setup.folder, comparison.main_attack, summary.best
+    args, folder, attack = comparison.args, comparison.setup.folder, comparison.main_attack
+    shown = summary.shown
     images = comparison.images[attack]
     (folder / "table.md").write_text(summary.table + "\n")
     report = write_report(
         folder / "report.json",
         command="compare",
         models=summary.metrics,
-        settings={**asdict(args), **asdict(comparison.recipe)},
+        settings={**asdict(args), **asdict(comparison.recipe), "best": summary.best, "chosen": shown},
         data={
             "name": args.dataset_name,
             "split": args.dataset_test_split,
@@ -351,12 +369,13 @@ def write(comparison: Comparison, summary: Summary, seconds: float) -> tuple[Pat
     figures = _draw_plots(summary, args.max_clean_cost)
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png")
-    answers = pool_seeds(images, {BASE: comparison.answers(BASE, attack), best: comparison.answers(best, attack)[:1]})
+    single = {BASE: comparison.answers(BASE, attack), shown: comparison.answers(shown, attack)[:1]}
+    answers = pool_seeds(images, single)
     page = report_page(
         read_report(report),
-        examples=choose_examples(answers, BASE, best),
+        examples=choose_examples(answers, BASE, shown),
         picture=images.picture,
-        changes=changes_line(answers, BASE, best),
+        changes=changes_line(answers, BASE, shown),
         figures={CAPTIONS[name]: figure for name, figure in figures.items()},
     )
     return report, write_page(folder / "report.html", page)

@@ -10,6 +10,7 @@ from trl import TrlParser
 
 from clip_po.cli.arguments import TaskArguments, flag_value, read_mapping
 from clip_po.cli.compare_methods import METHODS
+from clip_po.evaluation.interpolation import check_bound
 
 RECIPE_KEYS = ("methods", "attacks", "training")
 """Keys of a recipe that are not flags: settings of each method, of each attack, and of all trained methods."""
@@ -45,6 +46,7 @@ class CompareArguments(TaskArguments):
     def __post_init__(self) -> None:
         """Raise if a flag is missing or cannot work, before anything is loaded."""
         super().__post_init__()
+        check_bound(self.max_clean_cost)
         if self.attack_fonts is not None:
             raise ValueError(
                 "--attack_fonts would set the same fonts for training and test images, but test images use fonts that "

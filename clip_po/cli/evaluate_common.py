@@ -9,13 +9,18 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 from transformers import CLIPProcessor
+from transformers.utils import logging
 
+from clip_po.cli.arguments import Task
 from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.evaluator import Evaluator, Measured, Metrics
 from clip_po.evaluation.report.report_file import write_report
 from clip_po.models import load_any
+
+logger = logging.get_logger(__name__)
 
 Loaded = TypeVar("Loaded")
 
@@ -25,7 +30,7 @@ class Models:
     """The models to measure, on the device of this process.
 
     Attributes:
-        by_name: "aligned", and before it "base" if there is one.
+        by_name: "base" and "aligned"; without a base only "aligned", or "model" if clip_po has not trained it.
         processor: CLIPProcessor of the models.
         accelerator: Accelerator of this process.
     """
@@ -55,12 +60,23 @@ class Models:
 def load_models(args: EvaluateArguments, accelerator: Accelerator) -> Models:
     """Load the checkpoint, its processor and, if the arguments name one, the base."""
     processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-    models = {"aligned": load_any(str(args.model_name_or_path))}
-    if args.base_model_name_or_path is not None:
-        models = {"base": load_any(args.base_model_name_or_path), **models}
+    path = str(args.model_name_or_path)
+    model = load_any(path)
+    if args.base_model_name_or_path is None:
+        models = {"model" if Task.load(path) is None else "aligned": model}
+    else:
+        models = {"base": load_any(args.base_model_name_or_path), "aligned": model}
+        if have_same_weights(*models.values()):
+            logger.warning(f"{path!r} has the weights of the base: it was not aligned, or nothing was changed.")
     for model in models.values():
         model.to(accelerator.device)
     return Models(models, processor, accelerator)
+
+
+def have_same_weights(first: nn.Module, second: nn.Module) -> bool:
+    """Return whether two models have the same weights under the same names, bit for bit."""
+    weights, others = first.state_dict(), second.state_dict()
+    return weights.keys() == others.keys() and all(weight.equal(others[name]) for name, weight in weights.items())
 
 
 def load_together(load: Callable[[], Loaded], accelerator: Accelerator) -> tuple[Loaded | None, str]:

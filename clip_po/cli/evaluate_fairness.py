@@ -249,7 +249,8 @@ def fairness_table(results: Sequence[FairnessResult]) -> str:
         if not result.metrics:
             continue
         about = result.about
-        shown = shown or [m for m in result.metrics["aligned"] if not m.endswith(("_difference", "_reduction"))]
+        *_, last = result.metrics.values()
+        shown = shown or [metric for metric in last if not metric.endswith(("_difference", "_reduction"))]
         head = [about["name"], about["columns"]["attribute"], about["rows_measured"]]
         lines.append([*head, "random order", *(about["chance"].get(metric) for metric in shown), None])
         for model, estimates in result.metrics.items():

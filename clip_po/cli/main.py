@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module, metadata
 from importlib.resources import files
 
+from clip_po.cli.outcome import UNCHANGED, NothingChanged
 from clip_po.hub.redaction import redacted
 
 COMMANDS = {
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the name of the program; None for the command line of the process.
 
     Returns:
-        The exit status: 0, `USAGE_ERROR` or `INTERRUPTED`.
+        The exit status: 0, `USAGE_ERROR`, `UNCHANGED` or `INTERRUPTED`.
     """
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in HELP:
@@ -78,7 +79,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         argv: Command line after the command.
 
     Returns:
-        The exit status: 0, `USAGE_ERROR` or `INTERRUPTED`.
+        The exit status: 0, `USAGE_ERROR`, `UNCHANGED` or `INTERRUPTED`.
     """
     module = import_module(f"clip_po.cli.{command}")
     try:
@@ -86,6 +87,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         # The message says what to do, and a traceback would hide it.
         return fail(f"clip-po {command}: {error}")
+    except NothingChanged as outcome:
+        return fail(f"clip-po {command}: {outcome}", UNCHANGED)
     except KeyboardInterrupt:
         remedies = {"train": " The last whole checkpoint is kept. Resume from it with --resume_from_checkpoint true."}
         return fail(f"clip-po {command}: interrupted.{remedies.get(command, '')}", INTERRUPTED)

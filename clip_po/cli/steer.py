@@ -11,6 +11,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from clip_po.cli.outcome import NothingChanged
 from clip_po.cli.steer_arguments import DEFAULTS, SteerArguments, parse
 from clip_po.cli.steer_data import Case, digits_case, labelled_case
 from clip_po.concept.sweep import (
@@ -24,27 +25,53 @@ from clip_po.concept.sweep import (
 )
 from clip_po.concept.trainer import ConceptConfig, ConceptTrainer
 from clip_po.concept.transform import CONCEPT_FILE, ConceptTransform, ScalePath
+from clip_po.evaluation.interpolation import describe_promise
 from clip_po.evaluation.report.figures import save_figure
 from clip_po.evaluation.report.plots import sweep_plot
 from clip_po.evaluation.report.report_file import write_report
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.tables import format_estimate
+from clip_po.training.output_folder import check_unused
 from clip_po.validation import check_writable
+
+SAVED_FILES = (CONCEPT_FILE, "checkpoint/model*.safetensors")
+"""Patterns of the files of a transformation and of its folded checkpoint."""
+
+
+UNCHANGED_REMEDY = (
+    "With --choose at_most, give more validation images, or allow a higher --max_clean_cost. Otherwise, give a wider "
+    "range of --t."
+)
+"""What to do if the chosen t leaves the model as it was."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train, choose t and measure; write report, curve, transformation and folded checkpoint; print the table."""
+    """Train, choose t and measure; write report, curve, transformation and folded checkpoint; print the table.
+
+    Args:
+        argv: Command line after `clip-po steer`.
+
+    Raises:
+        NothingChanged: If t = 0, the original model, was chosen.
+    """
     args, config = parse(argv)
     if config.should_save:
         check_writable(config.output_dir, "--output_dir")
+        check_unused(config, config.resume_from_checkpoint, SAVED_FILES)
     start = time.time()
     case = (digits_case if args.dataset_name is None else labelled_case)(args, config.seed)
+    if args.choose == "at_most":
+        print(describe_promise(args.max_clean_cost, case.validation.rows), flush=True)
     transform, accelerator = trained_transform(case, args, config)
     result = measure(case, transform, args, config, accelerator)
     if accelerator.is_main_process:
         seconds = time.time() - start
         write(case, transform, result, args, config, seconds)
         print_result(case, result, args, Path(str(config.output_dir)), seconds)
+    if result.chosen == 0:
+        raise NothingChanged(
+            f"nothing was changed: t = 0 was chosen, which answers as the original model does. {UNCHANGED_REMEDY}"
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +105,7 @@ def trained_transform(case: Case, args: SteerArguments, config: ConceptConfig) -
     else:
         transform = ConceptTransform(case.model.config.projection_dim, towers=args.towers)
         trainer = concept_trainer(case, transform, config)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         accelerator = trainer.accelerator
     if accelerator.is_main_process:
         transform.save(str(config.output_dir))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from trl import TrlParser
 
 from clip_po.cli.arguments import TaskArguments, parse_flags
+from clip_po.cli.flags import resumed_checkpoint
 from clip_po.concept.sweep import SCALES
 from clip_po.concept.trainer import ConceptConfig
 from clip_po.evaluation.interpolation import check_bound
@@ -99,4 +100,5 @@ def parse(argv: Sequence[str]) -> tuple[SteerArguments, ConceptConfig]:
     parser = TrlParser([SteerArguments, ConceptConfig], prog="clip-po steer")
     parser.set_defaults_with_config(**DEFAULTS)
     args, config = parse_flags(parser, argv)
+    config.resume_from_checkpoint = resumed_checkpoint(config.resume_from_checkpoint)
     return args, config

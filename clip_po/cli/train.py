@@ -16,30 +16,60 @@ from transformers.trainer_utils import HubStrategy
 from trl import ModelConfig, get_peft_config
 
 from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task
+from clip_po.cli.outcome import NothingChanged
 from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.evaluator import RobustnessEvaluator
-from clip_po.evaluation.interpolation import choose_alpha, interpolate, interpolation_table, sweep_interpolation
+from clip_po.evaluation.interpolation import (
+    choose_alpha,
+    describe_promise,
+    interpolate,
+    interpolation_table,
+    sweep_interpolation,
+)
 from clip_po.evaluation.pseudo_labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import init_kwargs, load_model, load_processor
 from clip_po.trainable import trained_linear_layers
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.callbacks import EvaluatorCallback
+from clip_po.training.output_folder import check_unused
 from clip_po.validation import check_writable
+
+SAVED_FILES = ("model*.safetensors", SAFETENSORS_WEIGHTS_NAME)
+"""Patterns of the files of a model or of adapters that the command saves."""
+
+UNCHANGED_REMEDY = (
+    "With --max_clean_cost, the table above shows what each interpolation costs: give more validation images or allow "
+    "a higher cost. Otherwise, train longer or with a higher --learning_rate."
+)
+"""What to do if training left the model as it was."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train, then save the checkpoint with processor, task and model card."""
+    """Train, then save the checkpoint with processor, task and model card.
+
+    Args:
+        argv: Command line after `clip-po train`.
+
+    Raises:
+        NothingChanged: If the saved model is the one that training started from.
+    """
     task_args, args, model_args = parse(argv)
     start = time.time()
     trainer, task = align(task_args, args, model_args)
     save(trainer, task)
-    if trainer.is_world_process_zero():
+    changed = is_changed(trainer)
+    if changed and trainer.is_world_process_zero():
         print(f"Aligned {model_args.model_name_or_path} in {time.time() - start:.0f} s: {args.output_dir}")
     trainer.accelerator.end_training()
+    if not changed:
+        raise NothingChanged(
+            f"nothing was changed. {args.output_dir!r} holds {model_args.model_name_or_path!r} as it was. "
+            f"{UNCHANGED_REMEDY}"
+        )
 
 
 def align(
@@ -68,6 +98,8 @@ def align(
             num_workers=args.dataloader_num_workers,
         )
         trainer.add_callback(EvaluatorCallback(trainer, evaluator))
+    if images is not None and task_args.max_clean_cost is not None and trainer.is_world_process_zero():
+        print(describe_promise(task_args.max_clean_cost, images.rows), flush=True)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if images is not None and task_args.max_clean_cost is not None:
         keep_clean_accuracy(trainer, images, templates, task_args.max_clean_cost)
@@ -80,7 +112,7 @@ def check_model_arguments(args: ContrastivePOConfig, model_args: ModelConfig) ->
     """Raise if the model or the output folder can't be used, before anything is loaded.
 
     Raises:
-        ValueError: If there is no model, or it is to be quantized.
+        ValueError: If there is no model, it is to be quantized, or the output folder holds an earlier run.
         OSError: If the output folder is not writable.
     """
     if model_args.model_name_or_path is None:
@@ -89,6 +121,7 @@ def check_model_arguments(args: ContrastivePOConfig, model_args: ModelConfig) ->
         raise ValueError("--load_in_4bit and --load_in_8bit are not supported: a CLIP is small. Leave them out.")
     if args.should_save:
         check_writable(args.output_dir, "--output_dir")
+        check_unused(args, args.resume_from_checkpoint, SAVED_FILES)
 
 
 @dataclass(frozen=True)
@@ -248,6 +281,14 @@ def keep_clean_accuracy(
             print("The adapters are merged into the model: an interpolation is a plain CLIPModel.")
     chosen = interpolate(trainer.reference.model, trainer.model, choice.point.alpha)
     trainer.replace_model(chosen)
+
+
+def is_changed(trainer: ContrastivePOTrainer) -> bool:
+    """Return whether the trained model differs from the reference. Adapters and sharded models count as changed."""
+    if isinstance(trainer.model, PeftModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return True
+    base = interpolate(trainer.reference.model, trainer.model, 0).state_dict()
+    return not all(weight.equal(base[name].to(weight)) for name, weight in trainer.model.state_dict().items())
 
 
 def save(trainer: ContrastivePOTrainer, task: Task) -> None:

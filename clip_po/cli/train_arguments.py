@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import ModelConfig, TrlParser
 
 from clip_po.cli.arguments import TaskArguments, flag_value, parse_flags
+from clip_po.cli.flags import resumed_checkpoint
 from clip_po.config import PRESETS, ContrastivePOConfig, preset, preset_batch_size
 from clip_po.evaluation.interpolation import check_bound
 from clip_po.training.averaging import BetaMovingAverageCallback
@@ -197,6 +198,5 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, Mod
     if args.per_device_train_batch_size is None:
         paper = preset_batch_size(args.gradient_accumulation_steps)
         args.per_device_train_batch_size = BATCH_SIZE if chosen is None else paper
-    if str(args.resume_from_checkpoint).lower() == "true":
-        args.resume_from_checkpoint = True
+    args.resume_from_checkpoint = resumed_checkpoint(args.resume_from_checkpoint)
     return task_args, args, model_args

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from clip_po.evaluation.bootstrap import Estimate
+from clip_po.evaluation.interpolation import within
 from clip_po.evaluation.report.report_file import write_json
 from clip_po.evaluation.robustness import Answers, RobustnessImages
-from clip_po.evaluation.tables import format_table
+from clip_po.evaluation.tables import format_estimate, format_table
 from clip_po.hub.redaction import redacted
 
 RESULT, ANSWERS = "result.json", "answers.npz"
@@ -133,6 +135,59 @@ def pool_seeds(images: RobustnessImages, predicted: Mapping[str, Sequence[Mappin
     )
     by_model = {name: concatenated(runs) for name, runs in predicted.items()}
     return Answers(images.class_names, label, word, written, cluster, by_model)
+
+
+def best_method(metrics: Mapping[str, Mapping[str, Estimate]], max_clean_cost: float) -> str | None:
+    """Return the method with the highest recovery among those within a bound on the clean cost.
+
+    Args:
+        metrics: By method, estimates of at least `clean_cost` and `recovery`.
+        max_clean_cost: The bound, in percentage points.
+
+    Returns:
+        Name of the method; None if no method within the bound has a defined recovery.
+    """
+    recoveries = {
+        name: found["recovery"].value
+        for name, found in metrics.items()
+        if within(found["clean_cost"].value, max_clean_cost) and math.isfinite(found["recovery"].value)
+    }
+    return max(recoveries, key=lambda name: recoveries[name]) if recoveries else None
+
+
+def cheapest_method(metrics: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """Return the method with the lowest clean cost.
+
+    Args:
+        metrics: By method, at least one, estimates of at least `clean_cost`.
+
+    Returns:
+        Name of the method.
+    """
+    return min(metrics, key=lambda name: metrics[name]["clean_cost"].value)
+
+
+def describe_best(metrics: Mapping[str, Mapping[str, Estimate]], max_clean_cost: float) -> str:
+    """Name the best method within a bound on the clean cost, or say that there is none.
+
+    Args:
+        metrics: As for `best_method`, of at least one method.
+        max_clean_cost: The bound, in percentage points.
+
+    Returns:
+        One line.
+    """
+    best, cheapest = best_method(metrics, max_clean_cost), cheapest_method(metrics)
+    if best is not None:
+        recovery = format_estimate(metrics[best]["recovery"])
+        return f"Highest recovery at no more than {max_clean_cost:g} points of clean accuracy: {best} ({recovery})"
+    cost = metrics[cheapest]["clean_cost"]
+    if within(cost.value, max_clean_cost):
+        return "No method has a recovery: the words cost the model nothing before alignment."
+    return (
+        f"No method costs at most {max_clean_cost:g} points of clean accuracy. The cheapest, {cheapest}, costs "
+        f"{format_estimate(cost, 1)}. Allow more with --max_clean_cost, or add methods with a higher reg_weight."
+    )
 
 
 def comparison_table(

@@ -22,6 +22,7 @@ from clip_po.models import dual_encoder
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 """Eleven values from 0, the base, to 1, the aligned model."""
 
+_CHANCE = 0.05  # What 95% confidence leaves open.
 _ROUNDING = 1e-9  # Percentage points. Costs are multiples of 100 / N, so they often equal a bound exactly.
 
 
@@ -131,16 +132,23 @@ class Choice:
     unproven: SweepPoint | None = None
     images_needed: int | None = None
 
+    @property
+    def is_base(self) -> bool:
+        """Whether the chosen point is the base itself, so that nothing changes."""
+        return self.point.alpha == 0
+
     def describe(self) -> str:
         """Describe the choice.
 
         Returns:
-            One line, or two if there is an unproven better point.
+            One line; another if the point is the base; another if there is an unproven better point.
         """
         lines = [
             f"alpha {self.point.alpha:g}: typographic accuracy {format_estimate(self.point.typographic_accuracy)}, "
             f"{_cost(self.point)} with 95 % confidence (bound {self.max_clean_cost:g}, {self.point.images:,} images)."
         ]
+        if self.is_base:
+            lines.append("Nothing was changed: alpha 0 is the base.")
         if self.unproven is not None:
             better = format_number(self.unproven.typographic_accuracy.value)
             lines.append(
@@ -185,6 +193,33 @@ def check_bound(max_clean_cost: float) -> None:
             f"max_clean_cost must be a finite number of percentage points >= 0, got {max_clean_cost!r}. The base "
             "itself costs 0. One point is 1.0."
         )
+
+
+def describe_promise(max_clean_cost: float, images: int) -> str:
+    """Describe how many validation images a bound on the clean cost takes, before any is measured.
+
+    If a share p of all answers got worse, n images show none of them with probability (1 - p)^n. The bound therefore
+    takes at least log(0.05) / log(1 - p) images, about 300 divided by the percentage points.
+
+    Args:
+        max_clean_cost: The bound, in percentage points, >= 0.
+        images: Number of validation images, >= 1.
+
+    Returns:
+        One line.
+
+    Source: Hanley and Lippman-Hand 1983, JAMA 249(13), "If nothing goes wrong, is everything all right?".
+    """
+    possible = 100 * (1 - _CHANCE ** (1 / images))
+    given = f"There are {images:,}: even if no answer gets worse on them, the cost may be {possible:.2g} points."
+    if max_clean_cost == 0:
+        return f"No number of validation images proves a clean cost of 0 points with 95% confidence. {given}"
+    needed = 1 if max_clean_cost >= 100 else math.ceil(math.log(_CHANCE) / math.log1p(-max_clean_cost / 100))
+    takes = (
+        f"A clean cost of at most {max_clean_cost:g} points, with 95% confidence, takes at least {needed:,} "
+        "validation images, and more if answers get worse."
+    )
+    return f"{takes} {given}" if images < needed else f"{takes} There are {images:,}."
 
 
 def sweep_interpolation(
@@ -259,7 +294,7 @@ def sweep_interpolation(
                 report["typographic_accuracy"],
                 report["clean_cost"],
                 one_sided["clean_cost"].high,
-                len(images) // images.renderings,
+                images.rows,
             )
         )
     return points

@@ -99,6 +99,11 @@ class RobustnessImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.label)
 
+    @property
+    def rows(self) -> int:
+        """Number of dataset rows, each in `renderings` items."""
+        return len(self) // self.renderings
+
     def with_processor(self, processor: Any) -> RobustnessImages:
         """Return the same images, prepared by another processor.
 

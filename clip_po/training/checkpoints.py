@@ -57,12 +57,12 @@ def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     Returns:
         Path of the checkpoint, or None if there is none.
     """
-    whole = [(step, path) for step, path in _numbered(Path(output_dir)) if is_whole(path)]
+    whole = [(step, path) for step, path in numbered(Path(output_dir)) if is_whole(path)]
     return str(max(whole)[1]) if whole else None
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Return step and folder of every checkpoint, whole or not."""
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """Return step and folder of every checkpoint in an output folder, whole or not."""
     return [(int(m[1]), path) for path in folder.glob("*") if (m := _NUMBERED.fullmatch(path.name))]
 
 
@@ -243,7 +243,7 @@ class CheckpointCallback(TrainerCallback):
         """
         folder = checkpoint_folder(args, state)
         if args.should_save and folder.is_dir():
-            _delete(folder)
+            delete_checkpoint(folder)
         self.trainer.accelerator.wait_for_everyone()
         self.withhold(args)
         try:
@@ -287,15 +287,15 @@ def _rotate(output_dir: Path, limit: int, kept: set[Path]) -> None:
 
     The number of the step does not tell the age: an earlier run may have left higher numbers.
     """
-    checkpoints = [path for _, path in sorted(_numbered(output_dir))]
+    checkpoints = [path for _, path in sorted(numbered(output_dir))]
     checkpoints.sort(key=lambda path: (is_whole(path), (path / MARK if is_whole(path) else path).stat().st_mtime_ns))
     over = len(checkpoints) - max(limit, len(kept.intersection(checkpoints)))
     for path in [path for path in checkpoints if path not in kept][: max(0, over)]:
-        _delete(path)
+        delete_checkpoint(path)
 
 
-def _delete(folder: Path) -> None:
-    """Delete a checkpoint. Its mark goes first, so that a checkpoint cut off here does not count as whole."""
+def delete_checkpoint(folder: Path) -> None:
+    """Delete the folder of a checkpoint. Its mark goes first: cut off here, the checkpoint does not count as whole."""
     Path(folder, MARK).unlink(missing_ok=True)
     _flush(folder)
     shutil.rmtree(folder, ignore_errors=True)

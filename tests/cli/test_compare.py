@@ -9,6 +9,7 @@ from samples import write_parquet
 
 from clip_po.cli import compare
 from clip_po.cli.main import main
+from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.report.report_file import read_report, report_estimates
 
 METHODS = {
@@ -131,3 +132,26 @@ def test_seeds_are_pooled_over_the_same_images(recipe, tmp_path):
             right.append(np.mean(arrays["class words/clean"] == np.arange(12) % 4))
     found = json.loads((out / "report.json").read_text())["models"]["CE"]["clean_accuracy"]["value"]
     assert found == pytest.approx(np.mean(right))
+
+
+def test_no_winner_is_named_where_no_method_is_within_the_bound(recipe, tmp_path, capsys, monkeypatch):
+    report = compare.robustness_report
+
+    def costly(answers, name, base, **settings):
+        found = report(answers, name, base, **settings)
+        if "clean_cost" in found:
+            found["clean_cost"] = Estimate(8.3)
+        return found
+
+    monkeypatch.setattr(compare, "robustness_report", costly)
+    methods = {"none": {"method": "text_removal"}}
+    assert main(recipe(methods=methods, seeds=[0])) == 0
+    printed = capsys.readouterr().out
+    assert "No method costs at most 0.5 points of clean accuracy. The cheapest, none, costs 8.3." in printed
+    assert "Highest recovery" not in printed
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["best"] is None
+
+
+def test_a_bound_that_nothing_can_hold_is_refused_before_anything_is_loaded(recipe, capsys):
+    assert main(recipe(max_clean_cost=-1)) == 2
+    assert "max_clean_cost" in capsys.readouterr().err

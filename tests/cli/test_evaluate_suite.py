@@ -143,7 +143,7 @@ def test_your_own_captions(evaluate, tmp_path):
 def test_your_own_labelled_images(evaluate, sets):
     status, _, report = evaluate("--suite", "retention", "--dataset_name", sets / "oxford-pets", base=False)
     assert status == 0
-    assert report["models"]["aligned"].keys() == {"oxford-pets/all/clean_accuracy", "mean_accuracy"}
+    assert report["models"]["model"].keys() == {"oxford-pets/all/clean_accuracy", "mean_accuracy"}
 
 
 def test_your_own_suite(evaluate, sets, tmp_path):

@@ -206,3 +206,16 @@ def test_numbers_that_cannot_work_are_refused_at_the_start(clip_folder, parquet,
     command = ["train", "--model_name_or_path", str(clip_folder), "--dataset_name", str(parquet)]
     assert main([*command, "--output_dir", str(tmp_path), *QUICK, *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_untouched_model_is_not_listed_as_aligned(clip_folder, parquet, tmp_path, capsys):
+    data = ["evaluate", "--model_name_or_path", str(clip_folder), "--dataset_name", str(parquet)]
+    assert main([*data, "--output_dir", str(tmp_path)]) == 0
+    assert "aligned" not in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "report.json").read_text())["models"]) == ["model"]
+
+
+def test_a_model_that_equals_its_base_is_said(clip_folder, parquet, tmp_path, caplog):
+    data = ["evaluate", "--model_name_or_path", str(clip_folder), "--dataset_name", str(parquet)]
+    assert main([*data, "--base_model_name_or_path", str(clip_folder), "--output_dir", str(tmp_path)]) == 0
+    assert "has the weights of the base" in caplog.text

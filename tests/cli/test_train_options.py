@@ -14,6 +14,7 @@ from transformers import CLIPModel
 from clip_po import BetaMovingAverageCallback, ContrastivePOTrainer, interpolate
 from clip_po.cli import train
 from clip_po.cli.main import main
+from clip_po.cli.outcome import UNCHANGED
 from clip_po.data.attacks.words import EVERYDAY_WORDS
 from clip_po.data.loading import load_split
 from clip_po.evaluation.interpolation import Choice
@@ -136,7 +137,7 @@ def test_the_bound_saves_the_interpolation_that_was_printed(command, clip_folder
     assert (out / "adapter_config.json").exists() == bool(lora)
 
     capsys.readouterr()
-    assert main(["train", *command(*more, "--max_clean_cost", "1.5")]) == 0
+    assert main(["train", *command(*more, "--max_clean_cost", "1.5", "--overwrite_output_dir")]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^alpha 0\.3: typographic accuracy .*\(bound 1\.5, 12 images\)", printed, re.MULTILINE)
     assert all(f"| {alpha} " in printed for alpha in ("0", "0.1", "0.9", "1"))
@@ -353,3 +354,32 @@ def test_adapters_are_by_default_where_training_is(command, more, expected):
     trainer = aligned(command("--use_peft", "--lora_r", "2", *more, steps=1))
     names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert {re.search(r"(\w+)_model\.encoder\.layers\.(\d)", name).groups() for name in names} == expected
+
+
+# ---- Nothing changed ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "4"]], ids=["full", "lora"])
+def test_a_bound_that_ends_at_the_base_aligns_nothing(command, clip_folder, tmp_path, capsys, monkeypatch, lora):
+    monkeypatch.setattr(train, "choose_alpha", lambda points, bound: Choice(points[0], bound))
+    more = ["--dataset_validation_split", "validation", "--learning_rate", "0.003", "--max_clean_cost", "0.5", *lora]
+    assert main(["train", *command(*more)]) == UNCHANGED
+    printed = capsys.readouterr()
+    assert "nothing was changed" in printed.err
+    assert "Aligned" not in printed.out
+    base, saved = CLIPModel.from_pretrained(clip_folder).state_dict(), weights(tmp_path / "out")
+    assert all(weight.equal(base[name]) for name, weight in saved.items())
+
+
+def test_a_training_that_changes_no_weight_is_not_called_aligned(command, capsys):
+    assert main(["train", *command("--learning_rate", "0")]) == UNCHANGED
+    printed = capsys.readouterr()
+    assert "nothing was changed" in printed.err
+    assert "Aligned" not in printed.out
+
+
+def test_what_the_promise_takes_is_said_before_training(command, capsys, monkeypatch):
+    monkeypatch.setattr(ContrastivePOTrainer, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    with pytest.raises(pytest.fail.Exception):
+        main(["train", *command("--dataset_validation_split", "validation", "--max_clean_cost", "0.5")])
+    assert "takes at least 598 validation images" in capsys.readouterr().out

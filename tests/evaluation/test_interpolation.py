@@ -1,5 +1,6 @@
 """Sweeps over interpolations, and the choice of alpha under a bound on the clean cost."""
 
+import re
 import weakref
 
 import pytest
@@ -9,6 +10,7 @@ from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.interpolation import (
     SweepPoint,
     choose_alpha,
+    describe_promise,
     interpolate,
     interpolation_table,
     sweep_interpolation,
@@ -112,3 +114,23 @@ def test_invalid_arguments_are_refused(model, other_model, images, dataset, atta
     single = RobustnessImages(dataset.select(range(2)), attack, processor, cluster_column="scene")
     with pytest.raises(ValueError, match="single cluster"):
         sweep_interpolation(model, other_model, single, TEMPLATES)
+
+
+@pytest.mark.parametrize(
+    ("bound", "images", "said"),
+    [
+        (0.5, 100, r"takes at least 598 .* There are 100: .* the cost may be 3 points\."),
+        (0.5, 598, r"takes at least 598 .* There are 598\.$"),
+        (1.0, 12, r"takes at least 299 .* There are 12: .* the cost may be 22 points\."),
+        (0, 5000, r"^No number of validation images proves .* the cost may be 0\.06 points\."),
+        (100, 2, r"takes at least 1 validation "),
+    ],
+)
+def test_the_number_of_images_that_a_promise_takes_is_said(bound, images, said):
+    assert re.search(said, describe_promise(bound, images))
+
+
+def test_on_fewer_images_than_said_a_larger_cost_goes_unseen():
+    # The definition: at the smallest number, a cost of the bound shows with 95 % probability, one image fewer not.
+    needed = int(re.search(r"at least (\d+)", describe_promise(0.5, 1))[1])
+    assert (1 - 0.005) ** needed <= 0.05 < (1 - 0.005) ** (needed - 1)
