@@ -25,6 +25,7 @@ from transformers.utils import logging
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.images import probe_image, to_pixels
 from clip_po.hub.safe_loading import refuse_pickles
+from clip_po.other_kinds import model_remedy, type_remedy
 from clip_po.text_identity import check_tokenizer
 from clip_po.training.resuming import differences
 from clip_po.validation import check_finite
@@ -54,8 +55,7 @@ def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
     if not isinstance(inner, CLIPModel):
         raise TypeError(
             f"{name} must be a transformers.CLIPModel (or a PeftModel around one), got {type(inner).__name__}. "
-            "Preferences between texts need both towers, which a vision or text model alone does not have. Convert an "
-            "open_clip checkpoint to the Hugging Face layout first."
+            f"{model_remedy(inner)}"
         )
     own = [method for method in ANSWERS if getattr(type(inner), method) is not getattr(CLIPModel, method)]
     if own:
@@ -95,8 +95,8 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
     kind = written.get("model_type") or AutoConfig.from_pretrained(name, trust_remote_code=False, **hub).model_type
     if kind != "clip":
         raise TypeError(
-            f"{name!r} is a {kind!r} model, but clip_po aligns CLIPModel checkpoints (model_type 'clip'), which have "
-            "an image and a text tower. Choose such a checkpoint, for example 'openai/clip-vit-base-patch32'."
+            f"{name!r} is a {kind!r} model, but clip_po aligns CLIPModel checkpoints (model_type 'clip'). "
+            f"{type_remedy(kind)}"
         )
     if os.path.isdir(name):  # for the Hub, transformers finds a converted copy of pickled weights
         refuse_pickles(name)

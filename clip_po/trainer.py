@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from clip_po.policy import Policy, preference_logps, regularization_kl
 from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
 from clip_po.text_identity import TextTokens
 from clip_po.trainable import choose_trainable, tower_trains
+from clip_po.trainer_arguments import check_places, initial_model
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback
 from clip_po.training.checkpoints import CheckpointCallback, check_best_metric, saving, whole_checkpoint
 from clip_po.training.dropout import disable_dropout
@@ -73,6 +75,8 @@ class ContrastivePOTrainer(Trainer):
             positions of the chosen texts [B]) and `compute_result`. Needs `batch_eval_metrics=True`.
         callbacks, optimizers: As in `Trainer`. `optimizers` takes precedence over the arguments.
         peft_config (`PeftConfig`, *optional*): Adapters to add to a plain model.
+        model_init (`Callable`, *optional*): Returns the initial model, instead of `model`. It is called at the start
+            of each training, so that `hyperparameter_search` starts each trial from the same model.
         reg_dataset (`datasets.Dataset`, *optional*): Regularization images in a column `image`. Defaults to the
             `clean_image` of each preference.
         candidate_texts (`list[str]`, *optional*): The texts among which the policy of every row chooses. By default
@@ -91,7 +95,7 @@ class ContrastivePOTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | PreTrainedModel | PeftModel | None = None,
         ref_model: PreTrainedModel | None = None,
         args: ContrastivePOConfig | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
@@ -104,11 +108,16 @@ class ContrastivePOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         reg_dataset: Dataset | None = None,
         candidate_texts: Sequence[str] | None = None,
+        model_init: Callable[..., PreTrainedModel | PeftModel] | None = None,
     ) -> None:
-        args = args if args is not None else ContrastivePOConfig(default_output_dir(model))
+        check_places(model, ref_model, data_collator, model_init, optimizers)
+        args = args if args is not None else ContrastivePOConfig(default_output_dir(model or "clip"))
         check_args(args, compute_metrics, candidate_texts)
         check_best_metric(args, eval_dataset)
         self.reg_dataset = reg_dataset
+        self._references = ref_model, peft_config
+        if model_init is not None:
+            model = initial_model(model_init, args.seed)
         encoder = self.load_encoder(model, ref_model, args, peft_config)
         processor = processing_class or load_processor(encoder, args)
         models = (encoder, ref_model) if ref_model is not None else (encoder,)
@@ -132,16 +141,9 @@ class ContrastivePOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # Gradients live in DDP's buckets instead of beside them, which saves one copy of all that trains.
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
-        self.encoder: CLIPModel = dual_encoder(encoder).to(self.accelerator.device)
-        if self.is_fsdp_enabled:
-            allow_sharding(self.encoder)
-        self.loss_settings = LossSettings(
-            args.beta, args.label_smoothing, args.desirable_weight, args.undesirable_weight
-        )
-        self.reference = self.build_reference(encoder, ref_model, peft_config)
-        # A frozen vision tower gives policy and reference the same image embeddings.
-        self.shares_image_embeds = ref_model is None and not tower_trains(self.encoder, "vision")
-        self.policy = self.build_policy(encoder, ref_model)
+        if model_init is not None:  # Trainer accepts it only without a model
+            self.model_init = functools.partial(self.renew_model, model_init)
+        self._use_encoder(encoder)
         self.training_means, self.evaluation_means = RunningMeans(), RunningMeans()
         self.skipped_in_training, self.skipped_in_evaluation = SkippedRows(), SkippedRows()
         self._stream_position, self._checkpoints = StreamPositionCallback(), CheckpointCallback(self)
@@ -149,6 +151,51 @@ class ContrastivePOTrainer(Trainer):
         watching = (NoInputGradientsCallback(), LogitScaleCallback(), self._nan_guard, self._stream_position)
         for callback in (*watching, OverwriteCallback(), self._checkpoints):
             self.add_callback(callback)
+
+    def _use_encoder(self, encoder: PreTrainedModel | PeftModel) -> None:
+        """Build policy and reference of a model, which `self.model` holds or is computed from."""
+        ref_model, peft_config = self._references
+        self.encoder: CLIPModel = dual_encoder(encoder).to(self.accelerator.device)
+        if self.is_fsdp_enabled:
+            allow_sharding(self.encoder)
+        self.reference = self.build_reference(encoder, ref_model, peft_config)
+        # A frozen vision tower gives policy and reference the same image embeddings.
+        self.shares_image_embeds = ref_model is None and not tower_trains(self.encoder, "vision")
+        self.policy = self.build_policy(encoder, ref_model)
+
+    def renew_model(self, model_init: Callable[..., Any], trial: Any = None) -> nn.Module:
+        """Make a new model by `model_init`, with the reference policy that belongs to it.
+
+        `Trainer` calls this method at the start of each training, so that each trial of a hyperparameter search starts
+        from the initial model.
+
+        Args:
+            model_init: As in the trainer.
+            trial: The trial of a hyperparameter search, which `model_init` gets if it takes an argument.
+
+        Returns:
+            The module to train.
+
+        Raises:
+            ValueError, TypeError: As for `load_encoder`.
+        """
+        ref_model, peft_config = self._references
+        model = initial_model(model_init, self.args.seed, trial)
+        encoder = self.load_encoder(model, ref_model, self.args, peft_config)
+        if self.args.disable_dropout:
+            disable_dropout(encoder)
+        self.model = self.module_to_train(encoder)
+        self._use_encoder(encoder)
+        for pairs in (self.train_dataset, *_each(self.eval_dataset)):
+            if isinstance(pairs, PreferencePairs):
+                pairs.attach_reference({})  # the embeddings are those of the model before
+        return self.model
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """The settings of the losses, as the arguments are now: a hyperparameter search sets them for each trial."""
+        args = self.args
+        return LossSettings(args.beta, args.label_smoothing, args.desirable_weight, args.undesirable_weight)
 
     # ---- Steps of __init__, for subclasses to replace --------------------------------------------------------
 
@@ -700,3 +747,8 @@ class ContrastivePOTrainer(Trainer):
         tags = kwargs.get("tags") or []
         card.data.tags = [*card.data.tags, *([tags] if isinstance(tags, str) else tags)]
         card.save(folder / CARD_FILE)
+
+
+def _each(datasets: Any) -> list[Any]:
+    """Return one evaluation dataset, or several by name, as a list."""
+    return list(datasets.values()) if isinstance(datasets, dict) else [datasets]

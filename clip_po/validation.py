@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import nn
 
 from clip_po.losses import SINGLE_REJECTED, WITHOUT_REJECTED
+from clip_po.other_kinds import dataset_remedy
 
 # ---- Numbers -----------------------------------------------------------------------------------------------
 
@@ -261,6 +262,11 @@ def check_rejected_count(most: int, loss_types: Collection[str], where: str, few
         )
 
 
+def _split_remedy(dataset: Any) -> str:
+    remedy = dataset_remedy(dataset, "dataset")
+    return remedy[0].lower() + remedy[1:]
+
+
 def check_column(dataset: Any, column: str, argument: str) -> Any:
     """Raise if a value is not one split of a dataset with a given column.
 
@@ -278,8 +284,7 @@ def check_column(dataset: Any, column: str, argument: str) -> Any:
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"Expected one split, a datasets.Dataset, got {type(dataset).__name__}; choose one, as in "
-            'load_dataset(..., split="test").'
+            f"Expected one split, a datasets.Dataset, got {type(dataset).__name__}; {_split_remedy(dataset)}"
         )
     if column not in dataset.column_names:
         raise ValueError(f"{argument}={column!r} is not a column of the dataset; it has {dataset.column_names}.")

@@ -28,6 +28,7 @@ from clip_po.data.class_positions import check_candidate_positions
 from clip_po.data.column_names import check_column_names
 from clip_po.data.images import check_index, image_path, to_rgb, unformatted
 from clip_po.losses import WITHOUT_REJECTED
+from clip_po.other_kinds import dataset_remedy
 from clip_po.validation import (
     check_candidates,
     check_image,
@@ -263,6 +264,12 @@ def _short(texts: Sequence[str], most: int = 6) -> str:
     return repr(list(texts[:most])) if len(texts) <= most else f"{list(texts[:most])!r}... ({len(texts)} texts)"
 
 
+def _images_remedy(value: Any, name: str) -> str:
+    if isinstance(value, (list, tuple)):
+        return "Dataset.from_dict({'image': images}).cast_column('image', Image()) converts a list of images."
+    return dataset_remedy(value, name)
+
+
 def check_regularization(dataset: Dataset, name: str = "reg_dataset") -> None:
     """Raise if a regularization dataset is empty or has no column of images.
 
@@ -276,8 +283,7 @@ def check_regularization(dataset: Dataset, name: str = "reg_dataset") -> None:
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"{name} must be a datasets.Dataset, got {type(dataset).__name__}. Dataset.from_dict({{'image': images}}) "
-            "converts a list of images; load a streamed dataset without streaming=True."
+            f"{name} must be a datasets.Dataset, got {type(dataset).__name__}. {_images_remedy(dataset, name)}"
         )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; give it at least one image.")

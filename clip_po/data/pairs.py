@@ -247,7 +247,8 @@ def checked_pairs(
         TypeError: If `preferences` is streamed or not of an accepted type, if `regularization` is used and is not a
             `datasets.Dataset`, or if an entry of a row's `candidates` is not a string.
     """
-    if isinstance(preferences, (IterableDataset, torch.utils.data.IterableDataset, TypographicStream)):
+    other_stream = isinstance(preferences, torch.utils.data.IterableDataset) and name != "train_dataset"
+    if other_stream or isinstance(preferences, (IterableDataset, TypographicStream)):
         raise TypeError(
             f"{name} is streamed, which only train_dataset may be, as a datasets.IterableDataset or a "
             "TypographicStream. An evaluation counts every row once and in the same order. Load it without "

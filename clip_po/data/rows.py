@@ -14,6 +14,7 @@ from clip_po.data.embedding_cache import image_digest
 from clip_po.data.formats import IMAGE_COLUMNS, Row, check_preferences, read_row, to_texts
 from clip_po.data.images import is_transformed
 from clip_po.data.row_texts import check_row_texts
+from clip_po.other_kinds import dataset_remedy
 
 
 @runtime_checkable
@@ -235,5 +236,5 @@ def as_rows(preferences: Any, candidate_texts: CandidateTexts, name: str) -> Pre
         return preferences
     raise TypeError(
         f"{name} must be a datasets.Dataset or TypographicPreferences, got {type(preferences).__name__}. "
-        "Convert a list of dicts with Dataset.from_list(rows)."
+        f"{dataset_remedy(preferences, name)}"
     )
