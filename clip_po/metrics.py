@@ -14,29 +14,26 @@ RowMetrics = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def preference_metrics(logps: PreferenceLogps, losses: Tensor, beta: float, weight: Tensor) -> RowMetrics:
-    """Compute the rewards, log-probabilities and loss of each preference.
+def preference_metrics(logps: PreferenceLogps, beta: float, weight: Tensor) -> RowMetrics:
+    """Compute the rewards and log-probabilities of each preference.
 
     A reward is beta * (log pi - log ref). Several rejected texts count with their mean. A row is accurate if the
     reward of the chosen text is above the reward of every rejected text.
 
     Args:
         logps: Log-probabilities of B preferences with R rejected texts, in nats.
-        losses: Tensor[B], the preference losses.
         beta: Strength of the pull to the reference, as in the losses.
         weight: Tensor[B], weight of each row; 0 for padding.
 
     Returns:
         Values and weights by name: rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins,
-        logps/chosen, logps/rejected, loss/preference. Rows without rejected texts have weight 0 in the metrics about
-        rejected texts.
+        logps/chosen, logps/rejected. Rows without rejected texts have weight 0 in the metrics about rejected texts.
     """
     present = ~logps.rejected.isneginf()
     paired = weight * present.any(dim=-1)
     chosen, rejected = beta * logps.chosen_logratios, beta * logps.rejected_logratios
     mean = _mean_of_present(rejected, present)
     return {
-        "loss/preference": (losses.detach(), weight),
         "logps/chosen": (logps.chosen.detach(), weight),
         "logps/rejected": (_mean_of_present(logps.rejected, present), paired),
         "rewards/chosen": (chosen, weight),
@@ -48,6 +45,18 @@ def preference_metrics(logps: PreferenceLogps, losses: Tensor, beta: float, weig
 
 def _mean_of_present(values: Tensor, present: Tensor) -> Tensor:
     return values.masked_fill(~present, 0.0).sum(dim=-1) / present.sum(dim=-1).clamp(min=1)
+
+
+def loss_of_parts(means: Mapping[str, float]) -> float:
+    """Return the loss, the sum of its parts.
+
+    Args:
+        means: Means by name. The parts of the loss are called `loss/...`, such as loss/preference.
+
+    Returns:
+        The sum; 0 if there are no parts.
+    """
+    return sum(mean for name, mean in means.items() if name.startswith("loss/"))
 
 
 class RunningMeans:

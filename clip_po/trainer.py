@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 from clip_po.candidates import CandidateTexts, in_batch_candidates
 from clip_po.config import ADAMAX, ContrastivePOConfig, check_args
 from clip_po.data.bad_images import SkippedRows
-from clip_po.data.collator import SMALLEST_WEIGHT, DataCollatorForContrastivePreference, total_weights
+from clip_po.data.collator import FEWEST_ROWS, DataCollatorForContrastivePreference, row_totals
 from clip_po.data.embedding_cache import EmbeddingCache
 from clip_po.data.idle_data import warn_of_idle_data
 from clip_po.data.pairs import EvaluationPairs, PreferencePairs, checked_pairs
@@ -32,7 +32,7 @@ from clip_po.evaluation.report.summary import measured_table
 from clip_po.hub.card import CARD_FILE, CheckpointKind, card_of_run
 from clip_po.hub.publishing import save_pretrained
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
-from clip_po.metrics import RunningMeans, preference_metrics
+from clip_po.metrics import RunningMeans, loss_of_parts, preference_metrics
 from clip_po.models import check_processor, default_output_dir, dual_encoder, load_policy, load_processor
 from clip_po.policy import Policy, preference_logps, regularization_kl
 from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
@@ -330,17 +330,22 @@ class ContrastivePOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Compute preference loss + reg_weight * KL(reference || policy), means over the accumulated global batch.
+        """Compute the loss of the accumulated global batch, of which `inputs` is a part.
+
+            loss = sum_i weight_i * preference_loss_i / rows + reg_weight * sum_j KL_j(reference || policy) / reg_rows
+
+        `rows` and `reg_rows` are the numbers of preferences and of regularization images whose image can be read.
+        Padding does not count. A row of weight 0 does, so that row weights shift the balance with the KL.
 
         Args:
             model: The model as wrapped for training.
             inputs: A batch of `DataCollatorForContrastivePreference`.
             return_outputs: Also return the log-probabilities over the candidates.
-            num_items_in_batch: Tensor[2], the weights of the preferences and of the regularization images in the
-                accumulated global batch, from `get_batch_samples`; None for the weights of `inputs` alone.
+            num_items_in_batch: Tensor[3], the `row_totals` of the accumulated global batch, from `get_batch_samples`;
+                None for those of `inputs` alone.
 
         Returns:
-            The loss, Tensor[], scaled so that its sum over accumulation steps, averaged over processes, is the mean;
+            The loss, Tensor[], scaled so that the formula is its sum over accumulation steps, averaged over processes;
             with `return_outputs` also {"logps": Tensor[B, N], "chosen": Tensor[B]}.
 
         Source: Afzali et al. 2025, arXiv 2411.08923.
@@ -352,15 +357,19 @@ class ContrastivePOTrainer(Trainer):
         policy = self.policy(model, self.encoder, inputs)
         logps = preference_logps(policy, reference, inputs)
         kl = regularization_kl(policy, reference)
-        weight, reg_weight = inputs["weight"], inputs["reg_row_weight"]  # of each row; 0 for padding
-        total, reg_total = total_weights(inputs) if num_items_in_batch is None else num_items_in_batch
+        totals = row_totals(inputs) if num_items_in_batch is None else num_items_in_batch
+        rows, reg_rows = totals[:2].clamp(min=FEWEST_ROWS)
+        has_reg_image = inputs["reg_row_weight"]
 
         losses = preference_loss(
-            logps, self.args.loss_type, self.args.weights, self.loss_settings, self._reference_point(kl, reg_weight)
+            logps, self.args.loss_type, self.args.weights, self.loss_settings, self._reference_point(kl, has_reg_image)
         )
-        loss = (weight * losses).sum() / total + self.args.reg_weight * (reg_weight * kl).sum() / reg_total
+        losses = inputs["weight"] * losses
+        loss = losses.sum() / rows + self.args.reg_weight * (has_reg_image * kl).sum() / reg_rows
 
-        self._add_to_means(logps, losses, kl, inputs)
+        # A step of nothing but rows of weight 0 says nothing about the preference loss.
+        measured = inputs["counted"] if num_items_in_batch is None else inputs["counted"] * (totals[2] > 0)
+        self._add_to_means(logps, losses, kl, inputs, measured)
         if num_items_in_batch is not None:  # the gradients of processes are averaged, but these sums must be added
             loss = loss * self.accelerator.num_processes
         return (loss, {"logps": policy.preference, "chosen": inputs["chosen"]}) if return_outputs else loss
@@ -370,21 +379,21 @@ class ContrastivePOTrainer(Trainer):
         if "kto_pair" not in self.args.loss_type:
             return None
         sums = self._sum_over_processes(torch.stack([(weight * kl.detach()).sum(), weight.sum()]))
-        return sums[0] / sums[1].clamp(min=SMALLEST_WEIGHT)
+        return sums[0] / sums[1].clamp(min=FEWEST_ROWS)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """Return the batches of an optimizer step, and the weights of their rows over all processes.
+        """Return the batches of an optimizer step, and the numbers of their rows over all processes.
 
         Args:
             epoch_iterator: Batches of this process.
             num_batches: Number of batches to take. Fewer are returned at the end of an epoch.
-            device: Device of the weights.
+            device: Device of the numbers.
 
         Returns:
-            The batches, and Tensor[2]: the weights of the preferences and of the regularization images. No batches and
-            None at the end of the epoch, or if the run has no step left.
+            The batches, and their `row_totals`, Tensor[3]. No batches and None at the end of the epoch, or if the run
+            has no step left.
 
         Raises:
             ValueError: If the processes read different rows from a stream.
@@ -397,7 +406,7 @@ class ContrastivePOTrainer(Trainer):
             return batches, None
         if isinstance(self.train_dataset, StreamedPairs):
             self._stream_position.follow(batches[-1].pop("stream_mark"), self.accelerator)
-        return batches, self._sum_over_processes(total_weights(*batches).to(device))
+        return batches, self._sum_over_processes(row_totals(*batches).to(device))
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -494,10 +503,13 @@ class ContrastivePOTrainer(Trainer):
     def _has_rewards(self) -> bool:
         return bool(REFERENCED & set(self.args.loss_type))  # without log-ratios there are no rewards
 
-    def _add_to_means(self, logps: PreferenceLogps, losses: Tensor, kl: Tensor, inputs: Mapping[str, Any]) -> None:
+    def _add_to_means(
+        self, logps: PreferenceLogps, losses: Tensor, kl: Tensor, inputs: Mapping[str, Any], measured: Tensor
+    ) -> None:
         regularization = {"kl": kl, "loss/regularization": self.args.reg_weight * kl}
         metrics = {
-            **preference_metrics(logps, losses, self.args.beta, inputs["weight"]),
+            **preference_metrics(logps, self.args.beta, inputs["weight"]),
+            "loss/preference": (losses.detach(), measured),
             **{name: (value.detach(), inputs["reg_row_weight"]) for name, value in regularization.items()},
         }
         if not self._has_rewards:
@@ -517,7 +529,8 @@ class ContrastivePOTrainer(Trainer):
                 and runs at the end of training.
         """
         if "loss" in logs:  # Trainer's log of training steps, which every process writes
-            logs = {**logs, **self.training_means.pop(self._sum_over_processes)}
+            means = self.training_means.pop(self._sum_over_processes)
+            logs = {**logs, **means, "loss": loss_of_parts(means)}
             logs |= self._count_skipped(self.skipped_in_training, fewest=len(self.train_dataset or ()))
         if "train_loss" in logs:  # Trainer's log at the end of training
             logs = {**logs, **self._count_skipped(self.skipped_in_training, fewest=1)}
@@ -599,7 +612,7 @@ class ContrastivePOTrainer(Trainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         means = self.evaluation_means.pop(self._sum_over_processes)
-        means["loss"] = means.get("loss/preference", 0.0) + means.get("loss/regularization", 0.0)
+        means["loss"] = loss_of_parts(means)
         means |= self._count_skipped(self.skipped_in_evaluation, fewest=1)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clip_po.losses import PreferenceLogps
-from clip_po.metrics import RunningMeans, preference_metrics
+from clip_po.metrics import RunningMeans, loss_of_parts, preference_metrics
 
 NOTHING = -torch.inf
 
@@ -18,7 +18,7 @@ def metrics(chosen, rejected, ref_chosen=None, ref_rejected=None, weight=None, b
         torch.tensor(ref_rejected) if ref_rejected else torch.zeros_like(rejected),
     )
     weight = torch.tensor(weight) if weight else torch.ones_like(chosen)
-    return preference_metrics(logps, torch.arange(len(chosen), dtype=torch.float32), beta, weight)
+    return preference_metrics(logps, beta, weight)
 
 
 def means(*batches):
@@ -30,7 +30,6 @@ def means(*batches):
 
 def test_names_are_those_of_dpotrainer():
     assert set(metrics([-1.0], [[-2.0]])) == {
-        "loss/preference",
         "logps/chosen",
         "logps/rejected",
         "rewards/chosen",
@@ -71,7 +70,13 @@ def test_rows_without_rejected_texts_count_only_for_the_chosen():
 
 
 def test_names_without_a_row_are_left_out():
-    assert set(means(metrics([-1.0], [[NOTHING]]))) == {"loss/preference", "logps/chosen", "rewards/chosen"}
+    assert set(means(metrics([-1.0], [[NOTHING]]))) == {"logps/chosen", "rewards/chosen"}
+
+
+def test_the_loss_is_the_sum_of_its_parts():
+    means = {"loss/preference": 0.5, "logps/chosen": -2.0, "loss/regularization": 0.25, "loss/penalty": 1.0}
+    assert loss_of_parts(means) == 1.75
+    assert loss_of_parts({"kl": 1.0}) == 0
 
 
 def test_padding_does_not_count():
@@ -91,7 +96,7 @@ def test_means_are_over_rows_and_not_over_batches():
 def test_metrics_hold_no_graph():
     chosen = torch.tensor([-1.0], requires_grad=True)
     logps = PreferenceLogps(chosen, chosen.unsqueeze(-1) - 1, torch.zeros(1), torch.zeros(1, 1))
-    found = preference_metrics(logps, chosen * 2, 1.0, torch.ones(1))
+    found = preference_metrics(logps, 1.0, torch.ones(1))
     assert not any(value.requires_grad for value, _ in found.values())
 
 

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.collator import total_weights
+from clip_po.data.collator import FEWEST_ROWS, row_totals
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.streamed_pairs import StreamedPairs, is_stream
 from clip_po.hub.card import CheckpointKind
@@ -229,7 +229,7 @@ class ConceptTrainer(ContrastivePOTrainer):
     ) -> Any:
         """Compute the loss of `ContrastivePOTrainer` + penalty_weight * ||I - W W^T||_F.
 
-        Each micro-batch and process adds a share of the penalty, in proportion to its row weights.
+        Each micro-batch and process adds a share of the penalty, in proportion to its rows.
 
         Args:
             model: The transformation as wrapped for training.
@@ -242,11 +242,12 @@ class ConceptTrainer(ContrastivePOTrainer):
             leaves the penalty out.
         """
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        total = (total_weights(inputs) if num_items_in_batch is None else num_items_in_batch)[0]
-        penalty, weight = self.args.penalty_weight * self.concept.penalty(), inputs["weight"].sum()
+        totals = row_totals(inputs) if num_items_in_batch is None else num_items_in_batch
+        penalty, rows = self.args.penalty_weight * self.concept.penalty(), inputs["counted"].sum()
         if self.model.training:
-            self.training_means.add({"loss/penalty": (penalty.detach().reshape(1), weight.reshape(1))})
-        loss = loss + penalty * weight / total * (1 if num_items_in_batch is None else self.accelerator.num_processes)
+            self.training_means.add({"loss/penalty": (penalty.detach().reshape(1), rows.reshape(1))})
+        share = rows / totals[0].clamp(min=FEWEST_ROWS)
+        loss = loss + penalty * share * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         return (loss, outputs) if return_outputs else loss
 
     @property

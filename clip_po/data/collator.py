@@ -35,6 +35,7 @@ class DataCollatorForContrastivePreference:
     chosen                Tensor[B]          position of the chosen text among the row's candidates
     rejected              Tensor[B, R]       positions of the rejected texts, -1 for none
     weight                Tensor[B]          weight of the preference; 0 for padding
+    counted               Tensor[B]          1 for a row with an image (default), 0 for padding, skipped rows
     reg_row_weight        Tensor[B]          1 where a row comes with an ordinary image, 0 for padding
     texts                 list of M texts    the batch's texts, each once; absent where candidate_texts are given
     candidates            Tensor[B, N]       positions in `texts`, -1 for none; absent likewise
@@ -60,6 +61,7 @@ class DataCollatorForContrastivePreference:
                 batch[f"{name}pixel_values"] = to_pixels(self.processor, [row[f"{name}image"] for row in rows])
         for name in ("weight", "reg_row_weight"):
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+        batch["counted"] = torch.tensor([row.get("counted", 1.0) for row in rows], dtype=torch.float32)
         for name in ("ref_image_embeds", "ref_reg_image_embeds", "ref_target_image_embeds"):
             if name in rows[0]:
                 batch[name] = torch.stack([row[name] for row in rows])
@@ -110,18 +112,18 @@ def _ragged(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows])
 
 
-SMALLEST_WEIGHT = 1e-8
-"""Replaces a sum of weights that is 0, so that a batch of padding alone has the gradient 0."""
+FEWEST_ROWS = 1e-8
+"""Replaces a number of rows that is 0, so that a batch of padding alone has the gradient 0."""
 
 
-def total_weights(*batches: Mapping[str, Any]) -> Tensor:
-    """Return the summed weights of the preferences and of the regularization images in batches.
+def row_totals(*batches: Mapping[str, Any]) -> Tensor:
+    """Return the number of preferences and of regularization images in batches, and the weight of the preferences.
 
     Args:
-        *batches: At least one batch of the collator. Its `weight` and `reg_row_weight` are read.
+        *batches: At least one batch of the collator. Its `counted`, `reg_row_weight` and `weight` are read.
 
     Returns:
-        Tensor[2], the sums of `weight` and of `reg_row_weight` over all batches, each at least `SMALLEST_WEIGHT`.
+        Tensor[3], the sums of these three over all batches.
     """
-    sums = [torch.stack([batch["weight"].sum(), batch["reg_row_weight"].sum()]) for batch in batches]
-    return torch.stack(sums).sum(dim=0).clamp(min=SMALLEST_WEIGHT)
+    names = ("counted", "reg_row_weight", "weight")
+    return torch.stack([torch.stack([batch[name].sum() for name in names]) for batch in batches]).sum(dim=0)

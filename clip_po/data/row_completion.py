@@ -40,9 +40,10 @@ class RowCompletion:
         self.targets = None if regularization == "clean_image" else targets
         self.seed = seed
         self.on_bad_image = on_bad_image
-        clean = ["weight"] * (targets is not None) + ["reg_row_weight"] * (regularization == "clean_image")
+        preference, regularized = ["weight", "counted"], ["reg_row_weight"]
+        clean = preference * (targets is not None) + regularized * (regularization == "clean_image")
         # Weights that mean nothing without an image, by its column.
-        self._weights = {"image": ["weight"], "clean_image": clean, "reg_image": ["reg_row_weight"]}
+        self._weights = {"image": preference, "clean_image": clean, "reg_image": regularized}
 
     @property
     def needs_clean_image(self) -> bool:
@@ -72,14 +73,15 @@ class RowCompletion:
             padding: Whether the row only fills up a batch. Its weights are 0 and `skipped` is None.
 
         Returns:
-            `row` itself, changed: `weight` is 1 if it had none, `reg_row_weight` is 1, or 0 without regularization,
-            and `reg_image` and `target_image` are RGB images where they are used. A weight is 0 if an image that it
-            needs can't be read. Without `image`, no image is added.
+            `row` itself, changed: `weight` is 1 if it had none, `counted` is 1, `reg_row_weight` is 1, or 0 without
+            regularization, and `reg_image` and `target_image` are RGB images where they are used. Each of the three is
+            0 if an image that it needs can't be read. Without `image`, no image is added.
 
         Raises:
             UnreadableImage: If the regularization image can't be read and `on_bad_image` is "raise".
         """
         row.setdefault("weight", 1.0)
+        row["counted"] = 1.0
         row["reg_row_weight"] = 0.0 if self.regularization is None else 1.0
         if "image" in row:
             if self.targets is not None and "ref_target_image_embeds" not in row:
@@ -98,7 +100,7 @@ class RowCompletion:
             counted = dict.fromkeys(reason for column, reason in reasons.items() if self._weights[column])
             row["skipped"] = None if padding else "; ".join(counted)
         if padding:
-            row["weight"] = row["reg_row_weight"] = 0.0
+            row["weight"] = row["counted"] = row["reg_row_weight"] = 0.0
         return row
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from clip_po.metrics import loss_of_parts
 from clip_po.training.checkpoints import last_whole_checkpoint
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class NanGuardCallback(TrainerCallback):
         # The means of this process alone: another process may not get here.
         means = trainer.training_means.pop(lambda sums: sums)
         parts = [name for name, mean in means.items() if not math.isfinite(mean)]
-        loss = sum(mean for name, mean in means.items() if name.startswith("loss/"))
+        loss = loss_of_parts(means)
         found = f"the norm of the gradients is {norm:g}"
         if not math.isfinite(loss):
             found = f"the loss is {loss:g} and {found}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from samples import PROMPTS, picture
 
-from clip_po.data.collator import DataCollatorForContrastivePreference, total_weights
+from clip_po.data.collator import DataCollatorForContrastivePreference, row_totals
 
 
 def row(chosen, rejected, number=0, **more):
@@ -89,9 +89,11 @@ def test_without_regularization_images_there_are_no_pixels_of_them(own):
 
 
 def test_weights_are_carried_and_summed(own):
-    batch = own([row("a", ["b"], weight=2.0), row("a", ["b"], weight=0.0, reg_row_weight=0.0)])
-    assert batch["weight"].tolist() == [2.0, 0.0]
-    assert total_weights(batch).tolist() == [2.0, 1.0]
+    padding = row("a", ["b"], weight=0.0, counted=0.0, reg_row_weight=0.0)
+    batch = own([row("a", ["b"], weight=2.0), row("a", ["b"], weight=0.0), padding])
+    assert batch["weight"].tolist() == [2.0, 0.0, 0.0]
+    assert row_totals(batch).tolist() == [2.0, 2.0, 2.0]
+    assert row_totals(batch, batch).tolist() == [4.0, 4.0, 4.0]
 
 
 def test_known_embeddings_are_stacked(own):

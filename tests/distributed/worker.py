@@ -21,7 +21,7 @@ from clip_po.training.sharding import SHARDING_IS_EXACT
 GLOBAL_BATCH = 8
 TEXT_ALONE = {"train_vision_model": False, "train_text_model": True}
 IN_BATCH = {"own_texts": True, "in_batch_candidates": True, "learning_rate": 1e-3}
-# By name: arguments of the configuration; `lora`, `concept` and `own_texts` say what else differs.
+# By name: arguments of the configuration; `lora`, `concept`, `own_texts` and `weighted` say what else differs.
 RUNS = {
     "sigmoid": {"loss_type": "sigmoid"},
     "kto": {"loss_type": "kto_pair", "beta": 1.0, "gradient_accumulation_steps": 2},
@@ -31,6 +31,7 @@ RUNS = {
     "text_alone": {**TEXT_ALONE, "trainable_layers": 1, "learning_rate": 1e-3, "max_steps": 10},
     "scale": {"train_logit_scale": True, "precompute_ref_log_probs": False, "max_steps": 10},
     "lora": {"lora": True, "max_steps": 10},
+    "weighted": {"weighted": True, "gradient_accumulation_steps": 2, "max_steps": 10},
     "concept": {"concept": True, "max_steps": 10},
     "distillation": {"loss_type": ["distillation", "sft"], "loss_weights": [1.0, 0.5], "max_steps": 10},
 }
@@ -65,10 +66,16 @@ def preferences_with_own_texts(rows):
     return preferences.remove_columns("rejected").add_column("rejected", rejected, feature=column)
 
 
+def weighted_preferences(rows):
+    """Rows of different weights; a process may get a batch of nothing but rows of weight 0."""
+    return make_preferences(rows).add_column("weight", [[2.0, 0.0, 0.0, 0.5, 1.0][row % 5] for row in range(rows)])
+
+
 def run(name, settings, model, folder):
     """Train and evaluate; the logs, the first gradients and the final model go to `folder`/`name`-`processes`."""
     settings = dict(settings)
-    lora, concept, own = (settings.pop(key, False) for key in ("lora", "concept", "own_texts"))
+    lora, concept, own, weighted = (settings.pop(key, False) for key in ("lora", "concept", "own_texts", "weighted"))
+    make = preferences_with_own_texts if own else weighted_preferences if weighted else make_preferences
     accumulation = settings.get("gradient_accumulation_steps", 1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     place = folder / f"{name}-{processes}"
@@ -90,8 +97,8 @@ def run(name, settings, model, folder):
         model,
         place,
         args,
-        train_dataset=(preferences_with_own_texts if own else make_preferences)(13),
-        eval_dataset=(preferences_with_own_texts if own else make_preferences)(11),
+        train_dataset=make(13),
+        eval_dataset=make(11),
         reg_dataset=make_labelled(7),
         candidate_texts=None if own else PROMPTS,
         callbacks=[gradients],
