@@ -14,7 +14,7 @@ from trl import TrlParser
 
 from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task, parse_flags
 from clip_po.cli.evaluate_arguments import EvaluateArguments
-from clip_po.cli.evaluate_common import Measurement, Models, load_models
+from clip_po.cli.evaluate_common import Measurement, Models, load_models, measurable_rows
 from clip_po.cli.evaluate_fairness import attribute_suite, measure_fairness
 from clip_po.cli.evaluate_suite import chosen_suite, measure_suite
 from clip_po.data.attacks.fonts import unseen_fonts
@@ -136,8 +136,9 @@ def measure_robustness(args: EvaluateArguments, dataset: Dataset, task: Task, mo
     """
     names, template = task.class_names, task.prompt_template
     attack = args.attack(names, unseen_fonts(), models.processor, args.seed)
+    rows = measurable_rows(args, dataset, args.image_column, models.accelerator)
     images = RobustnessImages(
-        dataset,
+        rows,
         attack,
         models.processor,
         names,
@@ -151,7 +152,13 @@ def measure_robustness(args: EvaluateArguments, dataset: Dataset, task: Task, mo
     return RobustnessMeasurement(
         metrics=metrics,
         table=robustness_table(metrics),
-        data={"name": args.dataset_name, "split": args.dataset_test_split, "rows": len(dataset), "class_names": names},
+        data={
+            "name": args.dataset_name,
+            "split": args.dataset_test_split,
+            "rows": len(rows),
+            "skipped_rows": len(dataset) - len(rows),
+            "class_names": names,
+        },
         settings={**asdict(args), "attack": asdict(attack), "prompt_template": template},
         images=images,
         answers=Answers.about(images, measured),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from clip_po.cli.arguments import TaskArguments
 from clip_po.evaluation.fairness.report import RESAMPLES
@@ -57,6 +58,10 @@ class EvaluateArguments(FairnessArguments, TaskArguments):
     renderings: int = field(default=1, metadata={"help": "Number of attacks per image."})
     batch_size: int = field(default=128, metadata={"help": "Images per batch."})
     num_workers: int = field(default=0, metadata={"help": "Worker processes that read and draw images."})
+    on_bad_image: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={"help": "What to do with an unreadable image: raise, or skip its row and count it in the report."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the attacks."})
     suite: str | None = field(
         default=None,

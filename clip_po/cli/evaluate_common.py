@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import nn
 from transformers import CLIPProcessor
 from transformers.utils import logging
@@ -17,6 +18,7 @@ from clip_po.cli.arguments import Task
 from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.evaluator import Evaluator, Measured, Metrics
+from clip_po.evaluation.readable import readable_rows
 from clip_po.evaluation.report.report_file import write_report
 from clip_po.models import load_any
 
@@ -77,6 +79,26 @@ def have_same_weights(first: nn.Module, second: nn.Module) -> bool:
     """Return whether two models have the same weights under the same names, bit for bit."""
     weights, others = first.state_dict(), second.state_dict()
     return weights.keys() == others.keys() and all(weight.equal(others[name]) for name, weight in weights.items())
+
+
+def measurable_rows(args: EvaluateArguments, dataset: Dataset, image_column: str, accelerator: Accelerator) -> Dataset:
+    """Return the rows to measure: all, or under --on_bad_image skip those whose images can be read.
+
+    Args:
+        args: Arguments of the command.
+        dataset: The rows.
+        image_column: Name of the image column.
+        accelerator: Accelerator of this process, which reads a part of the images.
+
+    Returns:
+        The rows, the same in every process.
+
+    Raises:
+        ValueError: As for `readable_rows`.
+    """
+    return readable_rows(
+        dataset, image_column, args.on_bad_image, num_workers=args.num_workers, accelerator=accelerator
+    )
 
 
 def load_together(load: Callable[[], Loaded], accelerator: Accelerator) -> tuple[Loaded | None, str]:

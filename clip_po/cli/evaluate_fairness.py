@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from clip_po.cli.arguments import DEFAULT_TEMPLATE
 from clip_po.cli.evaluate_arguments import EvaluateArguments
-from clip_po.cli.evaluate_common import Measurement, Models, load_together
+from clip_po.cli.evaluate_common import Measurement, Models, load_together, measurable_rows
 from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_images
 from clip_po.evaluation.bootstrap import Estimate
@@ -121,12 +121,15 @@ def measure_fairness(args: EvaluateArguments, suite: Suite, models: Models) -> M
 def measure_entry(args: EvaluateArguments, entry: Entry, models: Models) -> FairnessResult:
     """Load and measure one dataset, or return the reason why it is missing."""
     result = FairnessResult(asdict(entry))
-    faces, reason = load_together(lambda: _load(args, entry), models.accelerator)
-    if faces is None:
+    dataset, reason = load_together(lambda: _load(args, entry), models.accelerator)
+    if dataset is None:
         result.about["missing"] = reason
         return result
-    queries, labels = _queries(args, entry, faces.dataset)
     image_column = entry.columns.get("image", "image")
+    rows = measurable_rows(args, dataset, image_column, models.accelerator)
+    result.about["skipped_rows"] = len(dataset) - len(rows)
+    faces = _faces(args, entry, rows)
+    queries, labels = _queries(args, entry, faces.dataset)
     evaluator = FairnessEvaluator(
         CleanImages(read_images(faces.dataset, image_column), image_column, models.processor),
         faces.groups,
@@ -150,11 +153,17 @@ def measure_entry(args: EvaluateArguments, entry: Entry, models: Models) -> Fair
     return result
 
 
-def _load(args: EvaluateArguments, entry: Entry) -> Faces:
+def _load(args: EvaluateArguments, entry: Entry) -> Dataset:
     """Load and check the data of an entry, so that problems show before a model runs."""
     dataset = load_faces(entry, args.suite_folder)
     if args.max_samples is not None and args.max_samples < len(dataset):
         dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
+    _faces(args, entry, dataset)
+    return dataset
+
+
+def _faces(args: EvaluateArguments, entry: Entry, dataset: Dataset) -> Faces:
+    """Return the rows with their groups and clusters, and the numbers of top-ranked images."""
     groups = read_attribute(dataset, entry.columns.get("attribute", "attribute"))
     ks = [top_k(k, len(groups), args.desired_share) for k in args.top_k]
     return Faces(dataset, groups, _clusters(dataset, entry.columns.get("cluster")), ks)

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from clip_po.cli.arguments import DEFAULT_TEMPLATE
 from clip_po.cli.evaluate_arguments import EvaluateArguments
-from clip_po.cli.evaluate_common import Measurement, Models, load_together
+from clip_po.cli.evaluate_common import Measurement, Models, load_together, measurable_rows
 from clip_po.data.attacks.fonts import unseen_fonts
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.evaluator import Metrics, RetrievalEvaluator, RobustnessEvaluator
@@ -126,7 +126,7 @@ def measure_entry(args: EvaluateArguments, suite: Suite, entry: Entry, models: M
     if entry.layout in LAYOUTS:
         _measure_photographs(args, entry, dataset, models, result)
         return result
-    dataset = _part(args, dataset, result)
+    dataset = _part(args, dataset, models, result)
     if entry.layout == "captioned":
         _measure_retrieval(args, entry, dataset, models, result)
     elif suite.measures == "typographic":
@@ -143,12 +143,13 @@ def _load(args: EvaluateArguments, entry: Entry) -> Dataset:
     return dataset
 
 
-def _part(args: EvaluateArguments, dataset: Dataset, result: SuiteResult) -> Dataset:
-    """Return the rows to measure: all, or a sample of --max_samples."""
+def _part(args: EvaluateArguments, dataset: Dataset, models: Models, result: SuiteResult) -> Dataset:
+    """Return the rows to measure: all, or a sample of --max_samples; under --on_bad_image skip the readable ones."""
     if args.max_samples is not None and args.max_samples < len(dataset):
         dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
-    result.about["rows_measured"] = len(dataset)
-    return dataset
+    rows = measurable_rows(args, dataset, "image", models.accelerator)
+    result.about["rows_measured"], result.about["skipped_rows"] = len(rows), len(dataset) - len(rows)
+    return rows
 
 
 def _measure_photographs(
@@ -161,7 +162,7 @@ def _measure_photographs(
         written = [row for row, word in enumerate(dataset["word"]) if word]
         result.about["rows_without_word"] = len(dataset) - len(written)
         dataset = dataset.select(written)
-    dataset = _part(args, dataset, result)
+    dataset = _part(args, dataset, models, result)
     for kind, answers in _ask(args, entry, dataset, candidates, entry.variant, models).items():
         metrics = {name: accuracy_report(answers, name, models.base, entry.variant) for name in models.by_name}
         result.rows.append((_label(kind, candidates[kind]), len(dataset), metrics))
@@ -261,9 +262,10 @@ def suite_table(suite: Suite, results: Sequence[SuiteResult], metrics: Metrics) 
     columns = COLUMNS[suite.measures]
     lines: list[list[Estimate | str | float | None]] = []
     for result in results:
-        published = result.about["rows"]
+        published, skipped = result.about["rows"], result.about.get("skipped_rows")
         for candidates, images, by_model in result.rows:
-            note = f"{images:,} of {published:,} images" if published is not None and images != published else ""
+            part = f"{images:,} of {published:,} images" if published is not None and images != published else ""
+            note = ", ".join(filter(None, [part, f"{skipped:,} unreadable skipped" if skipped else ""]))
             for model, estimates in by_model.items():
                 numbers = (estimates.get(metric) for metric in columns)
                 lines.append([result.about["name"], candidates, images, model, *numbers, note])

@@ -30,6 +30,7 @@ from clip_po.evaluation.interpolation import (
     sweep_interpolation,
 )
 from clip_po.evaluation.pseudo_labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
+from clip_po.evaluation.readable import readable_rows
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import init_kwargs, load_model, load_processor
 from clip_po.trainable import trained_linear_layers
@@ -146,14 +147,20 @@ def load_preferences(
     args: ContrastivePOConfig,
 ) -> TrainPreferences:
     """Split and label the rows as the arguments say, and attack their images."""
+
+    def readable(rows: Dataset) -> Dataset:
+        workers, silent = args.dataloader_num_workers, bool(args.disable_tqdm)
+        return readable_rows(rows, task_args.image_column, args.on_bad_image, num_workers=workers, disable_tqdm=silent)
+
     validation = None
     if task_args.validates(args):
         dataset, validation = task_args.with_validation(dataset, args.seed)
+        validation = readable(validation)
     columns = {"image_column": task_args.image_column, "label_column": task_args.label_column}
     if task_args.labels == "reference":
         dataset, validation = (
             None if rows is None else own_answers(rows, model, processor, task, task_args.image_column, args)
-            for rows in (dataset, validation)
+            for rows in (readable(dataset), validation)
         )
         columns |= {"label_column": LABEL_COLUMN, "weight_column": WEIGHT_COLUMN}
 

@@ -60,7 +60,7 @@ class SkippedRows:
             self._since += 1
             self._skipped += 1
             if self._skipped <= MOST_NAMED:
-                more = " Further rows are only counted: skipped_rows in the logs." * (self._skipped == MOST_NAMED)
+                more = " Further rows are only counted." * (self._skipped == MOST_NAMED)
                 logger.warning(f"Skipped, by on_bad_image='skip': {reason}{more}")
 
     def pop(self, reduce: Callable[[Tensor], Tensor], device: torch.device, fewest: int) -> int:

@@ -13,6 +13,7 @@ from .interpolation import interpolate as interpolate
 from .interpolation import interpolation_table as interpolation_table
 from .interpolation import sweep_interpolation as sweep_interpolation
 from .pseudo_labelling import pseudo_labels as pseudo_labels
+from .readable import readable_rows as readable_rows
 from .retrieval import evaluate_retrieval as evaluate_retrieval
 from .retrieval import retrieval_report as retrieval_report
 from .robustness import RobustnessImages as RobustnessImages

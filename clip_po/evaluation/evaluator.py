@@ -14,8 +14,10 @@ import numpy as np
 from accelerate import Accelerator
 from datasets import Dataset
 
+from clip_po.data.bad_images import OnBadImage
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.interpolation import check_bound, within
+from clip_po.evaluation.readable import readable_rows
 from clip_po.evaluation.retrieval import KS, RetrievalHits, evaluate_retrieval, retrieval_report
 from clip_po.evaluation.robustness import Answers, RobustnessImages, evaluate_robustness, robustness_report
 from clip_po.evaluation.zero_shot import ZeroShotResult, zero_shot_accuracy, zero_shot_report
@@ -220,6 +222,11 @@ class ZeroShotEvaluator(Evaluator[ZeroShotResult]):
         num_workers: Number of worker processes that read images, >= 0.
         resamples: Number of bootstrap resamples for the intervals, >= 1.
         seed: Seed of the resamples.
+        on_bad_image: "raise" stops at an image that can't be read. "skip" leaves such rows out, as `readable_rows`
+            does, in the constructor and in every process.
+
+    Attributes:
+        skipped_rows: Number of rows left out.
     """
 
     dataset: Dataset
@@ -232,7 +239,13 @@ class ZeroShotEvaluator(Evaluator[ZeroShotResult]):
     num_workers: int = 0
     resamples: int = 1000
     seed: int = 0
+    on_bad_image: OnBadImage = "raise"
+    skipped_rows: int = field(default=0, init=False)
     primary_metric = "accuracy"
+
+    def __post_init__(self) -> None:
+        """Leave out the rows whose images can't be read, if the arguments say so."""
+        self.dataset, self.skipped_rows = _measurable(self)
 
     def measure(
         self, models: Mapping[str, Any], *, accelerator: Accelerator | None = None, disable_tqdm: bool = False
@@ -280,13 +293,11 @@ class ZeroShotEvaluator(Evaluator[ZeroShotResult]):
             Estimates by model and metric.
 
         Raises:
-            KeyError: If `base` is not among `measured`.
-            ValueError: As for `zero_shot_report` and `bootstrap_interval`.
+            ValueError: If `base` is not among `measured`, or as for `zero_shot_report` and `bootstrap_interval`.
         """
+        before = _result_of(base, measured)
         return {
-            name: zero_shot_report(
-                result, None if base in (None, name) else measured[str(base)], resamples=resamples, seed=self.seed
-            )
+            name: zero_shot_report(result, None if name == base else before, resamples=resamples, seed=self.seed)
             for name, result in measured.items()
         }
 
@@ -307,6 +318,10 @@ class RetrievalEvaluator(Evaluator[RetrievalHits]):
         resamples: Number of bootstrap resamples for the intervals, >= 1.
         seed: Seed of the resamples.
         title: Label of the progress bar.
+        on_bad_image: As for `ZeroShotEvaluator`.
+
+    Attributes:
+        skipped_rows: Number of rows left out.
     """
 
     dataset: Dataset
@@ -320,7 +335,13 @@ class RetrievalEvaluator(Evaluator[RetrievalHits]):
     resamples: int = 1000
     seed: int = 0
     title: str = "Retrieval"
+    on_bad_image: OnBadImage = "raise"
+    skipped_rows: int = field(default=0, init=False)
     primary_metric = "mean_recall"
+
+    def __post_init__(self) -> None:
+        """Leave out the rows whose images can't be read, if the arguments say so."""
+        self.dataset, self.skipped_rows = _measurable(self)
 
     def measure(
         self, models: Mapping[str, Any], *, accelerator: Accelerator | None = None, disable_tqdm: bool = False
@@ -365,12 +386,27 @@ class RetrievalEvaluator(Evaluator[RetrievalHits]):
             Estimates by model and metric.
 
         Raises:
-            KeyError: If `base` is not among `measured`.
-            ValueError: As for `retrieval_report` and `bootstrap_interval`.
+            ValueError: If `base` is not among `measured`, or as for `retrieval_report` and `bootstrap_interval`.
         """
+        before = _result_of(base, measured)
         return {
-            name: retrieval_report(
-                hits, None if base in (None, name) else measured[str(base)], resamples=resamples, seed=self.seed
-            )
+            name: retrieval_report(hits, None if name == base else before, resamples=resamples, seed=self.seed)
             for name, hits in measured.items()
         }
+
+
+def _measurable(evaluator: ZeroShotEvaluator | RetrievalEvaluator) -> tuple[Dataset, int]:
+    """Return the rows to measure, and the number of rows left out."""
+    rows = readable_rows(
+        evaluator.dataset, evaluator.image_column, evaluator.on_bad_image, num_workers=evaluator.num_workers
+    )
+    return rows, len(evaluator.dataset) - len(rows)
+
+
+def _result_of(base: str | None, measured: Mapping[str, Measured]) -> Measured | None:
+    """Return the result of the base, None if there is no base."""
+    if base is None:
+        return None
+    if base not in measured:
+        raise ValueError(f"base is {base!r}, which is none of the models {list(measured)}. Name one of them.")
+    return measured[base]

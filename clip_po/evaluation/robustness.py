@@ -16,11 +16,13 @@ from torch import Tensor
 
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.words import spelling
+from clip_po.data.bad_images import OnBadImage
 from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.encoding import evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.class_doubles import first_alike
+from clip_po.evaluation.readable import readable_rows
 from clip_po.evaluation.tables import format_table
 from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers
 
@@ -52,8 +54,11 @@ class RobustnessImages(torch.utils.data.Dataset):
         variants: `VARIANTS`, or (*VARIANTS, BLANK).
         keep_bytes: Memory in bytes for a cache of drawn items, >= 0. Use it when several models are evaluated one
             after the other in this process.
+        on_bad_image: "raise" stops at an image that can't be read. "skip" leaves such rows out, as `readable_rows`
+            does, in the constructor and in every process.
 
     Attributes:
+        skipped_rows: Number of rows left out.
         class_names: The names, as a tuple.
         label: Array [N * renderings] of true classes.
         word: Array [N * renderings], the class named by the written word in any spelling; -1 if it names none.
@@ -78,11 +83,15 @@ class RobustnessImages(torch.utils.data.Dataset):
         renderings: int = 1,
         variants: Sequence[str] = VARIANTS,
         keep_bytes: int = 0,
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
         if tuple(variants) not in (VARIANTS, (*VARIANTS, BLANK)):
             raise ValueError(f"variants must be {VARIANTS}, optionally followed by {BLANK!r}, got {variants!r}.")
         if renderings < 1:
             raise ValueError(f"renderings must be at least 1, got {renderings!r}.")
+        rows = len(dataset)
+        dataset = readable_rows(dataset, image_column, on_bad_image)
+        self.skipped_rows = rows - len(dataset)
         self.class_names, label = read_labels(dataset, label_column, class_names)
         self.attack, self.processor = attack, processor
         self.image_column, self.renderings = image_column, renderings

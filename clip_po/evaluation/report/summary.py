@@ -63,6 +63,7 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
     rows, name = data.get("rows"), escape_markdown(data_name(data))
     on = f" on {name}" if name else ""
     on += "" if rows is None else f", {rows:,} images"
+    on += f" ({skipped:,} unreadable skipped)" if (skipped := data.get("skipped_rows")) else ""
     settings = dict(flat(report.get("settings") or {}))
     shown = {name: settings[name] for name in MEASUREMENT_SETTINGS if settings.get(name, _UNSET[0]) not in _UNSET}
     lines = [
