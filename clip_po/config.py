@@ -410,6 +410,22 @@ class ContrastivePOConfig(TrainingArguments):
         return cls(**{**preset(name), "per_device_train_batch_size": share, **overrides})
 
 
+def check_precision(args: TrainingArguments) -> None:
+    """Raise if a device can't compute in the precision that was asked for.
+
+    Args:
+        args: The configuration. Its device is set up here if it was not before.
+
+    Raises:
+        ValueError: If float16 is asked for on a CPU, where accelerate computes in float32 instead.
+    """
+    if args.mixed_precision == "fp16" and args.device.type == "cpu":
+        raise ValueError(
+            "fp16=True (or ACCELERATE_MIXED_PRECISION=fp16) needs a GPU: on a CPU, training would run in float32. "
+            "Leave it out, or set bf16=True."
+        )
+
+
 def check_args(args: Any, compute_metrics: Any, candidate_texts: Any = None) -> None:
     """Raise if a trainer cannot use a configuration, and set what depends on the machine.
 
@@ -420,13 +436,14 @@ def check_args(args: Any, compute_metrics: Any, candidate_texts: Any = None) -> 
 
     Raises:
         TypeError: If `args` is not a ContrastivePOConfig, or an argument has the wrong type.
-        ValueError: If metrics come without `batch_eval_metrics`, candidates are given in two ways, or an attribute
-            was set to a value that is not allowed after the configuration was made.
+        ValueError: If metrics come without `batch_eval_metrics`, candidates are given in two ways, float16 is asked
+            for on a CPU, or an attribute was set to a value that is not allowed after the configuration was made.
         OSError: If `output_dir` is not writable.
     """
     if not isinstance(args, ContrastivePOConfig):
         raise TypeError(f"args must be a ContrastivePOConfig, got {type(args).__name__}.")
     args._check()
+    check_precision(args)
     for name, allowed in args._numbers().items():
         check_number(name, getattr(args, name), allowed)
     if args.should_save:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from clip_po.losses import PreferenceLogps
 
+SMALLEST_MARGIN = 1e-4
+"""Margin of log-ratios in nats above which a preference counts as won. Rounding alone makes smaller ones."""
+
 RowMetrics = Mapping[str, tuple[Tensor, Tensor]]
 """Values Tensor[B] and their row weights Tensor[B], by metric name."""
 
@@ -18,7 +21,7 @@ def preference_metrics(logps: PreferenceLogps, beta: float, weight: Tensor) -> R
     """Compute the rewards and log-probabilities of each preference.
 
     A reward is beta * (log pi - log ref). Several rejected texts count with their mean. A row is accurate if the
-    reward of the chosen text is above the reward of every rejected text.
+    log-ratio of the chosen text is above that of every rejected text by more than `SMALLEST_MARGIN`: a tie is no win.
 
     Args:
         logps: Log-probabilities of B preferences with R rejected texts, in nats.
@@ -33,13 +36,14 @@ def preference_metrics(logps: PreferenceLogps, beta: float, weight: Tensor) -> R
     paired = weight * present.any(dim=-1)
     chosen, rejected = beta * logps.chosen_logratios, beta * logps.rejected_logratios
     mean = _mean_of_present(rejected, present)
+    margins = logps.chosen_logratios - logps.rejected_logratios.amax(dim=-1)
     return {
         "logps/chosen": (logps.chosen.detach(), weight),
         "logps/rejected": (_mean_of_present(logps.rejected, present), paired),
         "rewards/chosen": (chosen, weight),
         "rewards/rejected": (mean, paired),
         "rewards/margins": (chosen - mean, paired),
-        "rewards/accuracies": ((chosen > rejected.amax(dim=-1)).float(), paired),
+        "rewards/accuracies": ((margins > SMALLEST_MARGIN).float(), paired),
     }
 
 

@@ -29,6 +29,7 @@ from clip_po.other_kinds import model_remedy, type_remedy
 from clip_po.text_identity import check_tokenizer
 from clip_po.training.resuming import differences
 from clip_po.validation import check_finite
+from clip_po.weights import check_in_memory, to_float32
 
 logger = logging.get_logger(__name__)
 
@@ -183,8 +184,8 @@ def load_policy(
         The model; with adapters, a `PeftModel`.
 
     Raises:
-        ValueError: If arguments do not fit together, or a weight is not finite. The message says which, and what to
-            do.
+        ValueError: If arguments do not fit together, or a weight is not finite or not in memory. The message says
+            which, and what to do.
         TypeError: If `model` or `ref_model` is not a CLIPModel, or `peft_config` is not a PeftConfig.
         OSError: As for `load_model`.
     """
@@ -219,6 +220,7 @@ def load_policy(
     encoder = dual_encoder(model)
     for given, name in ((model, "model"), (ref_model, "ref_model")):
         if given is not None:
+            check_in_memory(given, name)
             check_finite(given, name)
             to_float32(given, name)
     if isinstance(model, PeftModel):
@@ -246,29 +248,6 @@ def load_policy(
         for config in model.peft_config.values():
             config.base_model_name_or_path = args.base_model_id
     return model
-
-
-def to_float32(model: nn.Module, name: str = "model") -> None:
-    """Convert the 16-bit weights of a model to float32, and say so.
-
-    An optimizer step on them leaves nan in float16, and is mostly rounded away in bfloat16.
-
-    Args:
-        model: The model. Changed in place, with its configuration.
-        name: Name of the argument, for the message.
-    """
-    narrow = [p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4]
-    if not narrow:
-        return
-    dtypes = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in narrow}))
-    logger.warning(
-        f"{name} is in {dtypes}: converted to float32 to be trained. For 16-bit computation, set bf16=True."
-    )
-    for parameter in narrow:
-        parameter.data = parameter.data.float()
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config.dtype = torch.float32  # transformers loads a saved model in this dtype
 
 
 def init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from samples import logged, make_preferences
 
+from clip_po.data.digits import MODEL_PATH
 from clip_po.losses import PreferenceLogps
 from clip_po.metrics import RunningMeans, loss_of_parts, preference_metrics
 
 NOTHING = -torch.inf
+RUN = {"logging_steps": 1}
 
 
 def metrics(chosen, rejected, ref_chosen=None, ref_rejected=None, weight=None, beta=1.0):
@@ -59,6 +62,14 @@ def test_of_several_rejected_texts_the_mean_is_taken_over_those_present():
 )
 def test_a_row_is_accurate_where_the_chosen_text_is_above_every_rejected_one(rejected, accurate):
     assert means(metrics([-1.0], [rejected]))["rewards/accuracies"] == accurate
+
+
+@pytest.mark.parametrize("beta", [0.01, 1.0])
+@pytest.mark.parametrize(("margin", "accurate"), [(-1e-5, 0.0), (0.0, 0.0), (1e-6, 0.0), (3e-5, 0.0), (1e-3, 1.0)])
+def test_a_tie_is_no_win_and_neither_is_rounding(margin, accurate, beta):
+    """At the first step, log-ratios are 0 but for the rounding of log-probabilities up to 100."""
+    found = metrics([-1.0 + margin], [[-2.0]], ref_chosen=[-1.0], ref_rejected=[[-2.0]], beta=beta)
+    assert means(found)["rewards/accuracies"] == accurate
 
 
 def test_rows_without_rejected_texts_count_only_for_the_chosen():
@@ -122,3 +133,10 @@ def test_many_small_rows_lose_no_digits():
     for _ in range(100):
         running.add({"kl": (torch.tensor([1.0]), torch.ones(1))})
     assert running.pop(lambda sums: sums)["kl"] == (1e8 + 100) / 101
+
+
+def test_no_preference_is_won_before_the_first_step(make_trainer):
+    """The embedded model: its policy and reference see batches of other sizes, so that their last bits differ."""
+    trainer = make_trainer(make_preferences(24), model=MODEL_PATH, per_device_train_batch_size=24, max_steps=1)
+    trainer.train()
+    assert logged(trainer, "rewards/accuracies") == [0.0]

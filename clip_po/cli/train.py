@@ -18,7 +18,7 @@ from trl import ModelConfig, get_peft_config
 from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task
 from clip_po.cli.outcome import NothingChanged
 from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
-from clip_po.config import ContrastivePOConfig
+from clip_po.config import ContrastivePOConfig, check_precision
 from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.evaluator import RobustnessEvaluator
@@ -113,13 +113,15 @@ def check_model_arguments(args: ContrastivePOConfig, model_args: ModelConfig) ->
     """Raise if the model or the output folder can't be used, before anything is loaded.
 
     Raises:
-        ValueError: If there is no model, it is to be quantized, or the output folder holds an earlier run.
+        ValueError: If there is no model, it is to be quantized, a CPU is to compute in float16, or the output folder
+            holds an earlier run.
         OSError: If the output folder is not writable.
     """
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing. Give a Hub id or the folder of a CLIPModel.")
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("--load_in_4bit and --load_in_8bit are not supported: a CLIP is small. Leave them out.")
+    check_precision(args)
     if args.should_save:
         check_writable(args.output_dir, "--output_dir")
         check_unused(args, args.resume_from_checkpoint, SAVED_FILES)

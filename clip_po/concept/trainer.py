@@ -19,12 +19,13 @@ from clip_po.data.collator import FEWEST_ROWS, row_totals
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.streamed_pairs import StreamedPairs, is_stream
 from clip_po.hub.card import CheckpointKind
-from clip_po.models import default_output_dir, dual_encoder, load_policy, to_float32
+from clip_po.models import default_output_dir, dual_encoder, load_policy
 from clip_po.policy import CandidateLogps, candidate_logps, known_image_embeds
 from clip_po.reference import ReferencePolicy
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.activation_checkpointing import checkpoints_activations
 from clip_po.validation import NOT_NEGATIVE, Allowed
+from clip_po.weights import to_float32
 
 
 @dataclass(repr=False)  # the inherited one hides secrets

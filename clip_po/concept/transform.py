@@ -46,6 +46,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from clip_po.models import dual_encoder
 from clip_po.validation import FINITE, check_number
 
+WITHOUT_FLOAT64 = ("mps",)
+"""Types of devices that can't compute in float64."""
+
 CONCEPT_FILE = "concept.safetensors"
 """Name of the file that `ConceptTransform.save` writes."""
 
@@ -178,13 +181,14 @@ class ConceptTransform(nn.Module):
         self._check_path(path)
         scaled = copy.deepcopy(self)
         for matrix in scaled.parameters():
-            wide = matrix.double()
+            wide = _to_float64(matrix)
             if not wide.isfinite().all():
                 raise ValueError("W has values that are not finite: its training diverged. Lower learning_rate.")
             if path == "straight":
-                matrix.copy_(torch.lerp(torch.eye(len(wide), dtype=wide.dtype, device=wide.device), wide, t))
+                power = torch.lerp(torch.eye(len(wide), dtype=wide.dtype, device=wide.device), wide, t)
             else:
-                matrix.copy_(_singular_power(wide, t))
+                power = _singular_power(wide, t)
+            matrix.copy_(power.to(matrix.dtype))
         return scaled
 
     @torch.no_grad()
@@ -314,6 +318,11 @@ def _transformed(embeds: Tensor, matrix: Tensor) -> Tensor:
         return F.normalize(embeds.to(dtype) @ matrix.to(dtype).T, dim=-1)
 
 
+def _to_float64(matrix: Tensor) -> Tensor:
+    """Return a matrix in float64, on the CPU if its own device has no float64."""
+    return (matrix.cpu() if matrix.device.type in WITHOUT_FLOAT64 else matrix).double()
+
+
 def _singular_power(matrix: Tensor, t: float) -> Tensor:
     """Return U S^t V^T of a square matrix in float64."""
     u, s, vh = torch.linalg.svd(matrix)
@@ -330,7 +339,7 @@ def _singular_power(matrix: Tensor, t: float) -> Tensor:
 
 def _product(matrix: Tensor, projection: nn.Linear) -> nn.Linear:
     before = projection.weight
-    product = (matrix.to(before.device, torch.float64) @ before.double()).to(before.dtype)
+    product = (_to_float64(matrix.to(before.device)) @ _to_float64(before)).to(before.dtype).to(before.device)
     if not product.isfinite().all():
         raise ValueError(
             f"A folded projection has values out of range of {before.dtype}: W is too large at this t. Use a t "

@@ -58,7 +58,10 @@ class NanGuardCallback(TrainerCallback):
         """
         norm, self.norm = self.norm, None
         if norm is None:  # Trainer clips gradients on several device meshes itself
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if not gradients:  # DeepSpeed keeps them to itself and has taken the step: only weights can tell
+                self.check_weights()
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)  # FSDP2 shards gradients
         loss_is_finite = self.trainer.training_means.loss_is_finite(norm.device)
         if bool(norm.isfinite() & loss_is_finite):
