@@ -14,7 +14,7 @@ from trl import TrlParser
 
 from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task, parse_flags
 from clip_po.cli.evaluate_arguments import EvaluateArguments
-from clip_po.cli.evaluate_common import Measurement, Models, load_models, measurable_rows
+from clip_po.cli.evaluate_common import Measurement, Models, default_folder, load_models, measurable_rows
 from clip_po.cli.evaluate_fairness import attribute_suite, measure_fairness
 from clip_po.cli.evaluate_suite import chosen_suite, measure_suite
 from clip_po.data.attacks.fonts import unseen_fonts
@@ -30,16 +30,21 @@ from clip_po.validation import check_writable
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure a checkpoint, print the table and write report.json; without a suite also report.html and a picture."""
+    """Measure a checkpoint, write report.json, without a suite also report.html and a picture, and print the table."""
     args, start = parse(argv), time.time()
     accelerator = Accelerator()
-    beside = checkpoint_folder(args)
+    # Never a folder with the name of a Hub id: from_pretrained would look for the model in it.
+    beside = Path(str(args.model_name_or_path)) if Path(str(args.model_name_or_path)).is_dir() else Path()
     if accelerator.is_main_process:
         check_writable(args.output_dir or beside, "--output_dir")
     measure = load(args)
     measurement = measure(load_models(args, accelerator))
     if accelerator.is_main_process:
-        measurement.write(Path(args.output_dir or beside / measurement.folder), time.time() - start)
+        now = time.strftime("%Y-%m-%d_%H-%M-%S")
+        folder = Path(args.output_dir) if args.output_dir else default_folder(beside, measurement.name, now)
+        files = measurement.write(folder, time.time() - start)
+        lines = [measurement.table] if measurement.table else []
+        print("\n".join([*lines, *(f"{what}: {path}" for what, path in files.items())]))
     accelerator.end_training()  # a process that exits with its group open may abort
     if measurement.failure:
         raise ValueError(measurement.failure)
@@ -55,13 +60,6 @@ def parse(argv: Sequence[str]) -> EvaluateArguments:
     if args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing. Give a Hub id or the folder of a CLIPModel.")
     return args
-
-
-def checkpoint_folder(args: EvaluateArguments) -> Path:
-    """Return the default folder of the report: that of the checkpoint, or "evaluation" for a Hub id."""
-    # Never a folder with the name of a Hub id: from_pretrained would look for the model in it.
-    model = str(args.model_name_or_path)
-    return Path(model if Path(model).is_dir() else "evaluation")
 
 
 def load(args: EvaluateArguments) -> Callable[[Models], Measurement]:
@@ -87,36 +85,36 @@ class RobustnessMeasurement(Measurement):
 
     Attributes:
         images: The images.
-        answers: The answers of the models.
+        card_folder: Folder whose model card gets the table, if it has a card.
         base: Name of the model before alignment; None if there is none.
         seed: Seed that chooses the examples.
     """
 
     images: RobustnessImages
-    answers: Answers
+    card_folder: Path
     base: str | None
     seed: int
 
-    def write(self, folder: Path, seconds: float) -> Path:
-        """Print the table, and write report.json, the model card, report.html and the picture."""
-        path = super().write(folder, seconds)
-        report = read_report(path)
-        update_card(folder, markdown_summary(report))
+    def write(self, folder: Path, seconds: float) -> dict[str, Path]:
+        """Write report.json, the answers, the model card, report.html and the picture."""
+        files = super().write(folder, seconds)
+        report = read_report(files["Report"])
+        update_card(self.card_folder, markdown_summary(report))
+        (answers,) = self.answers.values()
         examples, changes, figures = [], "", {}
         if self.base is not None:
-            examples = choose_examples(self.answers, self.base, "aligned", seed=self.seed)
-            changes = changes_line(self.answers, self.base, "aligned")
+            examples = choose_examples(answers, self.base, "aligned", seed=self.seed)
+            changes = changes_line(answers, self.base, "aligned")
             accuracies = {name: (m["clean_accuracy"], m["typographic_accuracy"]) for name, m in self.metrics.items()}
             plot = trade_off_plot(accuracies, base=self.base)
             figures["Clean against typographic accuracy, with 95% intervals"] = plot
         picture = self.images.picture
         page = report_page(report, examples=examples, picture=picture, changes=changes, figures=figures)
-        print(f"Page: {write_page(folder / 'report.html', page)}")
+        files["Page"] = write_page(folder / "report.html", page)
         if examples:
-            grid = folder / "before_after.png"
-            before_after_grid(examples, grid, picture=picture, subtitle=changes)
-            print(f"Picture: {grid}")
-        return path
+            files["Picture"] = folder / "before_after.png"
+            before_after_grid(examples, files["Picture"], picture=picture, subtitle=changes)
+        return files
 
 
 def measure_robustness(args: EvaluateArguments, dataset: Dataset, task: Task, models: Models) -> RobustnessMeasurement:
@@ -160,8 +158,10 @@ def measure_robustness(args: EvaluateArguments, dataset: Dataset, task: Task, mo
             "class_names": names,
         },
         settings={**asdict(args), "attack": asdict(attack), "prompt_template": template},
+        name=f"{Path(str(args.dataset_name)).name}-{args.dataset_test_split}",
+        answers={"": Answers.about(images, measured)},
         images=images,
-        answers=Answers.about(images, measured),
+        card_folder=Path(args.output_dir or str(args.model_name_or_path)),
         base=models.base,
         seed=args.seed,
     )

@@ -53,7 +53,11 @@ class EvaluateArguments(FairnessArguments, TaskArguments):
         default=None, metadata={"help": "The model before alignment, which the checkpoint is compared with."}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for report.json, report.html and before_after.png."}
+        default=None,
+        metadata={
+            "help": "Folder for the report, the picture and the answer to each image. Default: "
+            "evaluation/<dataset>-<split>/<time> in the checkpoint's folder."
+        },
     )
     renderings: int = field(default=1, metadata={"help": "Number of attacks per image."})
     batch_size: int = field(default=128, metadata={"help": "Images per batch."})

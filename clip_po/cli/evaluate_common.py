@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +21,9 @@ from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.evaluator import Evaluator, Measured, Metrics
 from clip_po.evaluation.readable import readable_rows
+from clip_po.evaluation.report.answer_tables import write_answers
 from clip_po.evaluation.report.report_file import write_report
+from clip_po.evaluation.robustness import Answers
 from clip_po.models import load_any
 
 logger = logging.get_logger(__name__)
@@ -131,7 +135,8 @@ class Measurement:
         table: The tables to print; "" for none.
         data: The data as report.json describes them.
         settings: The settings as report.json lists them.
-        folder: Folder of the report below that of the checkpoint; "" for the checkpoint's own.
+        name: Name of the data or suite, for the default folder of the report.
+        answers: Answers of the models, by the beginning of the names of their files; "" for the only ones.
         failure: Why nothing could be measured; "" if something was.
     """
 
@@ -139,21 +144,20 @@ class Measurement:
     table: str
     data: Mapping[str, Any]
     settings: Mapping[str, Any]
-    folder: str = ""
+    name: str
+    answers: Mapping[str, Answers] = field(default_factory=dict)
     failure: str = ""
 
-    def write(self, folder: Path, seconds: float) -> Path:
-        """Print the tables and write report.json.
+    def write(self, folder: Path, seconds: float) -> dict[str, Path]:
+        """Write report.json, and for each set of answers the answer to each image and the accuracy of each class.
 
         Args:
             folder: Folder of the report.
             seconds: Duration of the command.
 
         Returns:
-            The path of report.json.
+            The paths of the files to name, by what they are.
         """
-        if self.table:
-            print(self.table)
         path = write_report(
             folder / "report.json",
             command="evaluate",
@@ -162,5 +166,22 @@ class Measurement:
             data=self.data,
             seconds=seconds,
         )
-        print(f"Report: {path}")
-        return path
+        for prefix, answers in self.answers.items():
+            write_answers(folder, answers, prefix)
+        return {"Report": path}
+
+
+def default_folder(beside: Path, name: str, now: str) -> Path:
+    """Return a folder that does not exist yet, for a report: no report replaces another, or a file of the checkpoint.
+
+    Args:
+        beside: Folder of the checkpoint, or of the reports on models from the Hub.
+        name: Name of the data.
+        now: Time of the command.
+
+    Returns:
+        `beside/evaluation/name/now`, with a number after `now` if another command took it in the same second.
+    """
+    above = beside / "evaluation" / re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    numbered = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))
+    return next(above / name for name in numbered if not (above / name).exists())

@@ -113,7 +113,7 @@ def measure_fairness(args: EvaluateArguments, suite: Suite, models: Models) -> M
         table=f"{fairness_table(results)}\n\n{skewed_table(results, models.by_name)}" if measured else "",
         data={"suite": suite.name, "measures": suite.measures, "entries": [result.about for result in results]},
         settings=asdict(args),
-        folder=suite.name,
+        name=suite.name,
         failure=f"No dataset could be loaded. {'; '.join(reasons)}" if failed else "",
     )
 

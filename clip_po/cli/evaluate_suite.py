@@ -49,11 +49,13 @@ class SuiteResult:
         about: The dataset as report.json describes it; "missing" gives the reason if it could not be loaded.
         rows: Candidate set, number of images and metrics by model, one row per candidate set.
         clean: Answers on clean images, if the mean of a retention suite includes them.
+        answers: Answers of the models, by dataset and candidate set, as the names of their files begin.
     """
 
     about: dict[str, Any]
     rows: list[tuple[str, int, Metrics]] = field(default_factory=list)
     clean: Answers | None = None
+    answers: dict[str, Answers] = field(default_factory=dict)
 
 
 def chosen_suite(args: EvaluateArguments) -> Suite:
@@ -110,7 +112,8 @@ def measure_suite(args: EvaluateArguments, suite: Suite, models: Models) -> Meas
         table=suite_table(suite, results, metrics),
         data={"suite": suite.name, "measures": suite.measures, "entries": [result.about for result in results]},
         settings=asdict(args),
-        folder=suite.name,
+        name=suite.name,
+        answers={prefix: answers for result in results for prefix, answers in result.answers.items()},
         failure="" if any(result.rows for result in results) else failure,
     )
 
@@ -166,6 +169,7 @@ def _measure_photographs(
     for kind, answers in _ask(args, entry, dataset, candidates, entry.variant, models).items():
         metrics = {name: accuracy_report(answers, name, models.base, entry.variant) for name in models.by_name}
         result.rows.append((_label(kind, candidates[kind]), len(dataset), metrics))
+        result.answers[f"{entry.name}-{kind}-"] = answers
 
 
 def _measure_clean(
@@ -174,6 +178,7 @@ def _measure_clean(
     names = dataset.features["label"].names
     result.about["candidates"] = [_described("all", names)]
     result.clean = _ask(args, entry, dataset, {"all": names}, "clean", models)["all"]
+    result.answers[f"{entry.name}-"] = result.clean
     metrics = {name: accuracy_report(result.clean, name, models.base, "clean") for name in models.by_name}
     result.rows.append((_label("all", names), len(dataset), metrics))
 
@@ -211,6 +216,7 @@ def _measure_attack(
     evaluator = RobustnessEvaluator(images, entry.templates, batch_size=args.batch_size, num_workers=args.num_workers)
     measured = evaluator.measure(models.by_name, accelerator=models.accelerator)
     answers, metrics = Answers.about(images, measured), models.report(evaluator, measured)
+    result.answers[f"{entry.name}-"] = answers
     by_model = {name: {**metrics[name], **accuracy_report(answers, name, models.base)} for name in metrics}
     result.rows.append((_label("all", names), len(dataset), by_model))
 

@@ -8,6 +8,7 @@ from importlib import import_module, metadata
 from importlib.resources import files
 
 from clip_po.cli.outcome import UNCHANGED, NothingChanged
+from clip_po.cli.output import piped_output
 from clip_po.hub.redaction import redacted
 
 COMMANDS = {
@@ -58,6 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, `USAGE_ERROR`, `UNCHANGED` or `INTERRUPTED`.
     """
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    with piped_output():
+        return dispatch(command, rest)
+
+
+def dispatch(command: str, rest: Sequence[str]) -> int:
+    """Run a command, or print its help or the version.
+
+    Args:
+        command: The first word of the command line.
+        rest: The words after it.
+
+    Returns:
+        The exit status, as from `main`.
+    """
     if command in HELP:
         print(usage())
     elif command == "--version":

@@ -95,7 +95,8 @@ def test_metrics_equal_those_of_clip_po_train_and_evaluate(recipe, tmp_path, cli
     models = ["--model_name_or_path", str(alone), "--base_model_name_or_path", str(clip_folder)]
     assert main(["evaluate", *models, *data, "--seed", "5"]) == 0
     together = report_estimates(read_report(tmp_path / "out" / "report.json"))["CE"]
-    single = report_estimates(read_report(alone / "report.json"))["aligned"]
+    (report,) = alone.glob("evaluation/*/*/report.json")
+    single = report_estimates(read_report(report))["aligned"]
     for metric in ("clean_accuracy", "typographic_accuracy", "occluded_accuracy", "clean_cost"):
         assert together[metric].value == pytest.approx(single[metric].value)
 

@@ -183,7 +183,8 @@ def test_a_checkpoints_own_report_is_left_alone(clip_folder, sets, tmp_path, cap
     command = ["evaluate", "--model_name_or_path", str(model), "--suite", "retention", "--suite_folder", str(sets)]
     assert main(command) == 0
     assert (model / "report.json").read_text() == "{}"
-    assert (model / "retention" / "report.json").is_file()
+    (report,) = model.glob("evaluation/retention/*/report.json")
+    assert len(datasets.Dataset.from_parquet(str(report.parent / "oxford-pets-answers.parquet"))) == 10
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """clip-po train and clip-po evaluate, end to end on small files of every kind."""
 
 import json
+import operator
+import shutil
 
 import datasets
 import pytest
 import yaml
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from samples import CLASSES, make_labelled, picture, write_parquet
@@ -12,6 +15,7 @@ from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 
 from clip_po.cli import train
 from clip_po.cli.arguments import Task
+from clip_po.cli.evaluate_common import default_folder
 from clip_po.cli.main import main
 from clip_po.data.loading import load_split
 
@@ -60,6 +64,11 @@ def test_data_sets_load_from_folders_of_every_kind(kind, request):
         load_split(folder, "validation")
 
 
+def evaluation_of(checkpoint):
+    (report,) = checkpoint.glob("evaluation/*/*/report.json")
+    return report.parent
+
+
 def test_train_then_evaluate(clip_folder, parquet, tmp_path, capsys):
     out = tmp_path / "out"
     data = ["--dataset_name", str(parquet)]
@@ -76,14 +85,30 @@ def test_train_then_evaluate(clip_folder, parquet, tmp_path, capsys):
     assert status == 0
     printed = capsys.readouterr().out
     assert "reading effect" in printed
-    report = json.loads((out / "report.json").read_text())
+    folder = evaluation_of(out)
+    report = json.loads((folder / "report.json").read_text())
     assert report["schema_version"] == 1
     assert report["settings"]["prompt_template"] == "an image of a {}"
     assert set(report["models"]["aligned"]) >= METRICS
     assert METRICS - {"recovery", "clean_cost"} <= set(report["models"]["base"])
     for estimate in report["models"]["aligned"].values():
         assert set(estimate) == {"value", "low", "high"}
-    assert (out / "before_after.png").stat().st_size > 1000
+    assert (folder / "before_after.png").stat().st_size > 1000
+    # The numbers of the report can be computed again from the answers.
+    answers = Dataset.from_parquet(str(folder / "answers.parquet"))
+    assert len(answers) == 12
+    classes = Dataset.from_csv(str(folder / "classes.csv"))
+    assert set(classes["label"]) == set(CLASSES)
+    assert sum(classes["items"]) == 12
+    for model, metrics in report["models"].items():
+        for variant in ("clean", "typographic", "occluded"):
+            said, truth = answers[f"{model}/{variant}"], answers["label"]
+            accuracy = sum(map(operator.eq, said, truth)) / 12
+            assert accuracy == pytest.approx(metrics[f"{variant}_accuracy"]["value"])
+            by_class = zip(classes[f"{model}/{variant}"], classes["items"], strict=True)
+            assert accuracy == pytest.approx(sum(share * items for share, items in by_class) / 12)
+        fooled = sum(map(operator.eq, answers[f"{model}/typographic"], answers["word"])) / 12
+        assert fooled == pytest.approx(metrics["fooled"]["value"])
 
 
 def test_adapters_train_are_saved_and_evaluated(clip_folder, saved, tmp_path):
@@ -219,3 +244,23 @@ def test_a_model_that_equals_its_base_is_said(clip_folder, parquet, tmp_path, ca
     data = ["evaluate", "--model_name_or_path", str(clip_folder), "--dataset_name", str(parquet)]
     assert main([*data, "--base_model_name_or_path", str(clip_folder), "--output_dir", str(tmp_path)]) == 0
     assert "has the weights of the base" in caplog.text
+
+
+def test_a_second_evaluation_replaces_no_report_and_nothing_of_the_checkpoint(clip_folder, parquet, tmp_path):
+    model = shutil.copytree(clip_folder, tmp_path / "model")
+    for name in ("report.json", "report.html"):  # of the model's own
+        (model / name).write_text("mine")
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    command = ["evaluate", "--model_name_or_path", str(model), "--dataset_name", str(parquet)]
+    for _ in range(3):  # within a second or two
+        assert main(command) == 0
+    assert len(list(model.glob("evaluation/*-test/*/report.json"))) == 3
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("name", ["../../x", "cifar/100", "a b:c", "..", "d[:10%]"])
+def test_a_report_goes_below_the_checkpoint_whatever_the_data_are_called(name, tmp_path):
+    folder = default_folder(tmp_path, name, "2026-01-01_00-00-00")
+    assert folder.resolve().is_relative_to(tmp_path / "evaluation")
+    folder.mkdir(parents=True)
+    assert default_folder(tmp_path, name, "2026-01-01_00-00-00").name == "2026-01-01_00-00-00-2"
