@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import CLIPConfig
@@ -83,12 +84,30 @@ def choose_trainable(model: nn.Module, args: ContrastivePOConfig) -> None:
         "train_text_model": any(tower_of(name) == "text" for name in left),
         "train_logit_scale": any(_LOGIT_SCALE.search(name) for name in left),
     }
+    cause = "the model was passed with those parameters frozen. To train them, call requires_grad_(True) on them first"
+    if isinstance(model, PeftModel):
+        cause = "no adapter is there. To train adapters there, name its layers in target_modules"
     for name, is_asked in _asked(args).items():
         if is_asked and not trains[name]:
-            logger.warning(
-                f"{name}=True trains nothing, because the model was passed with those parameters frozen. To train "
-                "them, call requires_grad_(True) on them first."
-            )
+            logger.warning(f"{name}=True trains nothing, because {cause}.")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise if an optimizer holds none of the parameters that train.
+
+    Args:
+        optimizer: The optimizer.
+        model: The module to train.
+
+    Raises:
+        ValueError: If no step of the optimizer would change the model.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(parameter.requires_grad and id(parameter) in held for parameter in model.parameters()):
+        raise ValueError(
+            "optimizers holds none of the parameters that train, so nothing would: they are frozen, or of another "
+            "object. Make the optimizer from the parameters of the model that you pass, or leave optimizers out."
+        )
 
 
 def trained_linear_layers(config: CLIPConfig, args: ContrastivePOConfig) -> str:

@@ -37,7 +37,7 @@ from clip_po.models import check_processor, default_output_dir, dual_encoder, lo
 from clip_po.policy import Policy, preference_logps, regularization_kl
 from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
 from clip_po.text_identity import TextTokens
-from clip_po.trainable import choose_trainable, tower_trains
+from clip_po.trainable import check_optimizer, choose_trainable, tower_trains
 from clip_po.trainer_arguments import check_places, initial_model
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback
 from clip_po.training.checkpoints import CheckpointCallback, check_best_metric, saving, whole_checkpoint
@@ -125,9 +125,12 @@ class ContrastivePOTrainer(Trainer):
             check_processor(processor, checked)
         if args.disable_dropout:
             disable_dropout(*models)
+        module = self.module_to_train(encoder)
+        if optimizers[0] is not None:
+            check_optimizer(optimizers[0], module)
         self.candidates = CandidateTexts(candidate_texts, TextTokens.of(processor, dual_encoder(encoder)))
         super().__init__(
-            model=self.module_to_train(encoder),
+            model=module,
             args=args,
             data_collator=data_collator or DataCollatorForContrastivePreference(processor, self.candidates),
             train_dataset=None if train_dataset is None else self.training_rows(train_dataset, args),
@@ -460,9 +463,8 @@ class ContrastivePOTrainer(Trainer):
         """Replace the trained model, for instance by an interpolation, so that it is evaluated and saved instead.
 
         Args:
-            model: A CLIPModel on the device of the trainer. Its text tower must be that of the trained model unless
-                `train_text_model=True`: the embeddings of a frozen text tower are cached. An optimizer keeps the
-                parameters of the old model.
+            model: A CLIPModel on the device of the trainer. A tower that does not train must be that of the trained
+                model, because its embeddings are cached. An optimizer keeps the parameters of the old model.
         """
         self.model = self.model_wrapped = self.encoder = model
 

@@ -1,6 +1,7 @@
 """Which parameters train: what the arguments name, without what the user froze. Frozen towers run once."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -90,6 +91,12 @@ def test_a_tower_that_was_asked_for_but_is_frozen_is_said(make_trainer, model, c
     assert "requires_grad_(True)" in caplog.text
 
 
+def test_a_tower_that_was_asked_for_but_has_no_adapters_is_said(make_trainer, caplog):
+    lora = LoraConfig(r=2, target_modules=r".*vision_model.*\.(q_proj|v_proj)")
+    make_trainer(peft_config=lora, train_text_model=True)
+    assert "train_text_model=True trains nothing, because no adapter is there" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("freeze", "arguments"),
     [
@@ -127,6 +134,22 @@ def test_a_concept_refuses_arguments_about_what_trains(make_trainer, arguments):
         make_trainer(concept=ConceptTransform(16), **arguments)
 
 
+OPTIMIZERS = {
+    "frozen": (lambda model: model.text_model.parameters(), False),
+    "of-another-object": (lambda model: CLIPModel(model.config).parameters(), False),
+    "everything": (lambda model: model.parameters(), True),
+    "a-part": (lambda model: model.visual_projection.parameters(), True),
+}
+
+
+@pytest.mark.parametrize(("parameters", "accepted"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_optimizer_of_nothing_that_trains_is_refused(make_trainer, model, parameters, accepted):
+    optimizer = torch.optim.SGD(parameters(model), lr=0.1)
+    expected = nullcontext() if accepted else pytest.raises(ValueError, match="none of the parameters that train")
+    with expected:
+        assert changed(make_trainer(model=model, optimizers=(optimizer, None)))
+
+
 # ---- The text tower alone
 
 
@@ -159,6 +182,18 @@ def test_with_a_frozen_vision_tower_each_image_is_embedded_once(make_trainer, lo
 def test_a_vision_tower_that_the_user_froze_is_run_once_too(make_trainer, model):
     the_vision_tower(model)
     assert images_seen(make_trainer(model=model, train_text_model=True)) == 2 * 13 + 4
+
+
+def test_a_warm_cache_embeds_no_image(make_trainer, tmp_path):
+    steps, stand_in, probe = 4, 1, 1
+    arguments = {**TEXT_ALONE, "embeddings_cache": str(tmp_path / "cache")}
+    assert images_seen(make_trainer(**arguments)) == 2 * 13 + probe + steps * stand_in
+    assert images_seen(make_trainer(**arguments)) == probe + steps * stand_in
+
+
+def test_a_stream_is_embedded_once_a_step(make_trainer):
+    trainer = make_trainer(make_preferences(16).to_iterable_dataset(), **TEXT_ALONE)
+    assert images_seen(trainer) == 4 * (4 + 4 + 1)  # preferences, clean images and the stand-in
 
 
 def test_images_that_are_redrawn_are_embedded_once_a_step(make_trainer):

@@ -26,5 +26,5 @@ class LogitScaleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Clamp the logit scale."""
-        if args.train_logit_scale:
-            dual_encoder(model).logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
+        if args.train_logit_scale and (scale := dual_encoder(model).logit_scale).requires_grad:
+            scale.clamp_(max=LARGEST_LOGIT_SCALE)

@@ -38,5 +38,7 @@ def test_a_trained_scale_never_passes_100(make_trainer, model, arguments):
     assert found == pytest.approx([4.4, *[math.log(100)] * 3])
 
 
-def test_a_frozen_scale_is_left_as_it_is(make_trainer, model):
-    assert scales(make_trainer, model, 5.0, learning_rate=1e-4) == [5.0] * 4
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_frozen_scale_is_left_as_it_is(make_trainer, model, asked):
+    model.logit_scale.requires_grad_(not asked)
+    assert scales(make_trainer, model, 5.0, learning_rate=1e-4, train_logit_scale=asked) == [5.0] * 4
