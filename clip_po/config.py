@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -108,7 +109,7 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}.")
-    return {**PRESET_TRAINING, **PRESETS[name]}
+    return copy.deepcopy({**PRESET_TRAINING, **PRESETS[name]})
 
 
 def preset_batch_size(gradient_accumulation_steps: int) -> int:
@@ -120,7 +121,11 @@ def preset_batch_size(gradient_accumulation_steps: int) -> int:
     Returns:
         The batch size, rounded down, at least 1. The number of processes is the environment variable `WORLD_SIZE`, or
         1.
+
+    Raises:
+        ValueError, TypeError: If `gradient_accumulation_steps` is not a whole number >= 1.
     """
+    check_number("gradient_accumulation_steps", gradient_accumulation_steps, COUNT)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return max(1, PAPER_BATCH_SIZE // (processes * gradient_accumulation_steps))
 

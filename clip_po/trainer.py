@@ -463,10 +463,13 @@ class ContrastivePOTrainer(Trainer):
         """Replace the trained model, for instance by an interpolation, so that it is evaluated and saved instead.
 
         Args:
-            model: A CLIPModel on the device of the trainer. A tower that does not train must be that of the trained
-                model, because its embeddings are cached. An optimizer keeps the parameters of the old model.
+            model: A CLIPModel on the device of the trainer, with towers of its own. The reference does not change, and
+                an optimizer keeps the parameters of the old model.
         """
         self.model = self.model_wrapped = self.encoder = model
+        self.shares_image_embeds = False  # those of the reference belong to the vision tower of the old model
+        if self.policy.text_embeddings is not None:
+            self.policy.text_embeddings = CachedTextEmbeddings(model, self.processing_class)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> tuple[Any, Any]:

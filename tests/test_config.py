@@ -1,5 +1,6 @@
 """The configuration: the paper's presets, what it refuses, and the ways to set it."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -84,6 +85,20 @@ def test_processes_and_accumulation_share_the_papers_batch(processes, accumulate
     monkeypatch.setattr(ContrastivePOConfig, "__post_init__", lambda self: None)
     config = ContrastivePOConfig.from_preset("dpo", output_dir=str(tmp_path), gradient_accumulation_steps=accumulated)
     assert config.per_device_train_batch_size == share
+
+
+@pytest.mark.parametrize("accumulated", [0, -1, 1.5, "two"])
+def test_a_batch_size_that_can_not_be_shared_is_refused_by_the_name_of_the_argument(accumulated, tmp_path):
+    with pytest.raises((ValueError, TypeError), match="gradient_accumulation_steps"):
+        ContrastivePOConfig.from_preset("dpo", output_dir=str(tmp_path), gradient_accumulation_steps=accumulated)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "kto"])
+def test_what_is_changed_in_a_config_or_settings_does_not_change_the_preset(name, tmp_path):
+    before = copy.deepcopy(preset(name))
+    ContrastivePOConfig.from_preset(name, output_dir=str(tmp_path)).loss_type.append("sft")
+    preset(name)["loss_type"].append("sft")
+    assert preset(name) == before
 
 
 def test_unknown_preset_is_refused():

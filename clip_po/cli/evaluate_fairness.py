@@ -14,7 +14,7 @@ from datasets import Dataset
 from clip_po.cli.arguments import DEFAULT_TEMPLATE
 from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.cli.evaluate_common import Measurement, Models, load_together, measurable_rows
-from clip_po.data.class_labels import read_labels
+from clip_po.data.class_labels import column_texts, read_labels
 from clip_po.data.images import read_images
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.evaluator import Metrics
@@ -23,7 +23,6 @@ from clip_po.evaluation.fairness.metrics import skew_at_k, top_k
 from clip_po.evaluation.fairness.queries import Queries, load_queries
 from clip_po.evaluation.fairness.report import chance_level
 from clip_po.evaluation.fairness.scores import read_attribute
-from clip_po.evaluation.suites.layouts import column_texts
 from clip_po.evaluation.suites.suite import Entry, Suite, load_faces
 from clip_po.evaluation.tables import format_table
 from clip_po.evaluation.zero_shot import CleanImages

@@ -33,7 +33,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
 
-from clip_po.data.class_labels import read_labels
+from clip_po.data.class_labels import column_texts, read_labels
 from clip_po.data.class_positions import check_different_names
 from clip_po.data.images import read_images
 from clip_po.validation import check_candidates, check_text
@@ -220,9 +220,8 @@ def _words(dataset: Dataset, column: str, template: str) -> list[str]:
             f"template {template!r} has a field {column!r}, but the columns are {dataset.column_names}. Each "
             f"field except {ATTRIBUTE!r} is filled from the column of its name."
         )
-    values = list(dataset.with_format(None)[column])
-    feature = dataset.features[column]
-    words = [feature.int2str(value) for value in values] if isinstance(feature, ClassLabel) else values
+    is_class = isinstance(dataset.features[column], ClassLabel)
+    words = column_texts(dataset, column) if is_class else list(dataset.with_format(None)[column])
     for row, word in enumerate(words):
         check_text(word, f"Row {row}: column {column!r}", "Fill it in or drop the row.")
     return words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,9 @@ from datasets import ClassLabel, Dataset, Value
 from clip_po.data.class_positions import misplaced_text, shortened
 from clip_po.data.table_files import replace_column
 from clip_po.validation import check_class_names, check_column, check_label, check_row_weight
+
+UNLABELLED = -1
+"""What a ClassLabel holds for a row without a label, as in test splits on the Hub."""
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -172,3 +176,33 @@ def read_weights(dataset: Dataset, weight_column: str) -> list[float]:
     for row, value in enumerate(values):
         check_row_weight(value, f"Row {row}: column {weight_column!r}")
     return [float(value) for value in values]
+
+
+def column_texts(dataset: Dataset, column: str) -> list[str]:
+    """Return the values of a column as texts.
+
+    Args:
+        dataset: One split, N rows.
+        column: Name of a column of the split.
+
+    Returns:
+        N texts: a ClassLabel by its names, every other value by `str`, and "" for a row without a value: None, nan,
+        blank text, or -1 in a ClassLabel.
+
+    Raises:
+        ValueError: If a label is the number of no class; the message names the row.
+    """
+    feature = dataset.features[column]
+    values = list(dataset.with_format(None)[column])
+    if not isinstance(feature, ClassLabel):
+        return ["" if _is_missing(value) else str(value) for value in values]
+    for row, value in enumerate(values):
+        if value not in (None, UNLABELLED):
+            check_label(value, len(feature.names), f"Row {row}: column {column!r}")
+    return ["" if value in (None, UNLABELLED) else feature.names[value] for value in values]
+
+
+def _is_missing(value: object) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))

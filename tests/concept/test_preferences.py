@@ -114,6 +114,14 @@ def test_strings_fill_a_template_and_names_of_ones_own_stand_for_labels():
     assert rows["chosen"][:] == [text("girl", "chef"), text("boy", "judge")]
 
 
+@pytest.mark.parametrize("missing", [None, -1])
+def test_a_class_without_a_label_fills_no_template(missing):
+    jobs = [0, missing, 1, 0, 1]
+    rows = people().remove_columns("job").add_column("job", jobs, feature=datasets.ClassLabel(names=list(JOBS)))
+    with pytest.raises(ValueError, match=r"Row 1: column 'job'.*drop the row"):
+        reverse_attribute(rows, TEMPLATE, "gender")
+
+
 def test_the_trainer_takes_them(clip_folder, tmp_path):
     args = ContrastivePOConfig(str(tmp_path), max_steps=1, reference_free=True, report_to=[], use_cpu=True)
     rows = BUILT["neutralize"]()

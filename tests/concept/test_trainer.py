@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from samples import CHECKPOINTING, PROMPTS, logged, make_labelled, make_preferences, weights
 from tolerances import LOGPS
 from torch.nn import functional as F
@@ -148,3 +149,19 @@ def test_a_penalty_that_is_not_finite_stops_training(make_concept_trainer):
         concept.image_weight *= 1e11
     with pytest.raises(FloatingPointError, match=r"loss is inf.*loss/penalty"):
         make_concept_trainer(concept=concept).train()
+
+
+@pytest.mark.parametrize("towers", ["vision", "text", "both"])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_adapters_of_any_tower_are_frozen_with_the_model(towers, is_trainable, make_concept_trainer, model, tmp_path):
+    part = {"vision": "vision_model", "text": "text_model", "both": ""}[towers]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=rf".*{part}.*q_proj", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapters")
+    base = CLIPModel.from_pretrained(model.config.name_or_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapters", is_trainable=is_trainable)
+    trainer = make_concept_trainer(model=loaded, max_steps=1)
+    before = weights(loaded)
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(loaded).items())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert logged(trainer, "loss")

@@ -40,6 +40,19 @@ def test_robustness(models, dataset, attack, processor):
     assert (evaluator.primary_metric, evaluator.greater_is_better) == ("typographic_accuracy", True)
 
 
+@pytest.mark.parametrize("kind", [RobustnessEvaluator, ZeroShotEvaluator, RetrievalEvaluator])
+def test_an_unknown_base_is_named_with_the_models(kind, models, dataset, attack, processor):
+    if kind is RobustnessEvaluator:
+        evaluator = kind(RobustnessImages(dataset, attack, processor), TEMPLATES, resamples=2)
+    else:
+        rows = dataset.add_column("caption", [f"a cat {row}" for row in range(len(dataset))])
+        evaluator = kind(rows, processor, *([TEMPLATES] if kind is ZeroShotEvaluator else []), resamples=2)
+    measured = evaluator.measure(models, disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"'bass'.*\['base', 'aligned'\]"):
+        evaluator.report(measured, "bass", 2)
+    assert evaluator.report(measured, None, 2).keys() == models.keys()
+
+
 def test_a_bound_on_the_clean_cost_adds_the_trade_off(models, dataset, attack, processor):
     evaluator = RobustnessEvaluator(RobustnessImages(dataset, attack, processor), TEMPLATES, max_clean_cost=0.0)
     found = evaluator(models, "base", disable_tqdm=True)

@@ -202,7 +202,9 @@ def _estimate(metric: str, value: float, drawn: np.ndarray, confidence: float) -
     tail = (1 - confidence) / 2
     low, high = np.quantile(defined - defined.mean() + value, [tail, 1 - tail])
     if not metric.endswith(("_difference", "_reduction")):
-        low, high = (low, min(high, 0)) if metric.startswith("min_skew") else (max(low, 0), high)
+        # The lowest skew is at most 0, unless zero_count lifts the count of every group.
+        most = max(0, value, defined.max())
+        low, high = (low, min(high, most)) if metric.startswith("min_skew") else (max(low, 0), high)
     return Estimate(value, float(low), float(high))
 
 

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
+from clip_po.data.class_labels import column_texts
 from clip_po.encoding import encode_images, evaluating
 from clip_po.evaluation.fairness.metrics import number_groups
-from clip_po.evaluation.suites.layouts import column_texts
 from clip_po.evaluation.zero_shot import class_embeddings, collect_answers
 from clip_po.models import dual_encoder
 
@@ -104,8 +104,8 @@ def read_attribute(dataset: Dataset, attribute_column: str) -> np.ndarray:
         raise ValueError(f"Column {attribute_column!r} holds {values[0]}, expected one text or number per image.")
     if "" in values:
         raise ValueError(
-            f"Row {values.index('')}: {attribute_column!r} is empty, as in {values.count('')} rows. Remove them with "
-            "dataset.filter."
+            f"Row {values.index('')}: {attribute_column!r} is empty, as in {values.count('')} rows (None, nan and "
+            "the class -1 are empty). Remove them with dataset.filter."
         )
     number_groups(values)
     return np.array(values)

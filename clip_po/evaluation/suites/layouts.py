@@ -15,6 +15,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
+from clip_po.data.class_labels import column_texts
 from clip_po.data.loading import load_split
 from clip_po.data.path_safety import IMAGE_SUFFIXES, check_inside, check_links
 from clip_po.validation import check_class_names
@@ -185,23 +186,6 @@ def load_columns(
     return images.add_column("label", encoded, feature=ClassLabel(names=names)).add_column(
         "word", words, feature=Value("string")
     )
-
-
-def column_texts(dataset: Dataset, column: str) -> list[str]:
-    """Return the values of a column as texts.
-
-    Args:
-        dataset: One split, N rows.
-        column: Name of a column of the split. In a ClassLabel column, every row must have a label in range.
-
-    Returns:
-        N texts: a ClassLabel by its names, every other value by `str`, and None as "".
-    """
-    feature = dataset.features[column]
-    values = list(dataset.with_format(None)[column])
-    if isinstance(feature, ClassLabel):
-        return [feature.names[value] for value in values]
-    return ["" if value is None else str(value) for value in values]
 
 
 def _photographs(rows: Sequence[tuple[str, str, str, str]], class_names: Sequence[str] | None) -> Dataset:

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
+from clip_po.data.class_labels import column_texts
 from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.encoding import evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.class_doubles import first_alike
 from clip_po.evaluation.robustness import Answers
-from clip_po.evaluation.suites.layouts import column_texts
 from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers
 
 CANDIDATES = ("all", "labels", "pair")

@@ -3,6 +3,7 @@ import math
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from samples import CLASSES, make_labelled
@@ -332,6 +333,45 @@ def test_attributes_of_any_kind_are_texts(people):
     for dataset, column, said in ((gaps, "gender", "Row 1"), (people, "sex", "'sex'"), (truths, "list", "holds")):
         with pytest.raises(ValueError, match=said):
             read_attribute(dataset, column)
+
+
+UNLABELLED = {
+    "class": (datasets.ClassLabel(names=["man", "woman"]), [0, -1, 1, 0], -1),
+    "class, none": (datasets.ClassLabel(names=["man", "woman"]), [0, None, 1, 0], None),
+    "text": (datasets.Value("string"), ["man", None, "woman", "man"], None),
+    "blank text": (datasets.Value("string"), ["man", " ", "woman", "man"], " "),
+    "number": (datasets.Value("float64"), [0.0, float("nan"), 1.0, 0.0], float("nan")),
+}
+
+
+@pytest.mark.parametrize("case", UNLABELLED.values(), ids=UNLABELLED)
+def test_rows_without_a_label_are_in_no_group(case):
+    feature, column, _ = case
+    rows = datasets.Dataset.from_dict({"group": column}, features=datasets.Features({"group": feature}))
+    with pytest.raises(ValueError, match=r"Row 1: 'group' is empty, as in 1 rows"):
+        read_attribute(rows, "group")
+
+
+@pytest.mark.parametrize("label", [2, -2])
+def test_a_label_of_no_class_is_named_with_its_row(label):
+    feature = datasets.ClassLabel(names=["man", "woman"])
+    table = pa.table({"group": pa.array([0, 1, label])})
+    rows = datasets.Dataset(table, datasets.DatasetInfo(features=datasets.Features({"group": feature})))
+    with pytest.raises(ValueError, match=rf"Row 2: column 'group' is {label}, expected a class number in 0\.\.1"):
+        read_attribute(rows, "group")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_every_interval_holds_its_value_where_few_images_are_ranked(k, seed):
+    rng = np.random.default_rng(seed)
+    scores, groups = {"model": rng.random((1, 6))}, ["man", "woman", "man", "woman", "man", "woman"]
+    found = fairness_report(scores, groups, [k], zero_count=1.0, resamples=50)["model"]
+    if k == 1:  # every group counts as shown once: log(1 / 0.5)
+        assert found["min_skew@1"].value == pytest.approx(math.log(2))
+    for metric, estimate in found.items():
+        if math.isfinite(estimate.low):
+            assert estimate.low - 1e-12 <= estimate.value <= estimate.high + 1e-12, metric
 
 
 GENDERED = """
