@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -18,10 +18,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
-    set_seed,
 )
 from transformers.utils import logging
 
+from clip_po.adapters import add_adapters, check_adapters
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.images import probe_image, to_pixels
 from clip_po.hub.safe_loading import refuse_pickles
@@ -229,16 +229,9 @@ def load_policy(
                 "peft_config was given with a PeftModel, which already has adapters. Leave peft_config out to train "
                 "these adapters, or merge them first: model = model.merge_and_unload()."
             )
+        check_adapters(model)
     elif peft_config is not None:
-        # Adapters start from random weights, which must be the same for the same seed.
-        set_seed(args.seed)
-        try:
-            model = get_peft_model(encoder, peft_config)
-        except ValueError as error:
-            raise ValueError(
-                f"peft_config does not fit the model ({error}). Target layers of its vision tower, with "
-                r"target_modules=r'.*vision_model.*\.(q_proj|v_proj)'."
-            ) from error
+        model = add_adapters(encoder, peft_config, args.seed)
     if args.base_model_id is None and isinstance(model, PeftModel) and os.path.isdir(encoder.config.name_or_path):
         logger.warning(
             f"The adapters will name the folder {encoder.config.name_or_path!r} as their base model, which does not "

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
+from clip_po.adapters import changes_base
 from clip_po.candidates import CandidateTexts
 from clip_po.data.embedding_cache import EmbeddingCache, fingerprint, model_digest, processor_digest
 from clip_po.data.images import blank_image, probe_image, to_pixels
@@ -142,8 +143,10 @@ def initial_policy(model: nn.Module, peft_config: PeftConfig | None) -> nn.Modul
         peft_config: Configuration of new adapters; None if the model had its adapters before.
 
     Returns:
-        A `frozen_copy`. If `peft_config` is given, its adapters are disabled.
+        A `frozen_copy`. If `peft_config` is given, its adapters are disabled; if they changed the base model, merged.
     """
+    if peft_config is not None and isinstance(model, PeftModel) and changes_base(model):
+        return copy.deepcopy(model).merge_and_unload().requires_grad_(False).eval()
     reference = frozen_copy(model)
     if peft_config is not None and isinstance(reference, PeftModel):
         reference.base_model.disable_adapter_layers()

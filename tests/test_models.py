@@ -145,10 +145,10 @@ def test_new_adapters_are_off_in_the_reference(model, args):
     config = lora()
     base = encode_images(model, pixels).detach()
     adapted = load_policy(model, None, args(), config)
+    reference = initial_policy(adapted, config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    reference = initial_policy(adapted, config)
     assert torch.equal(encode_images(reference, pixels), base)
     assert not torch.allclose(encode_images(adapted, pixels), base)
 

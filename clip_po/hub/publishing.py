@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from peft import PeftModel
 from torch import Tensor
 from transformers import ProcessorMixin, Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from clip_po.adapters import save_adapters
 from clip_po.hub.card import CARD_FILE
 from clip_po.hub.redaction import publishable, redacted
 
@@ -42,7 +45,8 @@ def save_pretrained(
     Path(folder).mkdir(parents=True, exist_ok=True)
     card = Path(folder, CARD_FILE)
     written = card.read_bytes() if card.is_file() else None
-    model.save_pretrained(folder, state_dict=state_dict)
+    save = functools.partial(save_adapters, model) if isinstance(model, PeftModel) else model.save_pretrained
+    save(folder, state_dict=state_dict)
     if written is not None:  # PEFT and ModelHubMixin write a card of their own, PEFT with the folder of the base model
         card.write_bytes(written)
     else:
