@@ -30,7 +30,8 @@ from clip_po.data.streamed_pairs import StreamedPairs, checked_stream, is_stream
 from clip_po.encoding import CachedTextEmbeddings, encode_texts, encode_texts_autocast
 from clip_po.evaluation.report.summary import measured_table
 from clip_po.hub.card import CARD_FILE, CheckpointKind, card_of_run
-from clip_po.hub.publishing import save_pretrained
+from clip_po.hub.publishing import push_model, save_pretrained
+from clip_po.hub.retries import call_hub
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, loss_of_parts, preference_metrics
 from clip_po.models import check_processor, default_output_dir, dual_encoder, load_policy, load_processor
@@ -750,6 +751,33 @@ class ContrastivePOTrainer(Trainer):
         """What checkpoints hold, for the model card."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return "adapter" if isinstance(model, PeftModel) else "model"
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Create the repository on the Hub, repeated while the Hub is busy.
+
+        Args:
+            *args: As in `Trainer.init_hf_repo`.
+            **kwargs: As in `Trainer.init_hf_repo`.
+
+        Raises:
+            HubError: If the Hub refuses, or stays busy or out of reach.
+        """
+        call_hub(f"Creating the repository {self.args.hub_model_id!r}", super().init_hf_repo, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model and push the output folder to the Hub, repeated while the Hub is busy.
+
+        Args:
+            *args: As in `Trainer.push_to_hub`.
+            **kwargs: As in `Trainer.push_to_hub`.
+
+        Returns:
+            The commit; with `blocking=False` a future of it; None in every process but the first.
+
+        Raises:
+            HubError: If the Hub refuses, or stays busy or out of reach.
+        """
+        return push_model(self, *args, **kwargs)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the model card into the output folder.

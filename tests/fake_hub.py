@@ -1,9 +1,10 @@
-"""A Hub on 127.0.0.1 that keeps what is pushed to it: just the calls that a push makes."""
+"""A Hub on 127.0.0.1 that keeps what is pushed to it: just the calls of a push and of a download."""
 
 import base64
 import json
 import re
 import threading
+import zlib
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,12 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class FakeHub:
     """Start it with `with FakeHub() as hub`.
 
-    By repository, `hub.files` maps paths to their bytes and `hub.commits` lists summaries.
+    By repository, `hub.files` maps paths to their bytes and `hub.commits` lists summaries. `hub.requests` lists
+    method, path and authorization. `hub.failures` maps a part of a path to what its next requests are answered:
+    (status, headers) each.
     """
 
     def __enter__(self):
         self.files, self.commits = defaultdict(dict), defaultdict(list)
-        self.objects, self.bodies = {}, []
+        self.objects, self.bodies, self.requests, self.failures = {}, [], [], {}
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,17 +47,55 @@ class FakeHub:
                 self.end_headers()
                 self.wfile.write(data)
 
+            def fails(self):
+                hub.requests.append((self.command, self.path, self.headers.get("Authorization")))
+                planned = next(
+                    (answers for part, answers in hub.failures.items() if part in self.path and answers), None
+                )
+                if planned is None:
+                    return False
+                status, headers = planned.pop(0)
+                if self.command != "HEAD":
+                    self.body()
+                self.send_response(status)
+                for name, value in {"Content-Length": "0", **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                return True
+
             def repository(self):
                 return "/".join(self.path.split("/")[3:5])  # of /api/models/me/mine/...
 
+            def download(self):
+                """Answer HEAD and GET of /me/mine/resolve/<revision>/<file>."""
+                repository, _, rest = self.path.lstrip("/").partition("/resolve/")
+                content = hub.files[repository].get(rest.partition("/")[2])
+                found = {"X-Error-Code": "EntryNotFound"} if content is None else {"ETag": f'"{zlib.crc32(content)}"'}
+                self.send_response(404 if content is None else 200)
+                for name, value in {"X-Repo-Commit": "1" * 40, "Content-Length": len(content or b""), **found}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(content or b"")
+
+            def do_HEAD(self):
+                if not self.fails():
+                    self.download()
+
             def do_GET(self):
-                self.answer({"id": self.repository(), "siblings": [], "sha": "0" * 40, "private": False})
+                if self.fails():
+                    return None
+                if "/resolve/" in self.path:
+                    return self.download()
+                return self.answer({"id": self.repository(), "siblings": [], "sha": "0" * 40, "private": False})
 
             def do_PUT(self):
                 hub.objects[self.path.rsplit("/", 1)[-1]] = self.body()
                 self.answer({})
 
             def do_POST(self):
+                if self.fails():
+                    return
                 data = self.body()
                 if self.path == "/api/repos/create":
                     asked = json.loads(data)
@@ -87,7 +128,7 @@ class FakeHub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *arguments):

@@ -59,10 +59,11 @@ def main(argv: Sequence[str]) -> None:
         check_writable(config.output_dir, "--output_dir")
         check_unused(config, config.resume_from_checkpoint, SAVED_FILES)
     start = time.time()
+    loaded = None if args.transform is None else ConceptTransform.from_pretrained(args.transform)
     case = (digits_case if args.dataset_name is None else labelled_case)(args, config.seed)
     if args.choose == "at_most":
         print(describe_promise(args.max_clean_cost, case.validation.rows), flush=True)
-    transform, accelerator = trained_transform(case, args, config)
+    transform, accelerator = trained_transform(case, loaded, args, config)
     result = measure(case, transform, args, config, accelerator)
     if accelerator.is_main_process:
         seconds = time.time() - start
@@ -93,14 +94,16 @@ class SteerResult:
     meeting: ScalePoint | None
 
 
-def trained_transform(case: Case, args: SteerArguments, config: ConceptConfig) -> tuple[ConceptTransform, Accelerator]:
-    """Train W, or load it if the arguments name a folder, and save it to the output folder.
+def trained_transform(
+    case: Case, loaded: ConceptTransform | None, args: SteerArguments, config: ConceptConfig
+) -> tuple[ConceptTransform, Accelerator]:
+    """Train W unless it was loaded, and save it to the output folder.
 
     Returns:
         W on the CPU, and the accelerator that the model is on.
     """
-    if args.transform is not None:
-        transform, accelerator = ConceptTransform.load(args.transform), Accelerator(cpu=config.use_cpu)
+    if loaded is not None:
+        transform, accelerator = loaded, Accelerator(cpu=config.use_cpu)
         case.model.to(accelerator.device)
     else:
         transform = ConceptTransform(case.model.config.projection_dim, towers=args.towers)

@@ -68,7 +68,7 @@ class SteerArguments(TaskArguments):
     transform: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of a trained transformation (an earlier output_dir) to use instead of training one."
+            "help": "Trained transformation to use instead of training one: folder (an earlier output_dir) or Hub id."
         },
     )
     renderings: int | None = field(

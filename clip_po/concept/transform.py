@@ -30,11 +30,11 @@ Source: Afzali et al. 2025, arXiv 2411.08923. (1 - t) I + t W is the interpolati
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from huggingface_hub import ModelHubMixin
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -43,6 +43,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from clip_po.hub.retries import call_hub, find_file
 from clip_po.models import dual_encoder
 from clip_po.validation import FINITE, check_number
 
@@ -57,7 +58,24 @@ Start = Literal["identity", "orthogonal"]
 ScalePath = Literal["singular", "straight"]
 
 
-class ConceptTransform(nn.Module):
+_CARD = """---
+{{ card_data }}
+---
+
+A linear transformation W of the embeddings of a CLIP model, trained with clip_po on the model BASE.
+
+```python
+from clip_po.concept import ConceptTransform
+
+concept = ConceptTransform.from_pretrained(REPOSITORY)
+model = concept.fold_into(CLIPModel.from_pretrained(BASE), t=1.0)
+```
+"""
+
+
+class ConceptTransform(  # type: ignore[call-arg]  # mypy does not see __init_subclass__ of the mixin
+    ModelHubMixin, nn.Module, library_name="clip_po", tags=["clip", "clip_po"], model_card_template=_CARD
+):
     """Linear transformation W of frozen, unit-norm embeddings, followed by normalization.
 
     Example:
@@ -246,41 +264,52 @@ class ConceptTransform(nn.Module):
         }
         save_file(tensors, Path(folder) / CONCEPT_FILE, metadata=metadata)
 
-    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Save the transformation for `load`, and its weights under the name from which a Trainer resumes.
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> str | None:
+        """Save the transformation with a config.json, and with a card if there is none.
 
         Args:
             folder: The folder. Created if it does not exist.
-            state_dict: The weights as gathered by a Trainer. Defaults to the weights of the transformation.
+            **kwargs: As in `ModelHubMixin.save_pretrained`. A Trainer gives `state_dict`, the weights as it gathered
+                them or None, and finds them again in model.safetensors when it resumes.
+
+        Returns:
+            URL of the commit with `push_to_hub=True`, else None.
         """
-        self.save(folder)
-        weights = {name: matrix.contiguous().cpu() for name, matrix in (state_dict or self.state_dict()).items()}
-        save_file(weights, Path(folder) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        saved = super().save_pretrained(folder, **{k: v for k, v in kwargs.items() if k != "state_dict"})
+        if "state_dict" in kwargs:
+            weights = kwargs["state_dict"] or self.state_dict()
+            tensors = {name: matrix.contiguous().cpu() for name, matrix in weights.items()}
+            save_file(tensors, Path(folder) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        return saved
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory)
 
     @classmethod
-    def load(cls, folder: str | Path) -> ConceptTransform:
-        """Load a transformation that `save` wrote, on the CPU.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> ConceptTransform:
+        """Load a transformation from a folder or the Hub, on the CPU. Only safetensors are read.
 
         Args:
-            folder: The folder that `save` or `save_pretrained` wrote to.
+            pretrained_model_name_or_path: Folder or Hub id.
+            **hub: For a Hub id, `revision`, `token` and other arguments of `huggingface_hub.hf_hub_download`.
 
         Returns:
             The transformation, with its matrices in the dtype in which they were saved.
 
         Raises:
-            FileNotFoundError: If the folder does not contain a transformation.
+            FileNotFoundError: If the folder or the repository does not contain a transformation.
+            HubError: If the Hub refuses, or stays busy or out of reach.
             ValueError: If the file is damaged or is something else.
         """
-        file = Path(folder) / CONCEPT_FILE
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{str(folder)!r} does not contain {CONCEPT_FILE}. ConceptTransform.save writes one."
-            )
+        file = find_file(pretrained_model_name_or_path, CONCEPT_FILE, "ConceptTransform.save writes one.", **hub)
         try:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
             tensors = load_file(file)
-            transform = cls(int(metadata["dim"]), int(metadata["output_dim"]), metadata["towers"])
+            sizes = (int(metadata["output_dim"]), int(metadata["dim"]))
+            if any(tuple(matrix.shape) != sizes for matrix in tensors.values()):
+                raise ValueError(f"its matrices are not {sizes[0]} x {sizes[1]}")
+            transform = cls(sizes[1], sizes[0], metadata["towers"])
             transform.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
         except (SafetensorError, KeyError, ValueError, RuntimeError, StopIteration) as error:
             raise ValueError(
@@ -288,6 +317,24 @@ class ConceptTransform(nn.Module):
                 f"({type(error).__name__}: {error}). Save it again from the trained one."
             ) from error
         return transform
+
+    load = from_pretrained
+    """The same, under the name that pairs with `save`."""
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Push the transformation to the Hub, repeated while the Hub is busy.
+
+        Args:
+            repo_id: Id of the repository. Created if it does not exist.
+            **kwargs: As in `ModelHubMixin.push_to_hub`: `token`, `branch`, `private`, `commit_message` and others.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            HubError: If the Hub refuses, or stays busy or out of reach.
+        """
+        return call_hub(f"Pushing the transformation to {repo_id!r}", super().push_to_hub, repo_id, **kwargs)
 
     def extra_repr(self) -> str:
         """Return sizes and towers, for `print`.

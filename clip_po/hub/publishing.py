@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import Tensor
 from transformers import ProcessorMixin, Trainer
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
 from clip_po.adapters import save_adapters
 from clip_po.hub.card import CARD_FILE
 from clip_po.hub.redaction import publishable, redacted
+from clip_po.hub.retries import call_hub
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +48,7 @@ def save_pretrained(
     Path(folder).mkdir(parents=True, exist_ok=True)
     card = Path(folder, CARD_FILE)
     written = card.read_bytes() if card.is_file() else None
-    save = functools.partial(save_adapters, model) if isinstance(model, PeftModel) else model.save_pretrained
+    save = partial(save_adapters, model) if isinstance(model, PeftModel) else model.save_pretrained
     save(folder, state_dict=state_dict)
     if written is not None:  # PEFT and ModelHubMixin write a card of their own, PEFT with the folder of the base model
         card.write_bytes(written)
@@ -54,6 +57,55 @@ def save_pretrained(
     processor.save_pretrained(folder)
     text = json.dumps(publishable(settings), indent=2, sort_keys=True, default=str)
     Path(folder, TRAINING_ARGS_FILE).write_text(text + "\n")
+
+
+def push_model(
+    trainer: Trainer,
+    commit_message: str | None = "End of training",
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    **kwargs: Any,
+) -> CommitInfo | Future[CommitInfo] | None:
+    """Save the model of a trainer and push its output folder, without checkpoints.
+
+    `Trainer.push_to_hub` can't repeat its upload alone, and saving again needs every process.
+
+    Args:
+        trainer: The trainer. Every process must call the function.
+        commit_message: Message of the commit.
+        blocking: Whether to wait for the end of the upload.
+        token: Token with write access; defaults to `hub_token` of the arguments.
+        revision: Branch to push to; defaults to `hub_revision` of the arguments.
+        private: Whether a new repository is private; defaults to `hub_private_repo` of the arguments.
+        **kwargs: As in `create_model_card` of the trainer.
+
+    Returns:
+        The commit; a future of it if `blocking` is False; None in every process but the first.
+
+    Raises:
+        HubError: If the Hub refuses, or stays busy or out of reach.
+    """
+    args = trainer.args
+    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+    token = token or args.hub_token
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo(token=token, **({} if private is None else {"private": private}))
+    trainer.save_model(_internal_call=True)
+    if not trainer.is_world_process_zero():
+        return None
+    trainer.create_model_card(**kwargs)
+    push = partial(
+        upload,
+        str(trainer.hub_model_id),
+        str(args.output_dir),
+        commit_message=commit_message,
+        token=token,
+        revision=revision or args.hub_revision,
+        ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+    )
+    return push() if blocking else huggingface_hub.run_as_future(push)
 
 
 def push_checkpoint(trainer: Trainer, folder: Path, strategy: HubStrategy) -> None:
@@ -78,11 +130,29 @@ def _push(trainer: Trainer, folder: Path, strategy: HubStrategy) -> None:
     message = f"Training in progress, step {trainer.state.global_step}"
     trainer.push_to_hub(commit_message=message, revision=args.hub_revision)
     if strategy != HubStrategy.EVERY_SAVE and trainer.is_world_process_zero():
-        huggingface_hub.upload_folder(
-            repo_id=trainer.hub_model_id,
-            folder_path=folder,
+        upload(
+            str(trainer.hub_model_id),
+            folder,
             path_in_repo="last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name,
             commit_message=f"{message}, checkpoint",
             token=args.hub_token,
             revision=args.hub_revision,
         )
+
+
+def upload(repo_id: str, folder: str | Path, **kwargs: Any) -> CommitInfo:
+    """Upload a folder to the Hub in one commit, repeated while the Hub is busy.
+
+    Args:
+        repo_id: Id of the repository.
+        folder: The folder.
+        **kwargs: As in `huggingface_hub.upload_folder`.
+
+    Returns:
+        The commit.
+
+    Raises:
+        HubError: As in `call_hub`.
+    """
+    what = f"Pushing {str(folder)!r} to {repo_id!r}"
+    return call_hub(what, huggingface_hub.upload_folder, repo_id=repo_id, folder_path=folder, **kwargs)
