@@ -102,6 +102,11 @@ def find_file(name: str | os.PathLike[str], file: str, written_by: str, **hub: A
             return Path(call_hub(f"Loading {str(name)!r}", hf_hub_download, str(name), file, **hub))
         except RemoteEntryNotFoundError:
             pass
+        except LocalEntryNotFoundError as error:  # offline mode
+            raise FileNotFoundError(
+                f"{str(name)!r} is not a folder, and {file} of a Hub repository of that name is not in the cache, "
+                f"while HF_HUB_OFFLINE is set. Check the name. {written_by}"
+            ) from error
         except HFValidationError as error:
             raise FileNotFoundError(f"{str(name)!r} is neither a folder nor a Hub id. Check the name.") from error
     if not found.is_file():
