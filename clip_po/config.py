@@ -90,6 +90,7 @@ BOOLEAN_ARGUMENTS = (
     "train_text_model",
     "train_logit_scale",
     "disable_dropout",
+    "ignore_run_differences",
 )
 """Arguments that must be True or False. Any string, even "false", would count as True."""
 
@@ -161,6 +162,10 @@ class ContrastivePOConfig(TrainingArguments):
 
         overwrite_output_dir (`bool`, defaults to `False`): Replace what an earlier run left in `output_dir`. Training
             then starts by deleting that run's checkpoints. By default, a new run in a folder with checkpoints raises.
+        ignore_run_differences (`bool`, defaults to `False`): Resume from a checkpoint although data, candidate texts,
+            reference or settings differ from those of the run that wrote it, and log the differences. By default, they
+            raise. The optimizer and its schedule keep the values in the checkpoint. A longer run (`num_train_epochs`,
+            `max_steps`) is no difference.
 
         > The model
 
@@ -217,6 +222,10 @@ class ContrastivePOConfig(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Replace what an earlier run left in output_dir, checkpoints included; default: refuse."},
+    )
+    ignore_run_differences: bool = field(
+        default=False,
+        metadata={"help": "Resume although data or settings differ from the run of the checkpoint; default: refuse."},
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],

@@ -48,6 +48,7 @@ from clip_po.training.nan_guard import NanGuardCallback
 from clip_po.training.output_folder import OverwriteCallback, check_unused
 from clip_po.training.random_state import unchanged_random_state
 from clip_po.training.resuming import check_resume
+from clip_po.training.run_identity import RunIdentityCallback
 from clip_po.training.sharding import allow_sharding
 from clip_po.training.stream_position import StreamPositionCallback
 
@@ -151,9 +152,9 @@ class ContrastivePOTrainer(Trainer):
         self.training_means, self.evaluation_means = RunningMeans(), RunningMeans()
         self.skipped_in_training, self.skipped_in_evaluation = SkippedRows(), SkippedRows()
         self._stream_position, self._checkpoints = StreamPositionCallback(), CheckpointCallback(self)
-        self._nan_guard = NanGuardCallback(self)
+        self._nan_guard, self._identity = NanGuardCallback(self), RunIdentityCallback(self)
         watching = (NoInputGradientsCallback(), LogitScaleCallback(), self._nan_guard, self._stream_position)
-        for callback in (*watching, OverwriteCallback(), self._checkpoints):
+        for callback in (*watching, OverwriteCallback(), self._identity, self._checkpoints):
             self.add_callback(callback)
 
     def _use_encoder(self, encoder: PreTrainedModel | PeftModel) -> None:
@@ -438,7 +439,8 @@ class ContrastivePOTrainer(Trainer):
             As from `Trainer.train`.
 
         Raises:
-            ValueError, OSError: If the checkpoint is not whole, damaged, unsafe to read, or of another run; if
+            ValueError, OSError: If the checkpoint is not whole, damaged, unsafe to read, or of a run with other data,
+                texts, reference or settings, unless `ignore_run_differences` says so; if
                 `output_dir` holds checkpoints of an earlier run, unless `overwrite_output_dir` says so; or if
                 there is no `train_dataset`, a row of a stream can't be used, or all rows were skipped.
             UnreadableImage: If an image can't be read and `on_bad_image` is "raise".
@@ -455,6 +457,7 @@ class ContrastivePOTrainer(Trainer):
             self.train_dataset.start_from(StreamMark.load(str(folder)) if resumes else None)
         if folder is not None:
             check_resume(self, folder)
+            self._identity.check(folder)
         try:
             return super().train(folder, *args, **kwargs)
         finally:
