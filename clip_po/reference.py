@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from datasets.utils import tqdm
 from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
 from clip_po.adapters import changes_base

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets.utils import tqdm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import CLIPModel
 
 from clip_po.data.images import to_pixels

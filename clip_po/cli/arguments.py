@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import ProcessorMixin
 from transformers.utils import logging
-from trl import ScriptArguments, TrlParser
+from trl import ScriptArguments
 
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.words import EVERYDAY_WORDS, spelling
@@ -22,7 +22,7 @@ from clip_po.data.class_labels import encode_labels, readable_names
 from clip_po.data.class_positions import shortened
 from clip_po.data.loading import load_split
 from clip_po.models import crop_side, image_size
-from clip_po.validation import COUNT, check_number
+from clip_po.validation import COUNT, check_number, check_templates
 
 logger = logging.get_logger(__name__)
 
@@ -59,10 +59,11 @@ class TaskArguments(ScriptArguments):
             "help": "YAML or JSON file that renames classes of the dataset, such as {n02099601: golden retriever}."
         },
     )
-    prompt_template: str | None = field(
+    prompt_template: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Prompt of a class, with {} for its name. Default: the checkpoint's, else 'a photo of a {}'."
+            "help": "Prompt of a class, with {} for its name. Default: the checkpoint's, else 'a photo of a {}'. "
+            "Several are an ensemble, for evaluate: their embeddings are averaged."
         },
     )
     attack_words: list[str] | None = field(
@@ -111,7 +112,11 @@ class TaskArguments(ScriptArguments):
         self.check()
 
     def check(self) -> None:
-        """Raise if numbers are out of range or streaming is requested."""
+        """Raise if numbers are out of range, a prompt has no place for the name, or streaming is requested."""
+        if isinstance(self.prompt_template, str):  # in a recipe
+            self.prompt_template = [self.prompt_template]
+        if self.prompt_template is not None:
+            check_templates(self.prompt_template, "--prompt_template")
         for name in ("attack_size", "attack_rotation", "attack_count"):
             if len(getattr(self, name)) != 2:
                 raise ValueError(f"--{name} takes two numbers, the lowest and the highest, got {getattr(self, name)}.")
@@ -169,6 +174,25 @@ class TaskArguments(ScriptArguments):
             f"The column {self.label_column!r} is {dataset.features.get(self.label_column)}, which has no class names "
             f"(columns: {dataset.column_names}). Give --class_names, one for each label, or --label_column."
         )
+
+    def templates(self, task: Task | None = None) -> list[str]:
+        """Return the prompts: as given, else the one of the checkpoint, else `DEFAULT_TEMPLATE`.
+
+        Args:
+            task: The task of the checkpoint; None if there is none.
+
+        Returns:
+            One or more prompts with one `{}`.
+        """
+        return self.prompt_template or [DEFAULT_TEMPLATE if task is None else task.prompt_template]
+
+    def check_single_prompt(self) -> None:
+        """Raise if there are several prompts: a preference in training is between two texts, not between averages."""
+        if self.prompt_template is not None and len(self.prompt_template) > 1:
+            raise ValueError(
+                f"--prompt_template has {len(self.prompt_template)} prompts, but training uses one. Give one here. "
+                "clip-po evaluate averages the embeddings of several."
+            )
 
     def dataset_names(self, dataset: Dataset) -> list[str] | None:
         """Return the class names as the dataset has them; None if its labels have none."""
@@ -270,29 +294,6 @@ class Task:
                 f"{str(file)!r} does not contain class_names and prompt_template as JSON ({type(error).__name__}: "
                 f"{error}). Delete it and give --class_names and --prompt_template, or save the model again."
             ) from error
-
-
-def flag_value(name: str, argv: Sequence[str]) -> str | None:
-    """Return the value of a flag that is needed before the others are parsed, from flags or YAML file."""
-    for position, word in enumerate(argv):
-        if word == f"--{name}":
-            return argv[position + 1] if position + 1 < len(argv) else None
-        if word.startswith(f"--{name}="):
-            return word.split("=", 1)[1]
-    if name != "config" and (file := flag_value("config", argv)) is not None:
-        return read_mapping(file).get(name)
-    return None
-
-
-def parse_flags(parser: TrlParser, argv: Sequence[str]) -> tuple[Any, ...]:
-    """Parse flags and `--config` into one object for each class of the parser.
-
-    Raises:
-        ValueError, OSError: As in `read_mapping`.
-    """
-    if (file := flag_value("config", argv)) is not None:
-        read_mapping(file)  # TrlParser's own errors do not name the file
-    return parser.parse_args_and_config(list(argv))
 
 
 def read_mapping(file: str, flag: str = "--config") -> dict[str, Any]:

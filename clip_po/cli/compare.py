@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from transformers import CLIPProcessor
 from transformers.utils import logging
 
-from clip_po.cli.arguments import DEFAULT_TEMPLATE
 from clip_po.cli.compare_arguments import CompareArguments, Recipe, parse
 from clip_po.cli.compare_methods import DETERMINISTIC_METHODS, ComparisonSetup, MethodResult, run_method
 from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
@@ -199,7 +198,7 @@ def _load_setup(args: CompareArguments, recipe: Recipe) -> ComparisonSetup:
     processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     dataset = args.load(args.dataset_train_split, 0)
     names = args.names(dataset)
-    template = args.prompt_template or DEFAULT_TEMPLATE
+    (template,) = args.templates()
     shared = {name: getattr(args, name) for name in SHARED_FLAGS}
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     quiet["overwrite_output_dir"] = True  # of a run that was stopped: a finished one is not run again

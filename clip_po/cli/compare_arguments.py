@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trl import TrlParser
-
-from clip_po.cli.arguments import TaskArguments, flag_value, read_mapping
+from clip_po.cli.arguments import TaskArguments, read_mapping
 from clip_po.cli.compare_methods import METHODS
+from clip_po.cli.flags import FlagParser, flag_value, without_config
 from clip_po.evaluation.interpolation import check_bound
 
 RECIPE_KEYS = ("methods", "attacks", "training")
@@ -46,6 +45,7 @@ class CompareArguments(TaskArguments):
     def __post_init__(self) -> None:
         """Raise if a flag is missing or cannot work, before anything is loaded."""
         super().__post_init__()
+        self.check_single_prompt()
         check_bound(self.max_clean_cost)
         if self.attack_fonts is not None:
             raise ValueError(
@@ -126,11 +126,10 @@ def parse(argv: Sequence[str]) -> tuple[CompareArguments, Recipe]:
     settings = read_mapping(file)
     named = {key: settings.pop(key) for key in RECIPE_KEYS if key in settings}
     recipe = Recipe(**{"attacks": DEFAULT_ATTACKS, "methods": {}, "training": {}, **named})
-    parser = TrlParser([CompareArguments], prog="clip-po compare")
-    if unknown := set(settings) - {action.dest for action in parser._actions}:
-        raise ValueError(f"{file} has unknown keys {sorted(unknown)}. Use flags or one of {RECIPE_KEYS}.")
+    parser = FlagParser([CompareArguments], "compare")
+    parser.check_recipe(settings, file)
     parser.set_defaults(**settings)
-    position = next(i for i, word in enumerate(argv) if word.startswith("--config"))
-    flags = [*argv[:position], *argv[position + (1 if "=" in argv[position] else 2) :]]
-    (args,) = parser.parse_args_into_dataclasses(flags)
+    flags = without_config(argv)
+    parser.check_flags(flags)
+    (args,) = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     return args, recipe

@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import CLIPModel, CLIPProcessor, PrinterCallback
 from transformers.utils import logging
-from trl import TrlParser
 
-from clip_po.cli.arguments import Task, parse_flags
+from clip_po.cli.arguments import Task
+from clip_po.cli.flags import FlagParser, parse_flags
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.typographic_preferences import TypographicPreferences
@@ -74,7 +74,7 @@ class DemoArguments:
 
 def main(argv: Sequence[str]) -> None:
     """Align by each method and measure; write report, page, picture and the best checkpoint; print the table."""
-    (args,) = parse_flags(TrlParser([DemoArguments], prog="clip-po demo"), argv)
+    (args,) = parse_flags(FlagParser([DemoArguments], "demo"), argv)
     check_writable(args.output_dir, "--output_dir")
     start = time.time()
     logging.disable_progress_bar()  # of loading and saving the few megabytes of the model

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from datasets import Dataset
-from trl import TrlParser
 
-from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task, parse_flags
+from clip_po.cli.arguments import Task
 from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.cli.evaluate_common import Measurement, Models, default_folder, load_models, measurable_rows
 from clip_po.cli.evaluate_fairness import attribute_suite, measure_fairness
 from clip_po.cli.evaluate_suite import chosen_suite, measure_suite
+from clip_po.cli.flags import FlagParser, parse_flags
 from clip_po.data.attacks.fonts import unseen_fonts
 from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.report.before_after import before_after_grid, changes_line, choose_examples
@@ -56,7 +56,7 @@ def parse(argv: Sequence[str]) -> EvaluateArguments:
     Raises:
         ValueError: If --model_name_or_path is missing, or another argument is not valid.
     """
-    (args,) = parse_flags(TrlParser([EvaluateArguments], prog="clip-po evaluate"), argv)
+    (args,) = parse_flags(FlagParser([EvaluateArguments], "evaluate"), argv)
     if args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing. Give a Hub id or the folder of a CLIPModel.")
     return args
@@ -70,13 +70,11 @@ def load(args: EvaluateArguments) -> Callable[[Models], Measurement]:
     return partial(measure_fairness if suite.measures == "fairness" else measure_suite, args, suite)
 
 
-def load_task(args: EvaluateArguments) -> tuple[Dataset, Task]:
-    """Return the images, and their class names and template: as given, else those of the checkpoint."""
+def load_task(args: EvaluateArguments) -> tuple[Dataset, list[str], list[str]]:
+    """Return the images, and their class names and templates: as given, else those of the checkpoint."""
     task = Task.load(str(args.model_name_or_path))
     dataset = args.load(args.dataset_test_split, args.seed)
-    names = args.names(dataset, task)
-    template = args.prompt_template or (task.prompt_template if task else DEFAULT_TEMPLATE)
-    return dataset, Task(names, template)
+    return dataset, args.names(dataset, task), args.templates(task)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +115,16 @@ class RobustnessMeasurement(Measurement):
         return files
 
 
-def measure_robustness(args: EvaluateArguments, dataset: Dataset, task: Task, models: Models) -> RobustnessMeasurement:
+def measure_robustness(
+    args: EvaluateArguments, dataset: Dataset, names: Sequence[str], templates: Sequence[str], models: Models
+) -> RobustnessMeasurement:
     """Measure the robustness of models to attacks with fonts that no training uses.
 
     Args:
         args: Arguments of the command.
         dataset: The images.
-        task: Their class names and the template.
+        names: Their class names, in the order of the labels.
+        templates: Prompts with one `{}`. The embeddings of several are averaged.
         models: The models.
 
     Returns:
@@ -132,7 +133,6 @@ def measure_robustness(args: EvaluateArguments, dataset: Dataset, task: Task, mo
     Raises:
         ValueError: As for `RobustnessImages` and `evaluate_robustness`.
     """
-    names, template = task.class_names, task.prompt_template
     attack = args.attack(names, unseen_fonts(), models.processor, args.seed)
     rows = measurable_rows(args, dataset, args.image_column, models.accelerator)
     images = RobustnessImages(
@@ -144,9 +144,10 @@ def measure_robustness(args: EvaluateArguments, dataset: Dataset, task: Task, mo
         label_column=args.label_column,
         renderings=args.renderings,
     )
-    evaluator = RobustnessEvaluator(images, [template], batch_size=args.batch_size, num_workers=args.num_workers)
+    evaluator = RobustnessEvaluator(images, templates, batch_size=args.batch_size, num_workers=args.num_workers)
     measured = evaluator.measure(models.by_name, accelerator=models.accelerator)
     metrics = models.report(evaluator, measured)
+    prompts = templates[0] if len(templates) == 1 else templates
     return RobustnessMeasurement(
         metrics=metrics,
         table=robustness_table(metrics),
@@ -157,7 +158,7 @@ def measure_robustness(args: EvaluateArguments, dataset: Dataset, task: Task, mo
             "skipped_rows": len(dataset) - len(rows),
             "class_names": names,
         },
-        settings={**asdict(args), "attack": asdict(attack), "prompt_template": template},
+        settings={**asdict(args), "attack": asdict(attack), "prompt_template": prompts},
         name=f"{Path(str(args.dataset_name)).name}-{args.dataset_test_split}",
         answers={"": Answers.about(images, measured)},
         images=images,

@@ -78,7 +78,7 @@ def attribute_suite(args: EvaluateArguments) -> Suite:
         name=Path(args.dataset_name).name,
         path=args.dataset_name,
         layout="attributes",
-        templates=["{}" if args.prompt_template is None else args.prompt_template],
+        templates=args.prompt_template or ["{}"],
         class_names=None,
         source="--dataset_name",
         license=None,

@@ -85,7 +85,7 @@ def chosen_suite(args: EvaluateArguments) -> Suite:
         )
         suite = replace(suite, entries=(own,))
     if args.prompt_template is not None:
-        entries = tuple(replace(entry, templates=[args.prompt_template]) for entry in suite.entries)
+        entries = tuple(replace(entry, templates=args.prompt_template) for entry in suite.entries)
         suite = replace(suite, entries=entries)
     return suite
 

@@ -1,5 +1,7 @@
 """Generator of the help pages in assets/help, so that `--help` does not import the packages of the commands.
 
+`COMMAND.txt` has all flags and `COMMAND-short.txt`, where there are many, the flags that matter most.
+
 Run `python -m clip_po.cli.help` after changing a flag.
 """
 
@@ -8,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
 from clip_po.cli.compare_arguments import CompareArguments
 from clip_po.cli.demo import DemoArguments
@@ -73,6 +75,37 @@ the attacks to measure under, and the training flags that all trained methods sh
 was stopped continues where it stopped: each method and seed runs once.""",
 }
 """Text between the examples and the flags."""
+
+MAIN_FLAGS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "train": {
+        "Model and data": [
+            "model_name_or_path",
+            "dataset_name",
+            "image_column",
+            "label_column",
+            "class_names",
+            "prompt_template",
+        ],
+        "Output": ["output_dir", "overwrite_output_dir", "resume_from_checkpoint"],
+        "The method": ["preset", "loss_type", "beta", "reg_weight", "labels", "max_clean_cost"],
+        "Training": ["learning_rate", "num_train_epochs", "per_device_train_batch_size", "use_peft", "seed"],
+    },
+    "steer": {
+        "Model and data": [
+            "model_name_or_path",
+            "dataset_name",
+            "image_column",
+            "label_column",
+            "class_names",
+            "prompt_template",
+        ],
+        "Output": ["output_dir", "overwrite_output_dir"],
+        "The scale t": ["t", "choose", "max_clean_cost", "transform", "towers"],
+        "The method": ["loss_type", "beta", "reg_weight", "penalty_weight"],
+        "Training": ["learning_rate", "num_train_epochs", "seed"],
+    },
+}
+"""The twenty flags of a command that matter most, by heading. The commands without an entry have few flags."""
 
 ARGUMENTS: Mapping[str, type] = {
     "train": TrainArguments,
@@ -156,8 +189,7 @@ def sections(command: str) -> dict[str, list[dataclasses.Field[Any]]]:
     """
     if command == "demo":
         return {"The demo": own_fields(DemoArguments)}
-    own = own_fields(ARGUMENTS[command], ScriptArguments)
-    found = {"Data and attack": [*own_fields(ScriptArguments), *own]}
+    found = {"Data and attack": own_fields(ARGUMENTS[command])}
     if command in DEFAULTS:
         config = ConceptConfig if command == "steer" else ContrastivePOConfig
         found["The method"] = own_fields(config, TrainingArguments)
@@ -171,7 +203,7 @@ def sections(command: str) -> dict[str, list[dataclasses.Field[Any]]]:
 
 
 def page(command: str) -> str:
-    """Build the help page of a command.
+    """Build the help page of a command, with all of its flags.
 
     Args:
         command: One of `COMMANDS`.
@@ -179,6 +211,25 @@ def page(command: str) -> str:
     Returns:
         The page.
     """
+    return _page(command, sections(command))
+
+
+def short_page(command: str) -> str:
+    """Build the help page of a command, with the flags that matter most.
+
+    Args:
+        command: One of `MAIN_FLAGS`.
+
+    Returns:
+        The page. Its last line says how many flags it leaves out.
+    """
+    fields = {field.name: field for found in sections(command).values() for field in found}
+    shown = {title: [fields[name] for name in names] for title, names in MAIN_FLAGS[command].items()}
+    others = len(fields) - sum(map(len, shown.values()))
+    return _page(command, shown) + f"\nclip-po {command} --help-all lists the other {others} flags too.\n"
+
+
+def _page(command: str, flags: Mapping[str, Sequence[dataclasses.Field[Any]]]) -> str:
     overrides = DEFAULTS.get(command, {})
     parts = [
         f"usage: clip-po {command} [--flag value ...] [--config file.yaml]",
@@ -186,7 +237,7 @@ def page(command: str) -> str:
         textwrap.indent(EXAMPLES[command], "  "),
         *([REMARKS[command]] if command in REMARKS else []),
     ]
-    for title, fields in sections(command).items():
+    for title, fields in flags.items():
         parts.append(f"{title}:\n" + "\n".join(describe(f, default_of(f, overrides)) for f in fields))
     return "\n\n".join(parts) + "\n"
 
@@ -197,6 +248,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for command in COMMANDS:
         (folder / f"{command}.txt").write_text(page(command))
+    for command in MAIN_FLAGS:
+        (folder / f"{command}-short.txt").write_text(short_page(command))
 
 
 if __name__ == "__main__":

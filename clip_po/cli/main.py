@@ -8,7 +8,7 @@ from importlib import import_module, metadata
 from importlib.resources import files
 
 from clip_po.cli.outcome import UNCHANGED, NothingChanged
-from clip_po.cli.output import piped_output
+from clip_po.cli.output import hide_progress_bars, piped_output
 from clip_po.hub.redaction import redacted
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
 """Description of each command, by name."""
 
 HELP = ("-h", "--help")
+HELP_ALL = "--help-all"
 
 USAGE_ERROR = 2
 """Exit status of a command that cannot run or had to stop."""
@@ -44,7 +45,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "clip-po COMMAND --help lists the flags of a command. clip-po --version prints the version.",
+            "clip-po COMMAND --help lists the flags of a command, and --help-all those that are rarely needed too.",
+            "clip-po --version prints the version.",
         ]
     )
 
@@ -79,11 +81,26 @@ def dispatch(command: str, rest: Sequence[str]) -> int:
         print(f"clip-po {metadata.version('clip_po')}")
     elif command not in COMMANDS:
         return fail(f"clip-po: unknown command {command!r}. Choose one of {', '.join(COMMANDS)}.")
-    elif any(flag in rest for flag in HELP):
-        print(files("clip_po").joinpath("assets", "help", f"{command}.txt").read_text(), end="")
+    elif HELP_ALL in rest or any(flag in rest for flag in HELP):
+        print(help_page(command, all_flags=HELP_ALL in rest), end="")
     else:
         return run(command, rest)
     return 0
+
+
+def help_page(command: str, *, all_flags: bool) -> str:
+    """Return the help page of a command.
+
+    Args:
+        command: One of `COMMANDS`.
+        all_flags: Whether to return the page of all flags, where there is a shorter one too.
+
+    Returns:
+        The page, as `clip_po.cli.help` has written it.
+    """
+    pages = files("clip_po").joinpath("assets", "help")
+    short = pages.joinpath(f"{command}-short.txt")
+    return (pages.joinpath(f"{command}.txt") if all_flags or not short.is_file() else short).read_text()
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -97,6 +114,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         The exit status: 0, `USAGE_ERROR`, `UNCHANGED` or `INTERRUPTED`.
     """
     module = import_module(f"clip_po.cli.{command}")
+    if not sys.stderr.isatty():
+        hide_progress_bars()
     try:
         module.main(argv)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:

@@ -1,4 +1,4 @@
-"""What commands print, and to whom: a pipe whose reader leaves early is no error."""
+"""What commands print, and to whom: a pipe may close early, and progress bars are for terminals."""
 
 from __future__ import annotations
 
@@ -35,6 +35,17 @@ class _Pipe:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def hide_progress_bars() -> None:
+    """Hide the progress bars of clip_po, datasets, transformers and huggingface_hub: in a file they are noise."""
+    import datasets
+    import huggingface_hub.utils
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from clip_po.evaluation.report.report_file import write_report
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.tables import format_estimate
 from clip_po.training.output_folder import check_unused
+from clip_po.training.printed_logs import print_numbers
 from clip_po.validation import check_writable
 
 SAVED_FILES = (CONCEPT_FILE, "checkpoint/model*.safetensors")
@@ -108,6 +109,7 @@ def trained_transform(
     else:
         transform = ConceptTransform(case.model.config.projection_dim, towers=args.towers)
         trainer = concept_trainer(case, transform, config)
+        print_numbers(trainer)
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         accelerator = trainer.accelerator
     if accelerator.is_main_process:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trl import TrlParser
-
-from clip_po.cli.arguments import TaskArguments, parse_flags
-from clip_po.cli.flags import resumed_checkpoint
+from clip_po.cli.arguments import TaskArguments
+from clip_po.cli.flags import FlagParser, parse_flags, resumed_checkpoint
 from clip_po.concept.sweep import SCALES
 from clip_po.concept.trainer import ConceptConfig
 from clip_po.evaluation.interpolation import check_bound
@@ -88,6 +87,7 @@ class SteerArguments(TaskArguments):
             missing = "--dataset_name" if self.dataset_name is None else "--model_name_or_path"
             raise ValueError(f"{missing} is missing. Give a model and a dataset, or neither for the embedded digits.")
         self.check()
+        self.check_single_prompt()
         check_bound(self.max_clean_cost)
         if not self.t or not all(math.isfinite(t) for t in self.t):
             raise ValueError(f"--t must be one or more finite numbers, got {self.t}. For example: --t -1 0 0.5 1.")
@@ -97,8 +97,8 @@ class SteerArguments(TaskArguments):
 
 def parse(argv: Sequence[str]) -> tuple[SteerArguments, ConceptConfig]:
     """Parse the arguments. Flags override the YAML file (`--config`), which overrides `DEFAULTS`."""
-    parser = TrlParser([SteerArguments, ConceptConfig], prog="clip-po steer")
-    parser.set_defaults_with_config(**DEFAULTS)
+    parser = FlagParser([SteerArguments, ConceptConfig], "steer")
+    parser.set_defaults_with_config(**DEFAULTS, disable_tqdm=not sys.stderr.isatty())
     args, config = parse_flags(parser, argv)
     config.resume_from_checkpoint = resumed_checkpoint(config.resume_from_checkpoint)
     return args, config

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from transformers import CLIPModel, CLIPProcessor
 
-from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task
+from clip_po.cli.arguments import Task
 from clip_po.cli.steer_arguments import SteerArguments
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
@@ -83,7 +83,7 @@ def labelled_case(args: SteerArguments, seed: int) -> Case:
     train, test = args.load(args.dataset_train_split, seed), args.load(args.dataset_test_split, seed)
     known = Task.load(str(args.model_name_or_path))
     names = args.names(train, known)
-    template = args.prompt_template or (known.prompt_template if known else DEFAULT_TEMPLATE)
+    (template,) = args.templates(known)
     train, validation = held_out(args, train, seed)
     image_column, label_column = args.image_column, args.label_column
 

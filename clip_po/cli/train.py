@@ -15,7 +15,7 @@ from transformers import CLIPModel, CLIPProcessor
 from transformers.trainer_utils import HubStrategy
 from trl import ModelConfig, get_peft_config
 
-from clip_po.cli.arguments import DEFAULT_TEMPLATE, Task
+from clip_po.cli.arguments import Task
 from clip_po.cli.outcome import NothingChanged
 from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.config import ContrastivePOConfig, check_precision
@@ -37,6 +37,7 @@ from clip_po.trainable import trained_linear_layers
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.callbacks import EvaluatorCallback
 from clip_po.training.output_folder import check_unused
+from clip_po.training.printed_logs import print_numbers
 from clip_po.validation import check_writable
 
 SAVED_FILES = ("model*.safetensors", SAFETENSORS_WEIGHTS_NAME)
@@ -83,11 +84,12 @@ def align(
     """
     check_model_arguments(args, model_args)
     dataset = task_args.load(task_args.dataset_train_split, args.seed)
-    names, template = task_args.names(dataset), task_args.prompt_template or DEFAULT_TEMPLATE
+    names, (template,) = task_args.names(dataset), task_args.templates()
     task = Task.of(names, template, task_args.dataset_names(dataset))
     model, processor = load_start(args, model_args)
     rows = load_preferences(dataset, task, model, processor, task_args, args)
     trainer = make_trainer(model, processor, rows, task_args, args, model_args)
+    print_numbers(trainer)
     templates = [task.prompt_template]
     images = None if rows.validation is None else validation_images(rows.validation, processor)
     if images is not None and args.eval_strategy != "no":

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
-from clip_po.cli.arguments import TaskArguments, flag_value, parse_flags
-from clip_po.cli.flags import resumed_checkpoint
+from clip_po.cli.arguments import TaskArguments
+from clip_po.cli.flags import FlagParser, flag_value, parse_flags, resumed_checkpoint
 from clip_po.config import PRESETS, ContrastivePOConfig, preset, preset_batch_size
 from clip_po.evaluation.interpolation import check_bound
 from clip_po.training.averaging import BetaMovingAverageCallback
@@ -94,6 +95,7 @@ class TrainArguments(TaskArguments):
     def __post_init__(self) -> None:
         """Raise if arguments can't work, before anything is loaded."""
         super().__post_init__()
+        self.check_single_prompt()
         if self.max_clean_cost is not None:
             check_bound(self.max_clean_cost)
         if self.early_stopping_patience is not None:
@@ -186,11 +188,12 @@ def workers(processes: int) -> int:
 
 def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, ModelConfig]:
     """Parse the arguments. Flags override `--config` (YAML), that overrides `--preset`, and that `DEFAULTS`."""
-    parser = TrlParser([TrainArguments, ContrastivePOConfig, ModelConfig], prog="clip-po train")
+    parser = FlagParser([TrainArguments, ContrastivePOConfig, ModelConfig], "train")
     chosen = flag_value("preset", argv)
     share = workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     # None would become "trainer_output" in the current folder.
     defaults = {**DEFAULTS, "output_dir": "", "lora_target_modules": None, "dataloader_num_workers": share}
+    defaults["disable_tqdm"] = not sys.stderr.isatty()
     if chosen is not None:
         defaults |= preset(chosen)
     parser.set_defaults_with_config(**defaults)

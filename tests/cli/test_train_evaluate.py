@@ -6,11 +6,13 @@ import shutil
 
 import datasets
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from samples import CLASSES, make_labelled, picture, write_parquet
+from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 
 from clip_po.cli import train
@@ -264,3 +266,37 @@ def test_a_report_goes_below_the_checkpoint_whatever_the_data_are_called(name, t
     assert folder.resolve().is_relative_to(tmp_path / "evaluation")
     folder.mkdir(parents=True)
     assert default_folder(tmp_path, name, "2026-01-01_00-00-00").name == "2026-01-01_00-00-00-2"
+
+
+# ---- Several prompts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_several_prompts_are_an_ensemble(clip_folder, parquet, tmp_path, repeated):
+    prompts = ["a photo of a {}", "a drawing of the {}", "{}"]
+    flags = [word for prompt in prompts for word in ("--prompt_template", prompt)]
+    command = ["evaluate", "--model_name_or_path", str(clip_folder), "--dataset_name", str(parquet)]
+    command += flags if repeated else ["--prompt_template", *prompts]
+    assert main([*command, "--output_dir", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["prompt_template"] == prompts
+    # As CLIP's notebooks: embeddings of unit norm are averaged, and the average is normalized.
+    model, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPProcessor.from_pretrained(clip_folder)
+    answers = Dataset.from_parquet(str(tmp_path / "answers.parquet"))
+    rows = load_split(str(parquet), "test")
+    with torch.no_grad():
+        texts = [[prompt.format(name) for prompt in prompts] for name in CLASSES]
+        each = [model.get_text_features(**processor(text=t, return_tensors="pt", padding=True)) for t in texts]
+        mean = F.normalize(torch.stack([F.normalize(e.pooler_output, dim=-1).mean(0) for e in each]), dim=-1)
+        pixels = processor(images=[image.convert("RGB") for image in rows["image"]], return_tensors="pt")
+        images = F.normalize(model.get_image_features(**pixels).pooler_output, dim=-1)
+    expected = [CLASSES[number] for number in (images @ mean.T).argmax(dim=1)]
+    (said,) = [name for name in answers.column_names if name.endswith("/clean")]
+    agree = sum(map(operator.eq, answers[said], expected))
+    assert agree >= 11  # of 12: the command enlarges images before the processor sees them
+
+
+@pytest.mark.parametrize("command", ["train", "steer"])
+def test_training_takes_one_prompt(command, clip_folder, parquet, tmp_path, capsys):
+    data = ["--model_name_or_path", str(clip_folder), "--dataset_name", str(parquet), "--output_dir", str(tmp_path)]
+    assert main([command, *data, "--prompt_template", "a {}", "--prompt_template", "the {}"]) == 2
+    assert "--prompt_template has 2 prompts, but training uses one" in capsys.readouterr().err
