@@ -18,6 +18,7 @@ from torch import nn
 
 from clip_po.losses import SINGLE_REJECTED, WITHOUT_REJECTED
 from clip_po.other_kinds import dataset_remedy
+from clip_po.worker_errors import raised_message
 
 # ---- Numbers -----------------------------------------------------------------------------------------------
 
@@ -298,14 +299,11 @@ class UnreadableImage(ValueError):
     """An image that can't be read or is refused. The message names row, column and file and says why.
 
     Args:
-        message: The message. A `DataLoader` raises the error of a worker process again with the worker's traceback as
-            its message, which ends in the message of the error: that alone is kept.
+        message: The message. The traceback that a `DataLoader` adds to that of a worker process is left out.
     """
 
     def __init__(self, message: str) -> None:
-        if message.startswith("Caught "):
-            message = message.rpartition(f"{type(self).__name__}: ")[2].strip()
-        super().__init__(message)
+        super().__init__(raised_message(type(self), message))
 
 
 def unreadable_image(

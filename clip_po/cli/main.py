@@ -10,6 +10,7 @@ from importlib.resources import files
 from clip_po.cli.outcome import UNCHANGED, NothingChanged
 from clip_po.cli.output import hide_progress_bars, piped_output
 from clip_po.hub.redaction import redacted
+from clip_po.worker_errors import raised_message
 
 COMMANDS = {
     "train": "Align a CLIP model on labelled images with words written on them.",
@@ -120,7 +121,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         module.main(argv)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         # The message says what to do, and a traceback would hide it.
-        return fail(f"clip-po {command}: {error}")
+        return fail(f"clip-po {command}: {raised_message(type(error), str(error))}")
     except NothingChanged as outcome:
         return fail(f"clip-po {command}: {outcome}", UNCHANGED)
     except KeyboardInterrupt:
