@@ -318,6 +318,11 @@ class ContrastivePOConfig(TrainingArguments):
             )
         for position, weight in enumerate(weights or ()):
             check_number(f"loss_weights[{position}]", weight, NOT_NEGATIVE)
+        if weights is not None and not any(weights):
+            raise ValueError(
+                f"loss_weights={weights!r} leaves only the regularization, which asks for no change: nothing would be "
+                "trained. Give a loss a weight above 0."
+            )
         check_number(
             "beta",
             self.beta,
@@ -455,7 +460,10 @@ def check_args(args: Any, compute_metrics: Any, candidate_texts: Any = None) -> 
         OSError: If `output_dir` is not writable.
     """
     if not isinstance(args, ContrastivePOConfig):
-        raise TypeError(f"args must be a ContrastivePOConfig, got {type(args).__name__}.")
+        raise TypeError(
+            f"args must be a ContrastivePOConfig, got {type(args).__name__}. Make one with "
+            "ContrastivePOConfig(output_dir=...), which takes the arguments of TrainingArguments too."
+        )
     args._check()
     check_precision(args)
     for name, allowed in args._numbers().items():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from datasets import DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -88,6 +88,8 @@ def dataset_remedy(value: Any, name: str) -> str:
     if isinstance(value, (DatasetDict, IterableDatasetDict)):
         splits = list(value)
         return f"Choose one of its splits {splits}, as in {name}=dataset[{splits[0] if splits else 'train'!r}]."
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Dataset):
+        return "Join several datasets with datasets.concatenate_datasets(list)."
     if isinstance(value, IterableDataset):
         return (
             "Load it without streaming=True, or keep a part: Dataset.from_list(list(stream.take(1000)), "

@@ -1,8 +1,11 @@
 """Arguments, columns and data that would have no effect are refused or named."""
 
+import re
+
 import pytest
 from samples import CLASSES, PROMPTS, make_labelled, make_preferences, make_trainer, run_config
 
+from clip_po.cli.main import main
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.typographic_preferences import TypographicPreferences, TypographicStream
 
@@ -41,6 +44,27 @@ def test_an_argument_that_no_loss_reads_is_refused(arguments, readers, tmp_path)
     name = next(iter(arguments))
     with pytest.raises(ValueError, match=rf"^{name}=.* has no effect with loss_type=.*{readers}.* reads it"):
         run_config(tmp_path, **arguments)
+
+
+def test_losses_that_all_weigh_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"loss_weights=\[0.0, 0.0\] leaves only the regularization"):
+        run_config(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--attack_other_words", "moon", "sun"], "--attack_other_words has no effect without --attack_other_share"),
+        (["--name_until", ",", "--class_names", "a", "b"], "--name_until has no effect next to --class_names"),
+        (["--class_name_map", "x.yaml", "--class_names", "a"], "--class_name_map has no effect next to --class_names"),
+        (["--lora_r", "4"], "--lora_r would have no effect: .*Add --use_peft"),
+        (["--label_smoothing", "0.1"], "label_smoothing=0.1 has no effect with loss_type"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(flags, says, clip_folder, tmp_path, capsys):
+    command = ["train", "--model_name_or_path", str(clip_folder), "--dataset_name", str(tmp_path)]
+    assert main([*command, "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert re.search(says, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +166,18 @@ def test_a_cache_that_nothing_fills_is_named(made, tmp_path):
     assert "embeddings_cache has no effect" in said
 
 
+@pytest.mark.parametrize("column", ["weight", "weights", "sample_weight"])
 @pytest.mark.parametrize("kind", [TypographicPreferences, TypographicStream])
-def test_weights_of_images_that_are_not_asked_for_are_named(kind, made):
-    rows = make_labelled(4).add_column("weight", [0.5] * 4)
+def test_weights_of_images_that_are_not_asked_for_are_named(kind, column, made):
+    rows = make_labelled(4).add_column(column, [0.5] * 4)
     rows = rows if kind is TypographicPreferences else rows.to_iterable_dataset()
     attack = TypographicAttack(words=CLASSES, min_side=32)
-    assert f"Pass weight_column='weight' to {kind.__name__}" in made(kind(rows, attack), max_steps=1)
+    assert f"Pass weight_column={column!r} to {kind.__name__}" in made(kind(rows, attack), max_steps=1)
+
+
+def test_weights_of_regularization_images_are_named(made):
+    images = make_preferences(4).select_columns("image").add_column("weight", [0.5] * 4)
+    assert "column 'weight' of reg_dataset has no effect" in made(reg_dataset=images)
 
 
 def test_weights_that_are_asked_for_are_not(made):

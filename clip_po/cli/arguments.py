@@ -16,9 +16,10 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 from trl import ScriptArguments
 
+from clip_po.cli.idle_flags import check_task_flags
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.words import EVERYDAY_WORDS, spelling
-from clip_po.data.class_labels import encode_labels, readable_names
+from clip_po.data.class_labels import align_labels, encode_labels, readable_names
 from clip_po.data.class_positions import shortened
 from clip_po.data.loading import load_split
 from clip_po.models import crop_side, image_size
@@ -122,22 +123,34 @@ class TaskArguments(ScriptArguments):
                 raise ValueError(f"--{name} takes two numbers, the lowest and the highest, got {getattr(self, name)}.")
         if self.max_samples is not None:
             check_number("--max_samples", self.max_samples, COUNT)
+        check_task_flags(self)
         if self.dataset_streaming:
             raise ValueError(
                 "--dataset_streaming is not supported by the commands. Leave it out, or train from Python on a "
                 "TypographicStream (docs/quickstart.md, Streamed data)."
             )
 
-    def load(self, split: str, seed: int) -> Dataset:
+    def load(self, split: str, seed: int, like: Dataset | None = None) -> Dataset:
         """Load a split of the dataset, with at most `max_samples` rows.
 
+        Args:
+            split: Name of the split.
+            seed: Seed that draws the rows.
+            like: Another split, whose classes the labels get in its order: splits in folders of their own may list
+                their classes otherwise.
+
+        Returns:
+            The rows.
+
         Raises:
-            ValueError: If the split is empty.
+            ValueError: If the split is empty, or has a class that `like` does not have.
         """
         dataset = load_split(str(self.dataset_name), split, self.dataset_config, self.image_column)
         dataset = encode_labels(dataset, self.label_column, self.class_names)
         if len(dataset) == 0:
             raise ValueError(f"The split {split!r} of {self.dataset_name!r} is empty. Give one with images.")
+        if like is not None and (names := self.dataset_names(like)) is not None:
+            dataset = align_labels(dataset, self.label_column, names, split)
         if self.max_samples is not None and self.max_samples < len(dataset):
             dataset = dataset.shuffle(seed=seed).select(range(self.max_samples))
         return dataset

@@ -207,7 +207,7 @@ def _load_setup(args: CompareArguments, recipe: Recipe) -> ComparisonSetup:
         model=str(args.model_name_or_path),
         processor=processor,
         train=dataset,
-        validation=args.load(str(args.dataset_validation_split), 0),
+        validation=args.load(str(args.dataset_validation_split), 0, like=dataset),
         class_names=names,
         template=template,
         image_column=args.image_column,
@@ -221,7 +221,7 @@ def _load_setup(args: CompareArguments, recipe: Recipe) -> ComparisonSetup:
 
 def _load_test_images(args: CompareArguments, recipe: Recipe, setup: ComparisonSetup) -> dict[str, RobustnessImages]:
     """Load the test images for each attack, in fonts unseen in training; the main attack adds the blank box."""
-    dataset = replace(args, max_samples=args.max_test_samples).load(args.dataset_test_split, 0)
+    dataset = replace(args, max_samples=args.max_test_samples).load(args.dataset_test_split, 0, like=setup.train)
     attack = args.attack(setup.class_names, unseen_fonts(), setup.processor, args.test_seed)
     images: dict[str, RobustnessImages] = {}
     for name, settings in recipe.attacks.items():

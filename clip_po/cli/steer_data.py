@@ -80,7 +80,8 @@ def labelled_case(args: SteerArguments, seed: int) -> Case:
     """Load the model and the dataset that the arguments name."""
     model = load_model(str(args.model_name_or_path))
     processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-    train, test = args.load(args.dataset_train_split, seed), args.load(args.dataset_test_split, seed)
+    train = args.load(args.dataset_train_split, seed)
+    test = args.load(args.dataset_test_split, seed, like=train)
     known = Task.load(str(args.model_name_or_path))
     names = args.names(train, known)
     (template,) = args.templates(known)
@@ -121,7 +122,7 @@ def held_out(args: SteerArguments, train: Dataset, seed: int) -> tuple[Dataset, 
         ValueError: If there are fewer than ten training rows and no validation split.
     """
     if args.dataset_validation_split is not None:
-        return train, args.load(args.dataset_validation_split, seed)
+        return train, args.load(args.dataset_validation_split, seed, like=train)
     if len(train) < 10:
         raise ValueError(
             f"A tenth of the {len(train)} training rows is too little to choose t on. Give ten rows or more, or a "

@@ -16,6 +16,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import ModelConfig, get_peft_config
 
 from clip_po.cli.arguments import Task
+from clip_po.cli.idle_flags import check_lora_flags
 from clip_po.cli.outcome import NothingChanged
 from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.config import ContrastivePOConfig, check_precision
@@ -83,6 +84,7 @@ def align(
         The trainer, which holds the model to save, and the task.
     """
     check_model_arguments(args, model_args)
+    check_lora_flags(model_args)
     dataset = task_args.load(task_args.dataset_train_split, args.seed)
     names, (template,) = task_args.names(dataset), task_args.templates()
     task = Task.of(names, template, task_args.dataset_names(dataset))

@@ -113,7 +113,7 @@ class TrainArguments(TaskArguments):
         """
         validation = None
         if self.dataset_validation_split is not None:
-            validation = self.load(self.dataset_validation_split, seed)
+            validation = self.load(self.dataset_validation_split, seed, like=dataset)
         elif len(dataset) > 1:
             split = dataset.train_test_split(test_size=0.1, seed=seed)
             dataset, validation = split["train"], split["test"]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
+from clip_po.data.attacks.words import spelling
 from clip_po.data.class_positions import misplaced_text, shortened
 from clip_po.data.table_files import replace_column
 from clip_po.validation import check_class_names, check_column, check_label, check_row_weight
@@ -155,6 +156,39 @@ def encode_labels(dataset: Dataset, label_column: str, class_names: Sequence[str
                 f"{names[:5]}{'...' if len(names) > 5 else ''}. Fix the row, or give the classes with --class_names."
             )
     return replace_column(dataset, label_column, [number[value] for value in values], ClassLabel(names=names))
+
+
+def align_labels(dataset: Dataset, label_column: str, names: Sequence[str], split: str) -> Dataset:
+    """Return a dataset whose labels are numbers of the classes of another split.
+
+    Args:
+        dataset: One split.
+        label_column: Name of the column. A column without class names is left as it is.
+        names: The class names of the other split, in the order of its labels.
+        split: Name of the split in messages.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        ValueError: If the dataset has a class that is not in `names`.
+    """
+    feature = dataset.features.get(label_column)
+    if not isinstance(feature, ClassLabel) or feature.names == list(names):
+        return dataset
+    number = {spelling(name): index for index, name in enumerate(names)}
+    unknown = [name for name in feature.names if spelling(name) not in number]
+    if unknown:
+        raise ValueError(
+            f"The split {split!r} has the classes {shortened(unknown)}, which the training split does not have: "
+            f"{shortened(names)}. Remove their rows, or give the names of the same classes in both splits."
+        )
+    moved = [number[spelling(name)] for name in feature.names]
+    values = [
+        moved[value] if isinstance(value, int) and 0 <= value < len(moved) else value
+        for value in dataset.with_format(None)[label_column]
+    ]
+    return replace_column(dataset, label_column, values, ClassLabel(names=list(names)))
 
 
 def read_weights(dataset: Dataset, weight_column: str) -> list[float]:

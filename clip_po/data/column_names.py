@@ -23,7 +23,7 @@ OTHER_NAMES: Mapping[str, str] = {
 ALIKE = 0.85
 """Similarity from which names with the same first letter and about the same length are spellings of one."""
 
-IMAGE_PAIRS = ({"chosen_image", "rejected_image"}, {"jpg_0", "jpg_1"}, {"image_0", "image_1"}, {"image_w", "image_l"})
+IMAGE_PAIRS = re.compile(r"(chosen|rejected)_(image|img)|(image|img|jpg|png)_?([0-9]|w|l|win|lose|winner|loser|a|b)")
 """Columns of datasets of preferences between two images."""
 
 
@@ -44,11 +44,11 @@ def check_column_names(columns: Collection[str], features: Mapping[str, Any] | N
         raise ValueError(f"{name} has the columns {sorted(columns)}. {remedy}")
     wanted = TEXTS if {"image", "chosen"} <= set(columns) else CLASSES if {"image", "label"} <= set(columns) else None
     for column in columns:
-        meant = None if column in {*TEXTS, *CLASSES} else _meant(column, wanted or {*TEXTS, *CLASSES})
-        if meant is not None and meant not in columns:
+        known = None if column in {*TEXTS, *CLASSES} else meant(column, wanted or (*TEXTS, *CLASSES))
+        if known is not None and known not in columns:
             raise ValueError(
-                f"{name} has a column {column!r}, which nothing reads: the column must be called {meant!r}. Rename it "
-                f"with dataset.rename_column({column!r}, {meant!r}), or drop it with "
+                f"{name} has a column {column!r}, which nothing reads: the column must be called {known!r}. Rename it "
+                f"with dataset.rename_column({column!r}, {known!r}), or drop it with "
                 f"dataset.remove_columns({column!r})."
             )
 
@@ -56,7 +56,8 @@ def check_column_names(columns: Collection[str], features: Mapping[str, Any] | N
 def _other_format(columns: set[str], kinds: Mapping[str, Any]) -> str | None:
     """Return how to convert rows of a format that is not supported; None if they are of no such format."""
     chosen = kinds.get("chosen")
-    if any(pair <= columns for pair in IMAGE_PAIRS) or isinstance(chosen, Image):
+    of_pairs = [column for column in columns if IMAGE_PAIRS.fullmatch(column)]
+    if isinstance(chosen, Image) or (len(of_pairs) > 1 and not {"image", "chosen"} <= columns):
         return (
             "A preference here is between texts, for one image; preferences between two images are not supported. "
             "Give rows with one image and two texts, in the columns image, chosen and rejected."
@@ -82,8 +83,16 @@ def _other_format(columns: set[str], kinds: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _meant(column: str, wanted: Collection[str]) -> str | None:
-    """Return the column that a name is a misspelling of, if any."""
+def meant(column: str, wanted: Collection[str]) -> str | None:
+    """Return the column that a name is a spelling of.
+
+    Args:
+        column: The name.
+        wanted: Names of columns.
+
+    Returns:
+        One of `wanted`, the name itself or what it is a misspelling of; None if there is none.
+    """
     plain = _plain(column)
     if (other := OTHER_NAMES.get(plain)) in wanted:
         return other

@@ -113,16 +113,18 @@ def check_columns(
             are missing.
     """
     form = row_format(columns, name)
-    if form == "class-preference" and candidate_texts is None:
-        raise ValueError(
-            f"{name} has the columns label and rejected_label, which are positions in `candidate_texts`, but no "
-            "candidate_texts were given. Pass the class prompts, such as [f'a photo of a {c}' for c in classes]."
-        )
     chosen, rejected = ("chosen", "rejected") if form == "image-preference" else ("label", "rejected_label")
     if rejected not in columns and not set(loss_types) <= WITHOUT_REJECTED:
+        wrap = " To draw typographic attacks on labelled images, wrap them: TypographicPreferences(dataset, attack)."
         raise ValueError(
             f"{name} has no column {rejected!r} (its columns: {list(columns)}), which "
             f"loss_type={sorted(loss_types)} needs; only 'sft' and 'distillation' do without."
+            f"{wrap if chosen == 'label' else ''}"
+        )
+    if form == "class-preference" and candidate_texts is None:
+        raise ValueError(
+            f"{name} has labels, which are positions in `candidate_texts`, but no candidate_texts were given. Pass "
+            "the class prompts, such as [f'a photo of a {c}' for c in classes]."
         )
     return chosen, rejected
 

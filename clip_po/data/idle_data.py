@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.column_names import meant
 from clip_po.data.typographic_preferences import AttackedClasses
 
 logger = logging.get_logger(__name__)
@@ -38,9 +39,14 @@ def warn_of_idle_data(
             "embeddings_cache has no effect, because precompute_ref_log_probs=False computes no embeddings before "
             "training. Leave one of the two out."
         )
-    unweighted = isinstance(preferences, AttackedClasses) and preferences.weight_column is None
-    if unweighted and "weight" in preferences.image_columns:
+    if regularization is not None and "weight" in regularization.column_names:
         logger.warning(
-            "The column 'weight' of the images has no effect. Pass weight_column='weight' to "
-            f"{type(preferences).__name__}, or remove the column."
+            "The column 'weight' of reg_dataset has no effect: only preferences have weights. Set reg_weight for all "
+            "regularization images, or leave images out of reg_dataset."
         )
+    if isinstance(preferences, AttackedClasses) and preferences.weight_column is None:
+        for column in (column for column in preferences.image_columns if meant(column, ("weight",)) is not None):
+            logger.warning(
+                f"The column {column!r} of the images has no effect. Pass weight_column={column!r} to "
+                f"{type(preferences).__name__}, or remove the column."
+            )

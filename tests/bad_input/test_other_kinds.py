@@ -47,6 +47,7 @@ DATA = {
     "loader": (lambda: torch.utils.data.DataLoader(MapStyle()), "the dataset of the loader"),
     "list": (lambda: [{"image": 1}], "Dataset.from_list(rows)"),
     "dict-of-columns": (lambda: {"image": []}, "Dataset.from_dict(columns)"),
+    "several-datasets": (lambda: [make_preferences(2)] * 2, "datasets.concatenate_datasets"),
     "path": (lambda: "path/to/data", "load_dataset('path/to/data', split='train')"),
     "arrow-table": (lambda: make_preferences(2).with_format("arrow")[:], "Dataset(table)"),
 }
@@ -205,6 +206,15 @@ FORMATS = {
     "columns-of-image-pairs": (
         lambda: table(chosen_image=["a.png"] * 2, rejected_image=["b.png"] * 2, prompt=["a cat"] * 2),
         "between two images are not supported",
+    ),
+    "numbered-images": (
+        lambda: table(jpg_0=[b""] * 2, jpg_1=[b""] * 2, label_0=[1.0] * 2, caption=["a cat"] * 2),
+        "between two images are not supported",
+    ),
+    "labels-alone": (
+        lambda: make_labelled(4),
+        "has no column 'rejected_label'",
+        "TypographicPreferences(dataset, attack)",
     ),
     "conversations": (
         lambda: table(chosen=[messages("a cat")] * 2, rejected=[messages("a dog")] * 2),

@@ -83,3 +83,31 @@ def test_evaluate_measures_with_the_datasets_classes(names, clip_folder, process
     assert main(["evaluate", "--model_name_or_path", str(model), *data]) == 0
     reports = [json.loads(file.read_text()) for file in out.rglob("report.json")]
     assert [report["data"]["class_names"] for report in reports] == [names]
+
+
+def test_other_splits_get_the_classes_of_the_training_split(tmp_path):
+    labelled(["bird", "cat", "polar_bear"], rows=6).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    labelled(["polar bear", "cat"], rows=4).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    args = TaskArguments(dataset_name=str(tmp_path))
+    train = args.load("train", 0)
+    test = args.load("test", 0, like=train)
+    assert args.names(test) == args.names(train) == ["bird", "cat", "polar bear"]
+    assert test["label"][:] == [2, 1, 2, 1]
+
+
+def test_a_class_that_the_training_split_lacks_is_refused(tmp_path):
+    labelled(["bird", "cat"]).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    labelled(["bird", "fox"]).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    args = TaskArguments(dataset_name=str(tmp_path))
+    with pytest.raises(ValueError, match=r"split 'test' has the classes \['fox'\], which the training split"):
+        args.load("test", 0, like=args.load("train", 0))
+
+
+def test_evaluate_takes_names_that_stand_for_two_classes(clip_folder, tmp_path, capsys):
+    folder, out = tmp_path / "data", tmp_path / "out"
+    rows = labelled(["a", "b", "c"]).cast_column("label", datasets.Value("int64"))
+    rows.to_parquet(folder / "test-00000-of-00001.parquet")
+    data = ["--dataset_name", str(folder), "--output_dir", str(out), "--class_names", "missile", "ship", "missile"]
+    assert main(["evaluate", "--model_name_or_path", str(clip_folder), *data]) == 0
+    reports = [json.loads(file.read_text()) for file in out.rglob("report.json")]
+    assert reports[0]["data"]["class_names"] == ["missile", "ship", "missile"]
