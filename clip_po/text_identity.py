@@ -108,23 +108,10 @@ class TextTokens:
             name: Name of the texts in messages.
         """
         if cut:
-            logger.warning(self._cut(cut, name))
-
-    def warn_once_of_cut(self, cut: int, name: str) -> None:
-        """Warn as `warn_of_cut` does, but once in a process: evaluations repeat for each model and epoch.
-
-        Args:
-            cut: Number of such texts.
-            name: Name of the texts in messages.
-        """
-        if cut:
-            logger.warning_once(self._cut(cut, name))
-
-    def _cut(self, cut: int, name: str) -> str:
-        return (
-            f"{cut} text{'s' * (cut > 1)} of {name} cut to the {self.longest} tokens that the model reads. The rest "
-            "has no effect. Shorten texts that differ only there."
-        )
+            logger.warning(
+                f"{cut} text{'s' * (cut > 1)} of {name} cut to the {self.longest} tokens that the model reads. The "
+                "rest has no effect. Shorten texts that differ only there."
+            )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: CLIPModel) -> None:

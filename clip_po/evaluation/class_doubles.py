@@ -69,7 +69,7 @@ def spaced_apart(class_names: Sequence[str]) -> list[str]:
 
 
 def say_doubles(class_names: Sequence[str], identities: Sequence[Hashable]) -> None:
-    """Warn once of classes that the model can't tell apart.
+    """Warn of classes that the model can't tell apart.
 
     Args:
         class_names: C names.
@@ -80,7 +80,7 @@ def say_doubles(class_names: Sequence[str], identities: Sequence[Hashable]) -> N
         classes.setdefault(known, []).append(number)
     doubles = [numbers for numbers in classes.values() if len(numbers) > 1]
     if doubles:
-        logger.warning_once(
+        logger.warning(
             f"{len(doubles)} prompts stand for several classes each, such as {class_names[doubles[0][0]]!r} for the "
             f"classes {doubles[0]}. Each class counts by its position, and a tie goes to the first one, as in "
             "published evaluations."

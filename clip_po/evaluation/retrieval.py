@@ -219,8 +219,8 @@ def evaluate_retrieval(
     texts = [templates[0].replace("{}", caption) for caption in captions]
     for model in models.values():
         check_processor(processor, model)
-        tokens = TextTokens.of(processor, dual_encoder(model))
-        tokens.warn_once_of_cut(tokens.learn(texts), "the captions")
+    tokens = TextTokens.of(processor, dual_encoder(next(iter(models.values()))))
+    tokens.warn_of_cut(tokens.learn(texts), "the captions")
 
     def embed(batch: dict[str, Tensor]) -> Tensor:
         found = []

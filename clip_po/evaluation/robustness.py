@@ -24,7 +24,7 @@ from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.class_doubles import first_alike
 from clip_po.evaluation.readable import readable_rows
 from clip_po.evaluation.tables import format_table
-from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers
+from clip_po.evaluation.zero_shot import classify, collect_answers, embed_classes
 
 VARIANTS = ("clean", "typographic", "occluded")
 """The images of an item: without an attack, with the attack word, with a meaningless string in its place."""
@@ -270,12 +270,8 @@ def evaluate_robustness(
     if not models:
         raise ValueError("models is empty. Give at least one model by name.")
     given = class_embeds or {}
-    texts = {
-        name: given[name]
-        if name in given
-        else class_embeddings(model, images.processor, images.class_names, templates)
-        for name, model in models.items()
-    }
+    others = {name: model for name, model in models.items() if name not in given}
+    texts = {**given, **embed_classes(others, images.processor, images.class_names, templates)}
 
     first = {name: first_alike(embeds) for name, embeds in texts.items()}
 

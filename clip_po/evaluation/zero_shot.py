@@ -63,21 +63,46 @@ def class_embeddings(model: Any, processor: Any, class_names: Sequence[str], tem
 
     Source: Radford et al. 2021, arXiv 2103.00020, Sec. 3.1.4 (prompt ensembling in embedding space).
     """
-    check_processor(processor, model)
+    return embed_classes({"model": model}, processor, class_names, templates)["model"]
+
+
+def embed_classes(
+    models: Mapping[str, Any], processor: Any, class_names: Sequence[str], templates: Sequence[str]
+) -> dict[str, Tensor]:
+    """Compute the class embeddings of several models, and say once which prompts are cut or stand for two classes.
+
+    Args:
+        models: CLIPModels, or PeftModels around one, by name. They share the processor.
+        processor: As for `class_embeddings`.
+        class_names: As for `class_embeddings`.
+        templates: As for `class_embeddings`.
+
+    Returns:
+        Tensor[C, D] by model.
+
+    Raises:
+        ValueError, TypeError: As for `class_embeddings`.
+    """
     check_class_names(class_names)
     check_templates(templates)
     prompts = [[template.replace("{}", name) for template in templates] for name in class_names]
-    tokens = TextTokens.of(processor, dual_encoder(model))
-    tokens.warn_once_of_cut(tokens.learn(text for texts in prompts for text in texts), "the class prompts")
-    read = [tuple(tokens(text) for text in texts) for texts in prompts]
-    say_doubles(class_names, read)
-    different: dict[Hashable, list[str]] = {}
-    for known, texts in zip(read, prompts, strict=True):
-        different.setdefault(known, texts)
-    place = {known: number for number, known in enumerate(different)}
-    embeds = encode_texts(model, processor, [text for texts in different.values() for text in texts])
-    embeds = F.normalize(embeds.view(len(place), len(templates), -1).mean(dim=1), dim=-1)
-    return embeds[[place[known] for known in read]]
+    found: dict[str, Tensor] = {}
+    for name, model in models.items():
+        check_processor(processor, model)
+        tokens = TextTokens.of(processor, dual_encoder(model))
+        cut = tokens.learn(text for texts in prompts for text in texts)
+        read = [tuple(tokens(text) for text in texts) for texts in prompts]
+        if not found:
+            tokens.warn_of_cut(cut, "the class prompts")
+            say_doubles(class_names, read)
+        different: dict[Hashable, list[str]] = {}
+        for known, texts in zip(read, prompts, strict=True):
+            different.setdefault(known, texts)
+        place = {known: number for number, known in enumerate(different)}
+        embeds = encode_texts(model, processor, [text for texts in different.values() for text in texts])
+        embeds = F.normalize(embeds.view(len(place), len(templates), -1).mean(dim=1), dim=-1)
+        found[name] = embeds[[place[known] for known in read]]
+    return found
 
 
 def classify(model: Any, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.typographic_preferences import TypographicPreferences, TypographicStream
 from clip_po.evaluation.class_doubles import first_alike, spaced_apart, unique_keys
 from clip_po.evaluation.pseudo_labelling import pseudo_labels
+from clip_po.evaluation.retrieval import evaluate_retrieval
 from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness
 from clip_po.evaluation.suites.photographs import ask_photographs
 from clip_po.evaluation.suites.suite import Entry, load_entry
@@ -53,12 +54,43 @@ def test_a_tie_goes_to_the_first_class_as_published_code_has_it(names, model, pr
     assert list(result.per_class)[100] == f"{names[100]} (class 100)"
 
 
-def test_doubles_are_said_once(model, processor, caplog):
-    for _ in range(2):
-        class_embeddings(model, processor, ["missile", "crane", "Missile", "ship"], TEMPLATES)
+DOUBLED = ["missile", "crane", "Missile", "ship"]
+
+
+def with_robustness(model, processor):
+    rows = make_labelled(4).cast_column("label", Value("int64"))
+    images = RobustnessImages(rows, TypographicAttack(words=["cat", "dog"], min_side=32), processor, DOUBLED)
+    evaluate_robustness({"base": model, "aligned": model}, images, TEMPLATES, disable_tqdm=True)
+
+
+def with_zero_shot(model, processor):
+    rows = make_labelled(4).cast_column("label", Value("int64"))
+    zero_shot_accuracy(model, processor, rows, TEMPLATES, DOUBLED, disable_tqdm=True)
+
+
+def with_embeddings(model, processor):
+    class_embeddings(model, processor, DOUBLED, TEMPLATES)
+
+
+@pytest.mark.parametrize("use", [with_robustness, with_zero_shot, with_embeddings])
+def test_an_evaluation_says_doubles_once(use, model, processor, caplog):
+    use(model, processor)
     said = [record.message for record in caplog.records if "stand for several classes" in record.message]
     assert len(said) == 1
     assert "'missile' for the classes [0, 2]" in said[0]
+
+
+@pytest.mark.parametrize("use", ["classes", "captions"])
+def test_an_evaluation_counts_cut_texts_once(use, model, processor, labelled, caplog):
+    long = "a" + " a" * 40
+    if use == "classes":
+        class_embeddings(model, processor, [f"b {long}", f"c {long}", "dog"], ["{}"])
+    else:
+        rows = labelled.add_column("caption", [f"b {long}", f"c {long}", *["a dog"] * 14])
+        evaluate_retrieval({"base": model, "aligned": model}, processor, rows, disable_tqdm=True)
+    said = [record.message for record in caplog.records if "tokens that the model reads" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("2 texts of the")
 
 
 def test_names_of_their_own_are_not_spoken_of(model, processor, caplog):

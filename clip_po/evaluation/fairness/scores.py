@@ -14,7 +14,7 @@ from torch import Tensor
 from clip_po.data.class_labels import column_texts
 from clip_po.encoding import encode_images, evaluating
 from clip_po.evaluation.fairness.metrics import number_groups
-from clip_po.evaluation.zero_shot import class_embeddings, collect_answers
+from clip_po.evaluation.zero_shot import collect_answers, embed_classes
 from clip_po.models import dual_encoder
 
 
@@ -57,7 +57,7 @@ def query_scores(
     """
     if not models:
         raise ValueError("models is empty. Give at least one model by name.")
-    texts = {name: class_embeddings(model, processor, queries, templates) for name, model in models.items()}
+    texts = embed_classes(models, processor, queries, templates)
 
     def cosines(batch: dict[str, Tensor]) -> Tensor:
         found = []

@@ -18,7 +18,7 @@ from clip_po.encoding import evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.class_doubles import first_alike
 from clip_po.evaluation.robustness import Answers
-from clip_po.evaluation.zero_shot import class_embeddings, classify, collect_answers
+from clip_po.evaluation.zero_shot import classify, collect_answers, embed_classes
 
 CANDIDATES = ("all", "labels", "pair")
 """Candidate sets: all labels and words, labels only, or the label and word of each image."""
@@ -96,7 +96,7 @@ def ask_photographs(
     label = np.array([place[text] for text in labels], dtype=np.int64)
     word = np.array([place.get(text, -1) for text in words], dtype=np.int64)
     allowed = {kind: torch.tensor([text in set(names) for text in texts]) for kind, names in candidates.items()}
-    embeds = {name: class_embeddings(model, processor, texts, templates) for name, model in models.items()}
+    embeds = embed_classes(models, processor, texts, templates)
     first = {
         name: {kind: _first_allowed(table.cpu(), known) for kind, known in allowed.items()}
         for name, table in embeds.items()
