@@ -30,8 +30,7 @@ from clip_po.data.streamed_pairs import StreamedPairs, checked_stream, is_stream
 from clip_po.encoding import CachedTextEmbeddings, encode_texts, encode_texts_autocast
 from clip_po.evaluation.report.summary import measured_table
 from clip_po.hub.card import CARD_FILE, CheckpointKind, card_of_run
-from clip_po.hub.publishing import push_model, save_pretrained
-from clip_po.hub.retries import call_hub
+from clip_po.hub.publishing import creating_repository, push_model, save_pretrained
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, loss_of_parts, preference_metrics
 from clip_po.models import check_processor, default_output_dir, dual_encoder, load_policy, load_processor
@@ -131,17 +130,18 @@ class ContrastivePOTrainer(Trainer):
         if optimizers[0] is not None:
             check_optimizer(optimizers[0], module)
         self.candidates = CandidateTexts(candidate_texts, TextTokens.of(processor, dual_encoder(encoder)))
-        super().__init__(
-            model=module,
-            args=args,
-            data_collator=data_collator or DataCollatorForContrastivePreference(processor, self.candidates),
-            train_dataset=None if train_dataset is None else self.training_rows(train_dataset, args),
-            eval_dataset=self.evaluation_rows(eval_dataset, args),
-            processing_class=processor,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        with creating_repository(self, args):
+            super().__init__(
+                model=module,
+                args=args,
+                data_collator=data_collator or DataCollatorForContrastivePreference(processor, self.candidates),
+                train_dataset=None if train_dataset is None else self.training_rows(train_dataset, args),
+                eval_dataset=self.evaluation_rows(eval_dataset, args),
+                processing_class=processor,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         # compute_loss divides by the weights of the whole accumulated global batch itself.
         self.model_accepts_loss_kwargs = True
         # Gradients live in DDP's buckets instead of beside them, which saves one copy of all that trains.
@@ -552,22 +552,6 @@ class ContrastivePOTrainer(Trainer):
             return {}
         return {"skipped_rows": rows.pop(self._sum_over_processes, self.accelerator.device, fewest)}
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as `Trainer.evaluate` does, callbacks included. Training goes on as it would without it.
-
-        Args:
-            *args: As in `Trainer.evaluate`.
-            **kwargs: As in `Trainer.evaluate`.
-
-        Returns:
-            As from `Trainer.evaluate`, with the metrics of `evaluation_loop`.
-
-        Raises:
-            ValueError, TypeError, KeyError: As for `get_eval_dataloader` and `evaluation_loop`.
-        """
-        with unchanged_random_state(self.accelerator.device):
-            return super().evaluate(*args, **kwargs)
-
     def prediction_step(
         self,
         model: nn.Module,
@@ -754,18 +738,6 @@ class ContrastivePOTrainer(Trainer):
         """What checkpoints hold, for the model card."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return "adapter" if isinstance(model, PeftModel) else "model"
-
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Create the repository on the Hub, repeated while the Hub is busy.
-
-        Args:
-            *args: As in `Trainer.init_hf_repo`.
-            **kwargs: As in `Trainer.init_hf_repo`.
-
-        Raises:
-            HubError: If the Hub refuses, or stays busy or out of reach.
-        """
-        call_hub(f"Creating the repository {self.args.hub_model_id!r}", super().init_hf_repo, *args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Save the model and push the output folder to the Hub, repeated while the Hub is busy.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import huggingface_hub
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import Tensor
-from transformers import ProcessorMixin, Trainer
+from transformers import ProcessorMixin, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
@@ -59,6 +60,26 @@ def save_pretrained(
     Path(folder, TRAINING_ARGS_FILE).write_text(text + "\n")
 
 
+@contextlib.contextmanager
+def creating_repository(trainer: Trainer, args: TrainingArguments) -> Iterator[None]:
+    """Create the repository of a trainer after its `Trainer.__init__`, which would call the Hub only once.
+
+    Args:
+        trainer: The trainer, whose `Trainer.__init__` is called inside.
+        args: Its arguments.
+
+    Raises:
+        HubError: If the Hub refuses, or stays busy or out of reach.
+    """
+    wanted, args.push_to_hub = args.push_to_hub, False
+    try:
+        yield
+    finally:
+        args.push_to_hub = wanted
+    if wanted:
+        call_hub(f"Creating the repository {args.hub_model_id or args.output_dir!r}", trainer.init_hf_repo)
+
+
 def push_model(
     trainer: Trainer,
     commit_message: str | None = "End of training",
@@ -91,7 +112,8 @@ def push_model(
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     token = token or args.hub_token
     if trainer.hub_model_id is None:
-        trainer.init_hf_repo(token=token, **({} if private is None else {"private": private}))
+        settings = {} if private is None else {"private": private}
+        call_hub("Creating the repository", trainer.init_hf_repo, token=token, **settings)
     trainer.save_model(_internal_call=True)
     if not trainer.is_world_process_zero():
         return None

@@ -79,7 +79,8 @@ class EvaluatorCallback(TrainerCallback):
         if not self._belongs_to(metrics):
             return
         measured = {**self._measured_base(), **self._measure("policy", self.trainer.encoder)}
-        found = self.evaluator.report(measured, base="reference", resamples=1)["policy"]
+        with unchanged_random_state(self.trainer.accelerator.device):
+            found = self.evaluator.report(measured, base="reference", resamples=1)["policy"]
         values = {name: estimate.value for name, estimate in found.items()}
         named = {f"{self.prefix}_{name}": value for name, value in values.items() if math.isfinite(value)}
         metrics.update(named)
