@@ -1,4 +1,4 @@
-"""The weights of a model before training: in memory, on one device and in float32."""
+"""The weights of a model before they are changed: in memory, on one device and in float32."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def check_in_memory(model: nn.Module, name: str = "model") -> None:
         if not away:
             problem = f"the weights of {name} are on several devices, {devices}"
         raise ValueError(
-            f"{problem[0].upper()}{problem[1:]}: a device_map offloads or spreads them, and such a model can't be "
-            "trained. Load it without device_map; the trainer moves it to its device."
+            f"{problem[0].upper()}{problem[1:]}: a device_map offloads or spreads them, so that they can't be "
+            "changed. Load the model without device_map; a trainer moves it to its device."
         )
 
 

@@ -46,6 +46,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from clip_po.hub.retries import call_hub, find_file
 from clip_po.models import dual_encoder
 from clip_po.validation import FINITE, check_number
+from clip_po.weights import check_in_memory
 
 WITHOUT_FLOAT64 = ("mps",)
 """Types of devices that can't compute in float64."""
@@ -225,10 +226,11 @@ class ConceptTransform(  # type: ignore[call-arg]  # mypy does not see __init_su
             computed in float64 and stored in the model's dtype.
 
         Raises:
-            ValueError: If the embeddings of the model have another size, or the product is out of range of its dtype;
-                and as in `at`.
+            ValueError: If the embeddings of the model have another size, its weights are not in memory, or the product
+                is out of range of its dtype; and as in `at`.
             TypeError: As in `clip_po.encoding.dual_encoder`.
         """
+        check_in_memory(dual_encoder(model))
         dim = dual_encoder(model).config.projection_dim
         if dim != self.dim:
             raise ValueError(

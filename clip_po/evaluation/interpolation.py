@@ -18,6 +18,7 @@ from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.robustness import Answers, RobustnessImages, evaluate_robustness, robustness_report
 from clip_po.evaluation.tables import format_estimate, format_number, format_table
 from clip_po.models import dual_encoder
+from clip_po.weights import check_in_memory
 
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 """Eleven values from 0, the base, to 1, the aligned model."""
@@ -45,7 +46,7 @@ def interpolate(base: nn.Module, aligned: nn.Module, alpha: float) -> CLIPModel:
         float32 or wider, and have the wider of the dtypes of both models.
 
     Raises:
-        ValueError: If `alpha` is not finite, or the architectures differ.
+        ValueError: If `alpha` is not finite, the architectures differ, or weights are not in memory.
         TypeError: As in `clip_po.encoding.dual_encoder`.
 
     Source: Wortsman et al. 2022 (WiSE-FT), arXiv 2109.01903, Sec. 3; Ilharco et al. 2022 (PAINT), arXiv
@@ -53,7 +54,9 @@ def interpolate(base: nn.Module, aligned: nn.Module, alpha: float) -> CLIPModel:
     """
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be a finite number, got {alpha!r}. 0 is the base, 1 the aligned model.")
-    mixed, target = _plain_copy(base, "base"), _plain(aligned, "aligned")
+    for model, name in ((base, "base"), (aligned, "aligned")):
+        check_in_memory(dual_encoder(model, name), name)
+    mixed, target = _plain_copy(base), _plain(aligned)
     _check_same_architecture(mixed, target)
     mixed = mixed.to(torch.promote_types(mixed.dtype, target.dtype)).requires_grad_(True).eval()
     theirs = target.state_dict()
@@ -64,14 +67,13 @@ def interpolate(base: nn.Module, aligned: nn.Module, alpha: float) -> CLIPModel:
     return mixed
 
 
-def _plain_copy(model: nn.Module, name: str) -> CLIPModel:
-    dual_encoder(model, name)
+def _plain_copy(model: nn.Module) -> CLIPModel:
     copied = copy.deepcopy(model)
     return copied.merge_and_unload() if isinstance(copied, PeftModel) else copied
 
 
-def _plain(model: nn.Module, name: str) -> CLIPModel:
-    return _plain_copy(model, name) if isinstance(model, PeftModel) else dual_encoder(model, name)
+def _plain(model: nn.Module) -> CLIPModel:
+    return _plain_copy(model) if isinstance(model, PeftModel) else dual_encoder(model)
 
 
 def _check_same_architecture(base: CLIPModel, aligned: CLIPModel) -> None:

@@ -11,6 +11,7 @@ from transformers import CLIPModel
 from clip_po.cli.main import main
 from clip_po.concept import transform
 from clip_po.concept.transform import ConceptTransform
+from clip_po.evaluation.interpolation import interpolate
 from clip_po.training.nan_guard import NanGuardCallback
 
 # ---- Weights that are not in memory
@@ -38,7 +39,9 @@ OFFLOADED = {
     "vision": case(
         lambda b: b.trainer(model=offloaded(b)), ValueError, "weights of model are not in memory", "vision"
     ),
-    "text": case(lambda b: b.trainer(model=offloaded(b, "text_model")), ValueError, "Load it without device_map"),
+    "text": case(
+        lambda b: b.trainer(model=offloaded(b, "text_model")), ValueError, "Load the model without device_map"
+    ),
     "name": case(
         lambda b: b.trainer(model_init_kwargs=offloading(b, "vision_model")), ValueError, "model are not in memory"
     ),
@@ -46,6 +49,9 @@ OFFLOADED = {
     "concept": case(
         lambda b: b.trainer(model=offloaded(b), concept=ConceptTransform(16)), ValueError, "model are not in memory"
     ),
+    "folding": case(lambda b: ConceptTransform(16).fold_into(offloaded(b)), ValueError, "model are not in memory"),
+    "base": case(lambda b: interpolate(offloaded(b), b.model, 0.5), ValueError, "weights of base are not in memory"),
+    "aligned": case(lambda b: interpolate(b.model, offloaded(b), 0.5), ValueError, "weights of aligned are not in"),
     "meta": case(lambda b: b.trainer(model=without_weights(b)), ValueError, "weights of model are not in memory"),
 }
 

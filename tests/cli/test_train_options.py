@@ -383,3 +383,8 @@ def test_what_the_promise_takes_is_said_before_training(command, capsys, monkeyp
     with pytest.raises(pytest.fail.Exception):
         main(["train", *command("--dataset_validation_split", "validation", "--max_clean_cost", "0.5")])
     assert "takes at least 598 validation images" in capsys.readouterr().out
+
+
+def test_a_dtype_of_16_bits_is_converted_to_be_trained(command):
+    trainer = aligned(command("--dtype", "float16", steps=1))
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
