@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import CLIPModel, set_seed
 from transformers.utils import logging
@@ -42,17 +43,23 @@ def add_adapters(encoder: CLIPModel, config: PeftConfig, seed: int) -> PeftModel
     set_seed(seed)  # the same weights for the same seed
     try:
         model = get_peft_model(encoder, config)
+        change = float((_embeddings(encoder) - before).abs().max())
+        changes_base(model)  # of some kinds, adapters can't be disabled
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"peft_config does not fit the model ({type(error).__name__}: {error}). Target layers of its vision "
             r"tower, with target_modules=r'.*vision_model.*\.(q_proj|v_proj)'."
         ) from error
-    change = float((_embeddings(encoder) - before).abs().max())
     if not change <= MOST_CHANGE:
         raise ValueError(
             f"The new adapters ({_described(config)}) change the embeddings by up to {change:.2g} before any "
             "training, so the policy would not start from the model. Choose an initialization that changes nothing, "
             "such as init_lora_weights=True, 'pissa' or 'olora', or init_weights=True for other kinds of adapters."
+        )
+    if getattr(config, "init_lora_weights", None) == "eva":
+        logger.warning(
+            "init_lora_weights='eva' saw no data, so the adapters start as those of plain LoRA. For EVA, add them "
+            "with get_peft_model, call peft.initialize_lora_eva_weights with your images, and pass the PeftModel."
         )
     return model
 
@@ -64,7 +71,8 @@ def check_adapters(model: PeftModel) -> None:
         model: The model with the adapters to train.
 
     Raises:
-        ValueError: If several adapters are active, or one is of a kind that `add_adapters` refuses.
+        ValueError: If several adapters are active, they are merged or disabled, or one is of a kind that
+            `add_adapters` refuses.
     """
     active = model.active_adapters
     if len(active) != 1:
@@ -77,6 +85,18 @@ def check_adapters(model: PeftModel) -> None:
         raise ValueError(
             f"The PeftModel has {_described(config)}, which PEFT draws anew when it loads the adapters. Save them "
             "with path_initial_model_for_weight_conversion first, and load the result."
+        )
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
+        raise ValueError(
+            f"The adapters {merged} of the PeftModel are merged into its weights, where they do not train and are not "
+            "saved. Call model.unmerge_adapter() to train them, or model = model.merge_and_unload() to train the "
+            "model."
+        )
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError(
+            "The adapters of the PeftModel are disabled, so they would not train. Call "
+            "model.base_model.enable_adapter_layers() first."
         )
     if len(model.peft_config) > 1:
         logger.warning(
@@ -133,7 +153,7 @@ def _checked(config: PeftConfig) -> PeftConfig:
             "resumed exactly. Choose LoraConfig."
         )
     weights = getattr(config, "init_lora_weights", True)
-    if weights in ("corda", "loftq"):
+    if weights in ("corda", "loftq", "lora_ga"):
         raise ValueError(
             f"init_lora_weights={weights!r} computes new base weights that the saved adapters do not hold, so they "
             "would not load as they were trained. Choose True, 'pissa' or 'olora'."

@@ -32,7 +32,11 @@ KINDS = {
     "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
     "dora": lambda: lora(use_dora=True),
     "rslora": lambda: lora(use_rslora=True),
+    "pissa-dora": lambda: lora(init_lora_weights="pissa", use_dora=True),
+    "olora-ranks": lambda: lora(init_lora_weights="olora", rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 5}),
+    "pissa-modules-to-save": lambda: lora(init_lora_weights="pissa", modules_to_save=["visual_projection"]),
     "lora-bias": lambda: lora(bias="lora_only"),
+    "lora-conv": lambda: LoraConfig(r=4, target_modules=r".*vision_model.*(patch_embedding|q_proj)"),
     "modules-to-save": lambda: lora(modules_to_save=["visual_projection"]),
     "loha": of("LoHaConfig", r=4),
     "lokr": of("LoKrConfig", r=4),
@@ -41,6 +45,9 @@ KINDS = {
     "oft": of("OFTConfig", r=4, oft_block_size=0),
     "vera": of("VeraConfig", r=4),
     "hra": of("HRAConfig", r=4),
+    "fourier": of("FourierFTConfig", n_frequency=20, init_weights=True),
+    "randlora": of("RandLoraConfig", r=4),
+    "c3a": of("C3AConfig", block_size=8, init_weights=True),
     "layer-norms": lambda: peft.LNTuningConfig(target_modules=r".*vision_model.*layer_norm1"),
 }
 
@@ -106,6 +113,11 @@ def test_adapters_that_change_the_base_resume_exactly(make_trainer, initial):
         (lambda: lora(init_lora_weights=False), "before any training"),
         (of("FourierFTConfig", n_frequency=10), "before any training"),
         (lambda: lora(init_lora_weights="corda"), "would not load as they were trained"),
+        (lambda: lora(use_dora=True, init_lora_weights=False), "before any training"),
+        (of("VBLoRAConfig", vector_length=8, num_vectors=16), "before any training"),
+        (of("LoHaConfig", init_weights=False), "before any training"),
+        (of("PolyConfig"), r"does not fit the model \(ValueError: task_ids"),
+        (lambda: peft.XLoraConfig(adapters={}, hidden_size=32), "does not fit the model"),
         (lambda: peft.AdaLoraConfig(target_modules=TARGETS, total_step=10), "could not be resumed exactly"),
         (lambda: peft.PromptTuningConfig(num_virtual_tokens=2), "virtual tokens"),
         (lambda: peft.PrefixTuningConfig(num_virtual_tokens=2), "virtual tokens"),
@@ -121,6 +133,35 @@ def test_adapters_that_would_not_start_or_load_so_are_refused(make_trainer, conf
 def test_a_model_with_adapters_that_would_load_otherwise_is_refused(make_trainer, model):
     adapted = get_peft_model(model, lora(init_lora_weights="pissa_niter_2"))
     with pytest.raises(ValueError, match="draws anew"):
+        make_trainer(model=adapted)
+
+
+def test_lora_ga_is_refused(make_trainer):
+    try:
+        config = lora(init_lora_weights="lora_ga")
+    except ValueError:
+        pytest.skip("this version of peft has no LoRA-GA")
+    with pytest.raises(ValueError, match="init_lora_weights='lora_ga' computes new base weights"):
+        make_trainer(peft_config=config)
+
+
+def test_eva_without_data_is_named(make_trainer, caplog):
+    make_trainer(peft_config=lora(init_lora_weights="eva"))
+    assert "init_lora_weights='eva' saw no data" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda adapted: adapted.merge_adapter(), r"\['default'\] of the PeftModel are merged.*unmerge_adapter"),
+        (lambda adapted: adapted.base_model.disable_adapter_layers(), "are disabled.*enable_adapter_layers"),
+    ],
+    ids=["merged", "disabled"],
+)
+def test_adapters_that_take_no_part_are_refused(make_trainer, model, change, said):
+    adapted = get_peft_model(model, lora(init_lora_weights=False))
+    change(adapted)
+    with pytest.raises(ValueError, match=said):
         make_trainer(model=adapted)
 
 
