@@ -88,7 +88,7 @@ def run(name, settings, model, folder):
         logging_steps=1,
         **{"max_steps": 50, "learning_rate": 1e-2, **settings},
     )
-    adapters = LoraConfig(r=4, target_modules=r".*vision_model.*\.(q_proj|v_proj)", init_lora_weights=False)
+    adapters = LoraConfig(r=4, target_modules=r".*vision_model.*\.(q_proj|v_proj)")
     what = {"concept": ConceptTransform(16)} if concept else {"peft_config": adapters} if lora else {}
     if name in SHARDED_RUNS and processes > 1:
         shard_from_here_on()

@@ -1,6 +1,7 @@
 """Interpolation meets both ends bit for bit; the moving average is the weighted mean, also of a resumed run."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import CLIPModel, TrainerCallback
 from clip_po.evaluation.interpolation import interpolate
 from clip_po.training.averaging import AVERAGE_FILE, BetaMovingAverageCallback
 
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*vision_model.*\.(q_proj|v_proj)", init_lora_weights=False)
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=r".*vision_model.*\.(q_proj|v_proj)")
 RUN = {"learning_rate": 1e-2, "max_steps": 6}
 
 
@@ -57,7 +58,8 @@ def test_interpolation_of_half_precision_is_computed_in_float32(model, aligned):
 
 
 def test_adapters_are_merged_into_a_copy(model, clip_folder):
-    adapted = get_peft_model(CLIPModel.from_pretrained(clip_folder), LORA)
+    trained = dataclasses.replace(LORA, init_lora_weights=False)
+    adapted = get_peft_model(CLIPModel.from_pretrained(clip_folder), trained)
     before = weights(adapted)
     mixed = interpolate(model, adapted, 1.0)
     assert type(mixed) is CLIPModel
