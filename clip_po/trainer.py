@@ -21,6 +21,7 @@ from clip_po.data.bad_images import SkippedRows
 from clip_po.data.collator import FEWEST_ROWS, DataCollatorForContrastivePreference, row_totals
 from clip_po.data.embedding_cache import EmbeddingCache
 from clip_po.data.idle_data import warn_of_idle_data
+from clip_po.data.killed_workers import killed_workers_explained
 from clip_po.data.pairs import EvaluationPairs, PreferencePairs, checked_pairs
 from clip_po.data.regularization_texts import warn_of_few_texts
 from clip_po.data.row_loader import row_loader
@@ -445,6 +446,7 @@ class ContrastivePOTrainer(Trainer):
                 there is no `train_dataset`, a row of a stream can't be used, or all rows were skipped.
             UnreadableImage: If an image can't be read and `on_bad_image` is "raise".
             FloatingPointError: If the loss or a gradient is not finite.
+            ChildProcessError: If a worker process that loads data is killed.
             SavingError: If a checkpoint can't be written.
         """
         folder = whole_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
@@ -459,7 +461,8 @@ class ContrastivePOTrainer(Trainer):
             check_resume(self, folder)
             self._identity.check(folder)
         try:
-            return super().train(folder, *args, **kwargs)
+            with killed_workers_explained(self.args.dataloader_num_workers):
+                return super().train(folder, *args, **kwargs)
         finally:
             self._checkpoints.release(self.args)
 
@@ -600,7 +603,8 @@ class ContrastivePOTrainer(Trainer):
             ValueError: If all rows were skipped.
         """
         self.evaluation_means, self.skipped_in_evaluation = RunningMeans(), SkippedRows()
-        with unchanged_random_state(self.accelerator.device):  # `predict` calls this method too
+        workers = self.args.dataloader_num_workers
+        with unchanged_random_state(self.accelerator.device), killed_workers_explained(workers):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -693,7 +697,8 @@ class ContrastivePOTrainer(Trainer):
         if not (pays or self.shares_image_embeds if wanted is None else wanted):
             return
         cache = EmbeddingCache(self.args.embeddings_cache) if self.args.embeddings_cache else None
-        with unchanged_random_state(self.accelerator.device), self.accelerator.autocast():
+        kept, workers = unchanged_random_state(self.accelerator.device), self.args.dataloader_num_workers
+        with kept, killed_workers_explained(workers), self.accelerator.autocast():
             embed_fixed_images(
                 self.reference,
                 pairs,

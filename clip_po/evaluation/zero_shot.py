@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Subset
 
 from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_image, read_images, to_pixels
+from clip_po.data.killed_workers import killed_workers_explained
 from clip_po.encoding import encode_texts, evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.class_doubles import first_alike, say_doubles, unique_keys
@@ -290,6 +291,7 @@ def collect_answers(
     Raises:
         ValueError: If there are no items, a number is not finite, or `batch_size` or `num_workers` is out of range.
         TypeError: If `batch_size` or `num_workers` is not a whole number.
+        ChildProcessError: If a worker process is killed.
     """
     check_number("batch_size", batch_size, COUNT)
     check_number("num_workers", num_workers, COUNT_OR_NONE)
@@ -303,7 +305,8 @@ def collect_answers(
     # Without a generator of its own, a loader would draw from torch's global one, in the middle of a training too.
     loader: DataLoader = DataLoader(mine, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator())
     parts = [torch.empty(0, width, dtype=dtype)]
-    with tqdm(total=total, desc=title, unit="img", disable=disable_tqdm or rank > 0) as bar:
+    bar = tqdm(total=total, desc=title, unit="img", disable=disable_tqdm or rank > 0)
+    with bar, killed_workers_explained(num_workers):
         for batch in loader:
             parts.append(answers(batch).to("cpu", dtype))
             bar.update(min(len(parts[-1]) * processes, total - bar.n))
