@@ -39,7 +39,7 @@ from clip_po.policy import Policy, preference_logps, regularization_kl
 from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
 from clip_po.text_identity import TextTokens
 from clip_po.trainable import check_optimizer, choose_trainable, tower_trains
-from clip_po.trainer_arguments import check_places, initial_model
+from clip_po.trainer_arguments import check_places, check_trial, initial_model
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback
 from clip_po.training.checkpoints import CheckpointCallback, check_best_metric, saving, whole_checkpoint
 from clip_po.training.dropout import disable_dropout
@@ -449,6 +449,7 @@ class ContrastivePOTrainer(Trainer):
             ChildProcessError: If a worker process that loads data is killed.
             SavingError: If a checkpoint can't be written.
         """
+        check_trial(args[0] if args else kwargs.get("trial"), self.args)
         folder = whole_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         check_unused(self.args, folder)
         self.args.resume_from_checkpoint = folder

@@ -90,3 +90,20 @@ def initial_model(model_init: Callable[..., Any], seed: int, trial: Any = None) 
     if model is None:
         raise TypeError("model_init returned None. Let it return the model.")
     return model
+
+
+def check_trial(trial: Any, args: TrainingArguments) -> None:
+    """Raise if the trials of a hyperparameter search would save checkpoints, each in a folder of its own.
+
+    Args:
+        trial: The trial; None outside of a search.
+        args: The configuration.
+
+    Raises:
+        ValueError: If there is a trial and checkpoints are saved.
+    """
+    if trial is not None and args.save_strategy != "no":
+        raise ValueError(
+            f"save_strategy={str(args.save_strategy)!r}, but the trials of hyperparameter_search save no checkpoints. "
+            "Set save_strategy='no', and train once more with the best arguments."
+        )

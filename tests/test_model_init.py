@@ -76,3 +76,9 @@ def test_a_hyperparameter_search_trains_every_trial_from_the_initial_model(make)
         backend="optuna",
     )
     assert best.objective > 0
+
+
+def test_trials_that_would_save_checkpoints_are_refused(make):
+    run = make(save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match=r"Set save_strategy='no'"):
+        run.train(trial={"beta": 0.5})

@@ -24,6 +24,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
+from clip_po.data.attacks.words import spelling
 from clip_po.data.class_positions import check_candidate_positions
 from clip_po.data.column_names import check_column_names
 from clip_po.data.images import check_index, image_path, to_rgb, unformatted
@@ -255,10 +256,12 @@ def _check_candidates(
     for column, texts in (("chosen", [chosen]), ("rejected", rejected)):
         for text in texts:
             if text not in candidates:
+                same = next((known for known in candidates if spelling(known) == spelling(text)), None)
+                remedy = "Add it to candidate_texts" if same is None else f"Write it as there, {same!r}"
                 raise ValueError(
                     f"{where}: column {column!r} is {text!r}, which is not among the candidate texts "
-                    f"{_short(candidates)}. Add it to candidate_texts, or leave candidate_texts out so that each "
-                    "row chooses among its own texts."
+                    f"{_short(candidates)}. {remedy}, or leave candidate_texts out so that each row chooses among its "
+                    "own texts."
                 )
 
 

@@ -104,6 +104,12 @@ PREFERENCES = {
         "row 0: column 'chosen' is 'a lion'",
         "Add it to candidate_texts",
     ),
+    "text-is-spelled-otherwise": case(
+        lambda b: b.trainer(preferences(chosen=["a  Photo of a cat", *[CAT] * 3], rejected=[DOG] * 4)),
+        ValueError,
+        "row 0: column 'chosen' is 'a  Photo of a cat'",
+        f"Write it as there, {CAT!r}",
+    ),
     "weight-is-negative": case(
         lambda b: b.trainer(preferences(weight=[1.0, 1.0, -1.0, 1.0])), ValueError, "row 2: column 'weight'", "-1.0"
     ),
