@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clip_po.cli.arguments import TaskArguments, read_mapping
-from clip_po.cli.compare_methods import METHODS
+from clip_po.cli.compare_methods import METHODS, check_settings
 from clip_po.cli.flags import FlagParser, flag_value, without_config
 from clip_po.evaluation.interpolation import check_bound
 
@@ -132,4 +132,10 @@ def parse(argv: Sequence[str]) -> tuple[CompareArguments, Recipe]:
     flags = without_config(argv)
     parser.check_flags(flags)
     (args,) = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    shared = {"dataset_name": args.dataset_name, "output_dir": args.output_dir, **recipe.training}
+    for name, found in recipe.methods.items():
+        try:
+            check_settings(shared, **found)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"methods: {name!r}: {error}") from error
     return args, recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from clip_po.baselines.defense_prefix import learn_prefix, prefix_class_embeddin
 from clip_po.baselines.head_ablation import ablate_reading_heads
 from clip_po.baselines.text_removal import TextRemoval, processor_without_text
 from clip_po.cli import train
+from clip_po.cli.flags import similar_names
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.interpolation import ALPHAS, choose_alpha, interpolate, sweep_interpolation
@@ -202,8 +204,37 @@ METHODS: Mapping[str, Callable[..., MethodResult]] = {
 }
 """Values of `method:` in a recipe. The default is `train`."""
 
+TAKES_SETTINGS: Mapping[str, Callable[..., Any]] = {
+    "interpolation": _run_interpolation,
+    "head_ablation": ablate_reading_heads,
+    "text_removal": TextRemoval,
+    "defense_prefix": learn_prefix,
+}
+"""What takes the settings of a method. Those of `train` are flags."""
+
 DETERMINISTIC_METHODS = frozenset({"text_removal"})
 """Methods that draw nothing at random and therefore run with one seed only."""
+
+
+def check_settings(shared: Mapping[str, Any], method: str = "train", **settings: Any) -> None:
+    """Raise if a method can't run with its settings, before any method has run.
+
+    Args:
+        shared: Flags of `clip-po train` shared by all trained methods.
+        method: One of `METHODS`.
+        **settings: Arguments of the method.
+
+    Raises:
+        ValueError, TypeError: If a setting is unknown or, for `train`, its value is invalid.
+    """
+    if method == "train":
+        train.parse(_to_flags({**shared, **settings}))
+        return
+    known = list(inspect.signature(TAKES_SETTINGS[method]).parameters)
+    for name in settings:
+        if name not in known:
+            meant = " or ".join(similar_names(name, known))
+            raise ValueError(f"{method} has no setting {name!r}." + (f" Did you mean {meant}?" if meant else ""))
 
 
 def run_method(setup: ComparisonSetup, name: str, seed: int, method: str = "train", **settings: Any) -> MethodResult:

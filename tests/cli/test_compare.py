@@ -116,10 +116,17 @@ def test_a_stored_result_with_other_settings_is_refused(recipe, capsys):
         ({"methods": {"a": {"method": "interpolation", "of": "b"}, "b": {}}}, "not a method above it"),
         ({"dataset_validation_split": None}, "--dataset_validation_split is missing"),
         ({"colour": "red"}, "['colour']"),
+        # Said before the first method runs, not when the last one is reached.
+        ({"methods": {"CE": {}, "DPO": {"lr": 1}}}, "methods: 'DPO': unknown flag --lr. Did you mean --learning_rate"),
+        ({"methods": {"CE": {}, "DPO": {"beta": -1}}}, "methods: 'DPO': beta must"),
+        ({"methods": {"CE": {}, "h": {"method": "head_ablation", "max_head": 1}}}, "Did you mean max_heads"),
+        ({"methods": {"CE": {}, "p": {"method": "defense_prefix", "colour": 1}}}, "has no setting 'colour'"),
+        ({"training": {"max_step": 2}}, "methods: 'CE': unknown flag --max_step. Did you mean --max_steps"),
         ({"attacks": {"x": {"size": [2, 3]}}}, "size"),
     ],
 )
-def test_recipes_that_cannot_run_are_refused(recipe, capsys, changes, said):
+def test_recipes_that_cannot_run_are_refused(recipe, capsys, monkeypatch, changes, said):
+    monkeypatch.setattr(compare, "run_method", lambda *_, **__: pytest.fail("a method ran"))
     assert main(recipe(**changes)) == 2
     assert said in capsys.readouterr().err
 
