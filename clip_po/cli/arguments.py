@@ -113,7 +113,7 @@ class TaskArguments(ScriptArguments):
         self.check()
 
     def check(self) -> None:
-        """Raise if numbers are out of range, a prompt has no place for the name, or streaming is requested."""
+        """Raise if arguments can't work whatever the data are: numbers, prompts, the attack, or streaming."""
         if isinstance(self.prompt_template, str):  # in a recipe
             self.prompt_template = [self.prompt_template]
         if self.prompt_template is not None:
@@ -124,6 +124,7 @@ class TaskArguments(ScriptArguments):
         if self.max_samples is not None:
             check_number("--max_samples", self.max_samples, COUNT)
         check_task_flags(self)
+        self._attack([f"class {number}" for number in range(1000)], ["pillow"])  # checks its arguments
         if self.dataset_streaming:
             raise ValueError(
                 "--dataset_streaming is not supported by the commands. Leave it out, or train from Python on a "
@@ -216,6 +217,9 @@ class TaskArguments(ScriptArguments):
         self, words: Sequence[str], fonts: Sequence[str], processor: ProcessorMixin, seed: int
     ) -> TypographicAttack:
         """Return the typographic attack that the arguments describe, on the part of an image that the model sees."""
+        return self._attack(words, fonts, min_side=image_size(processor) or 224, crop=crop_side(processor), seed=seed)
+
+    def _attack(self, words: Sequence[str], fonts: Sequence[str], **fitted: Any) -> TypographicAttack:
         low, high = self.attack_size
         return TypographicAttack(
             words=self.attack_words or list(words),
@@ -227,9 +231,7 @@ class TaskArguments(ScriptArguments):
             places=self.attack_places,
             rotation=(self.attack_rotation[0], self.attack_rotation[1]),
             sticker=self.attack_sticker,
-            min_side=image_size(processor) or 224,
-            crop=crop_side(processor),
-            seed=seed,
+            **fitted,
         )
 
 

@@ -85,6 +85,7 @@ def align(
     """
     check_model_arguments(args, model_args)
     check_lora_flags(model_args)
+    task_args.stop_early(args)
     dataset = task_args.load(task_args.dataset_train_split, args.seed)
     names, (template,) = task_args.names(dataset), task_args.templates()
     task = Task.of(names, template, task_args.dataset_names(dataset))
@@ -196,7 +197,6 @@ def make_trainer(
     for name, value in fit_to_size(width, len(rows.train), bool(peft_config)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    task_args.stop_early(args)
     if peft_config is not None and task_args.max_clean_cost is not None:
         # The final model has its adapters merged. Adapters pushed by earlier saves would stay beside it on the Hub.
         args.hub_strategy = HubStrategy.END

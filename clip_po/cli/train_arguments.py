@@ -98,6 +98,8 @@ class TrainArguments(TaskArguments):
         self.check_single_prompt()
         if self.max_clean_cost is not None:
             check_bound(self.max_clean_cost)
+        if self.moving_average is not None:
+            BetaMovingAverageCallback(self.moving_average)  # checks the beta
         if self.early_stopping_patience is not None:
             check_number("--early_stopping_patience", self.early_stopping_patience, COUNT)
 

@@ -356,6 +356,28 @@ def test_adapters_are_by_default_where_training_is(command, more, expected):
     assert {re.search(r"(\w+)_model\.encoder\.layers\.(\d)", name).groups() for name in names} == expected
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--early_stopping_patience", "1"], "--eval_strategy epoch --save_strategy epoch"),
+        (["--moving_average", "0"], "beta"),
+        (["--attack_places", "moon"], "moon"),
+        (["--attack_size", "2", "3"], "size"),
+        (["--attack_rotation", "10", "-10"], "rotation"),
+        (["--attack_count", "0", "0"], "count"),
+        (["--attack_sticker", "2"], "sticker"),
+        (["--attack_words", "dog"], "two different words"),
+        (["--attack_fonts", "nowhere.ttf"], "nowhere.ttf"),
+        (["--prompt_template", "a photo"], "{}"),
+    ],
+)
+def test_what_the_command_line_tells_is_said_before_anything_is_loaded(command, capsys, monkeypatch, more, said):
+    monkeypatch.setattr("clip_po.cli.arguments.load_split", lambda *_, **__: pytest.fail("it loaded data"))
+    monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("it loaded a model"))
+    assert main(["train", *command(*more)]) == 2
+    assert said in capsys.readouterr().err
+
+
 # ---- Nothing changed ------------------------------------------------------------------------------------
 
 
