@@ -41,6 +41,13 @@ def test_help_pages_match_the_arguments(command):
     assert file.read_text() == help_pages.page(command), "stale: run `make help`"
 
 
+@pytest.mark.skipif(not ON_TESTED_VERSIONS, reason="help texts of transformers and trl differ by version")
+@pytest.mark.parametrize("command", help_pages.MAIN_FLAGS)
+def test_short_help_pages_match_the_arguments(command):
+    file = help_pages.files("clip_po").joinpath("assets", "help", f"{command}-short.txt")
+    assert file.read_text() == help_pages.short_page(command), "stale: run `make help`"
+
+
 def test_help_lists_the_flags_of_the_parser():
     page = help_pages.page("train")
     for flag in (
