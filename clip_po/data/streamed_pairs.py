@@ -8,10 +8,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
 from PIL import Image
+from torch import Tensor
 
 from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
@@ -111,6 +113,7 @@ class StreamedPairs(torch.utils.data.Dataset[Row]):
 
     def _completed(self, row: StreamRow) -> Row:
         where = f"{self.name} row {row.number} of the stream"
+        _check_no_array(row.values, where)
         if isinstance(self.preferences, TypographicStream):
             values, reasons = self._attacked(self.preferences, row, where)
         else:
@@ -144,6 +147,17 @@ class StreamedPairs(torch.utils.data.Dataset[Row]):
         feature = feature if isinstance(feature, ImageFeature) else ImageFeature()
         decode = functools.partial(_decode, dataclasses.replace(feature, decode=True), values[column], column, where)
         return read_or_blank(decode, self.completion.on_bad_image)
+
+
+def _check_no_array(values: Row, where: str) -> None:
+    """Raise if a column holds an array, which is no fault of the row: a format stays where a map or filter uses it."""
+    for column, value in values.items():
+        if isinstance(value, (np.ndarray, Tensor)):
+            raise TypeError(
+                f"{where}: column {column!r} holds a {type(value).__name__}. If the stream got a format before its map "
+                "or filter, remove it there: stream.with_format(None). An array becomes an image by "
+                "PIL.Image.fromarray."
+            )
 
 
 def _decode(feature: ImageFeature, value: Any, column: str, where: str) -> Image.Image:

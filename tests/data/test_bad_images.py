@@ -190,7 +190,7 @@ def test_a_run_around_broken_images_resumes_bit_for_bit_with_two_workers(make_tr
         return TypographicPreferences(with_broken(make_labelled(9), {1, 4}), ATTACK)
 
     settings = {"dataloader_num_workers": 2, "save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(rows(), **settings)
+    whole = make_trainer(rows(), folder="whole", **settings)
     whole.train()
     make_trainer(rows(), callbacks=[StopAt(2)], **settings).train()
     resumed = make_trainer(rows(), **settings)

@@ -105,6 +105,24 @@ def test_streams_are_read_without_a_format(kind):
     assert_same_rows(preferences(stream), preferences(stream.with_format(kind)))
 
 
+CHANGES = {
+    "map": lambda stream: stream.map(lambda row: row, features=stream.features),
+    "filter": lambda stream: stream.filter(lambda row: True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_format_under_a_map_is_refused_and_no_image_is_blamed(kind, change):
+    labels, texts = (rows(4).to_iterable_dataset().with_format(kind) for rows in (make_labelled, make_preferences))
+    for pairs in (
+        streamed(change(labels)),
+        StreamedPairs(change(texts), 1, 4, ["sigmoid"], None, TEXTS, on_bad_image="skip"),
+    ):
+        with pytest.raises(TypeError, match=r"row 0 of the stream: column '\w+' holds a .*with_format\(None\)"):
+            pairs[0]
+
+
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
 def test_training_sees_the_colours_of_palette_images(kind, make_trainer):
     trained = []
