@@ -154,8 +154,8 @@ def _check_no_array(values: Row, where: str) -> None:
     for column, value in values.items():
         if isinstance(value, (np.ndarray, Tensor)):
             raise TypeError(
-                f"{where}: column {column!r} holds a {type(value).__name__}. If the stream got a format before its map "
-                "or filter, remove it there: stream.with_format(None). An array becomes an image by "
+                f"{where}: column {column!r} holds a {type(value).__name__}. If the stream got a format before its "
+                "map or filter, remove it there: stream.with_format(None). An array becomes an image by "
                 "PIL.Image.fromarray."
             )
 
