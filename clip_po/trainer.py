@@ -32,6 +32,7 @@ from clip_po.encoding import CachedTextEmbeddings, encode_texts, encode_texts_au
 from clip_po.evaluation.report.summary import measured_table
 from clip_po.hub.card import CARD_FILE, CheckpointKind, card_of_run
 from clip_po.hub.publishing import creating_repository, push_model, save_pretrained
+from clip_po.hub.stale_files import check_not_base, remove_stale_files
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, loss_of_parts, preference_metrics
 from clip_po.models import check_processor, default_output_dir, dual_encoder, load_policy, load_processor
@@ -41,7 +42,13 @@ from clip_po.text_identity import TextTokens
 from clip_po.trainable import check_optimizer, choose_trainable, tower_trains
 from clip_po.trainer_arguments import check_places, check_trial, initial_model
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback
-from clip_po.training.checkpoints import CheckpointCallback, check_best_metric, saving, whole_checkpoint
+from clip_po.training.checkpoints import (
+    CheckpointCallback,
+    check_best_metric,
+    checkpoint_folder,
+    saving,
+    whole_checkpoint,
+)
 from clip_po.training.dropout import disable_dropout
 from clip_po.training.logit_scale import LogitScaleCallback
 from clip_po.training.nan_guard import NanGuardCallback
@@ -150,6 +157,8 @@ class ContrastivePOTrainer(Trainer):
         if model_init is not None:  # Trainer accepts it only without a model
             self.model_init = functools.partial(self.renew_model, model_init)
         self._use_encoder(encoder)
+        if self.checkpoint_kind != "model":
+            check_not_base(self.encoder.config.name_or_path, str(args.output_dir), args.hub_model_id)
         self.training_means, self.evaluation_means = RunningMeans(), RunningMeans()
         self.skipped_in_training, self.skipped_in_evaluation = SkippedRows(), SkippedRows()
         self._stream_position, self._checkpoints = StreamPositionCallback(), CheckpointCallback(self)
@@ -738,6 +747,9 @@ class ContrastivePOTrainer(Trainer):
             settings = {**self.args.to_dict(), **self._checkpoints.withheld}
             with saving(str(folder), str(self.args.output_dir)):
                 save_pretrained(str(folder), model, self.processing_class, settings, state_dict)
+                # A checkpoint starts empty, and Trainer resumes a transformation from model.safetensors.
+                if Path(folder) != checkpoint_folder(self.args, self.state):
+                    remove_stale_files(folder, self.checkpoint_kind)
 
     @property
     def checkpoint_kind(self) -> CheckpointKind:

@@ -87,6 +87,11 @@ class FakeHub:
                     return None
                 if "/resolve/" in self.path:
                     return self.download()
+                if "/tree/" in self.path:
+                    files = hub.files[self.repository()].items()
+                    return self.answer(
+                        [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files]
+                    )
                 return self.answer({"id": self.repository(), "siblings": [], "sha": "0" * 40, "private": False})
 
             def do_PUT(self):
@@ -142,5 +147,7 @@ class FakeHub:
                 self.commits[repository].append(value["summary"])
             elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.objects[re.sub("^sha256:", "", value["oid"])]

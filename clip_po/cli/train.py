@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import CLIPModel, CLIPProcessor
 from transformers.trainer_utils import HubStrategy
 from trl import ModelConfig, get_peft_config
@@ -307,10 +306,6 @@ def is_changed(trainer: ContrastivePOTrainer) -> bool:
 def save(trainer: ContrastivePOTrainer, task: Task) -> None:
     """Save the model with processor, task and model card, and push it if the arguments say so."""
     if trainer.is_world_process_zero():
-        if not isinstance(trainer.model, PeftModel):
-            # Adapters of an earlier save: from_pretrained would load them instead of the model.
-            for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-                Path(trainer.args.output_dir, file).unlink(missing_ok=True)
         task.save(trainer.args.output_dir)
         trainer.create_model_card()
     trainer.save_model()

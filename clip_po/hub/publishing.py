@@ -22,6 +22,7 @@ from clip_po.adapters import save_adapters
 from clip_po.hub.card import CARD_FILE
 from clip_po.hub.redaction import publishable, redacted
 from clip_po.hub.retries import call_hub
+from clip_po.hub.stale_files import stale_files
 
 logger = logging.get_logger(__name__)
 
@@ -91,6 +92,8 @@ def push_model(
 ) -> CommitInfo | Future[CommitInfo] | None:
     """Save the model of a trainer and push its output folder, without checkpoints.
 
+    The commit deletes files of another kind of model, which earlier runs pushed to the repository.
+
     `Trainer.push_to_hub` can't repeat its upload alone, and saving again needs every process.
 
     Args:
@@ -126,6 +129,7 @@ def push_model(
         token=token,
         revision=revision or args.hub_revision,
         ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+        delete_patterns=stale_files(trainer.checkpoint_kind),
     )
     return push() if blocking else huggingface_hub.run_as_future(push)
 
@@ -157,6 +161,7 @@ def _push(trainer: Trainer, folder: Path, strategy: HubStrategy) -> None:
             folder,
             path_in_repo="last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name,
             commit_message=f"{message}, checkpoint",
+            delete_patterns=stale_files(trainer.checkpoint_kind),
             token=args.hub_token,
             revision=args.hub_revision,
         )
