@@ -24,6 +24,7 @@ from transformers.utils import logging
 from clip_po.adapters import add_adapters, check_adapters
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.images import probe_image, to_pixels
+from clip_po.hub.checkpoint_files import LIMITS, check_config, check_files, check_rank
 from clip_po.hub.safe_loading import refuse_pickles
 from clip_po.other_kinds import model_remedy, type_remedy
 from clip_po.text_identity import check_tokenizer
@@ -91,6 +92,7 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
             "program. Leave it out: weights are read from safetensors only."
         )
     hub = {k: v for k, v in kwargs.items() if k in ("revision", "token")}
+    check_files(name)
     # Read the type from the file: for an unknown type, AutoConfig asks whether to run the code of the model.
     written, _ = PreTrainedConfig.get_config_dict(name, **hub)
     kind = written.get("model_type") or AutoConfig.from_pretrained(name, trust_remote_code=False, **hub).model_type
@@ -99,6 +101,7 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
             f"{name!r} is a {kind!r} model, but clip_po aligns CLIPModel checkpoints (model_type 'clip'). "
             f"{type_remedy(kind)}"
         )
+    check_config(name, written)
     if os.path.isdir(name):  # for the Hub, transformers finds a converted copy of pickled weights
         refuse_pickles(name)
     given = {"dtype": torch.float32, **kwargs, "use_safetensors": True}
@@ -131,20 +134,23 @@ def load_any(name: str) -> CLIPModel | PeftModel:
         ValueError: If adapters are not readable, name no base model, or belong to another base model.
         TypeError, OSError, ValueError: As in `load_model`.
     """
+    check_files(name)
     try:
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        config = PeftConfig.from_pretrained(name)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"The adapter_config.json of {name!r} is not readable ({error}). Save the adapters again."
         ) from error
     except ValueError:  # no adapters there
         return load_model(name)
+    base = config.base_model_name_or_path
     if base is None or (os.path.isabs(base) and not os.path.isdir(base)):
         raise ValueError(
             f"The adapters in {name!r} name {base!r} as their base model, which does not exist. Set "
             "base_model_name_or_path in their adapter_config.json to its Hub id or folder."
         )
     refuse_pickles(name)
+    check_rank(name, config)
     model = load_model(base)
     try:
         adapted = PeftModel.from_pretrained(model, name)
@@ -278,12 +284,38 @@ def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixi
     kwargs = init_kwargs(args.model_init_kwargs)
     try:
         hub = {k: v for k, v in kwargs.items() if k in ("revision", "token")}
-        return CLIPProcessor.from_pretrained(name, trust_remote_code=False, **hub)
+        return read_processor(name, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No processor was given, and the checkpoint of the model, {name!r}, has none ({error}). Pass "
             "processing_class=CLIPProcessor.from_pretrained(...)."
         ) from error
+
+
+def read_processor(name: str | os.PathLike[str], **hub: Any) -> CLIPProcessor:
+    """Read the processor of a checkpoint, without running code from it.
+
+    Args:
+        name: Folder or Hub id.
+        **hub: `revision` and `token`.
+
+    Returns:
+        The processor.
+
+    Raises:
+        OSError, ValueError: If there is none, it is not readable, or it makes images of more than 10,000 pixels.
+    """
+    check_files(name)
+    processor = CLIPProcessor.from_pretrained(name, trust_remote_code=False, **hub)
+    for field in ("size", "crop_size"):
+        sides = getattr(processor.image_processor, field, None) or {}
+        for side, pixels in dict(sides).items():
+            if pixels is not None and not 1 <= pixels <= LIMITS["image_size"]:
+                raise ValueError(
+                    f"The processor of {str(name)!r} has {field} {side}={pixels!r}, but it must be from 1 to "
+                    f"{LIMITS['image_size']:,} pixels. Correct its preprocessor_config.json or processor_config.json."
+                )
+    return processor
 
 
 def check_processor(processor: Any, model: nn.Module) -> None:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import ClassLabel, Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -16,6 +15,7 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 from trl import ScriptArguments
 
+from clip_po.bounded_text import parse_json, parse_yaml
 from clip_po.cli.idle_flags import check_task_flags
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.words import EVERYDAY_WORDS, spelling
@@ -298,7 +298,7 @@ class Task:
         if file is None:
             return None
         try:
-            found: dict[str, Any] = json.loads(file.read_text())
+            found: dict[str, Any] = parse_json(file.read_text())
             return cls(
                 class_names=list(found["class_names"]),
                 prompt_template=str(found["prompt_template"]),
@@ -327,8 +327,8 @@ def read_mapping(file: str, flag: str = "--config") -> dict[str, Any]:
     """
     with open(file, encoding="utf-8") as stream:
         try:
-            found = yaml.safe_load(stream)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            found = parse_yaml(stream.read())
+        except ValueError as error:
             raise ValueError(f"{flag} {file!r} is not a YAML file ({error}). Fix its syntax.") from error
     if found is not None and not isinstance(found, dict):
         raise ValueError(f"{flag} {file!r} must map names to values, such as beta: 0.1, got {found!r}.")

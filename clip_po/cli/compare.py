@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from transformers import CLIPProcessor
 from transformers.utils import logging
 
 from clip_po.cli.compare_arguments import CompareArguments, Recipe, parse
@@ -40,6 +39,7 @@ from clip_po.evaluation.robustness import (
     evaluate_robustness,
     robustness_report,
 )
+from clip_po.models import read_processor
 from clip_po.validation import check_writable
 
 BASE = "before"
@@ -195,7 +195,7 @@ def load(args: CompareArguments, recipe: Recipe) -> Comparison:
 
 def _load_setup(args: CompareArguments, recipe: Recipe) -> ComparisonSetup:
     """Load the processor, the training split and the validation split."""
-    processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    processor = read_processor(str(args.model_name_or_path))
     dataset = args.load(args.dataset_train_split, 0)
     names = args.names(dataset)
     (template,) = args.templates()

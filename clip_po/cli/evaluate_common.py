@@ -24,7 +24,7 @@ from clip_po.evaluation.readable import readable_rows
 from clip_po.evaluation.report.answer_tables import write_answers
 from clip_po.evaluation.report.report_file import write_report
 from clip_po.evaluation.robustness import Answers
-from clip_po.models import load_any
+from clip_po.models import load_any, read_processor
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +65,7 @@ class Models:
 
 def load_models(args: EvaluateArguments, accelerator: Accelerator) -> Models:
     """Load the checkpoint, its processor and, if the arguments name one, the base."""
-    processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    processor = read_processor(str(args.model_name_or_path))
     path = str(args.model_name_or_path)
     model = load_any(path)
     if args.base_model_name_or_path is None:

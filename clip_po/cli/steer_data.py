@@ -16,7 +16,7 @@ from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
 from clip_po.data.digits import DIGIT_NAMES, MODEL_PATH, PROMPT_TEMPLATE, digit_attack, load_digits_dataset
 from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.robustness import RobustnessImages
-from clip_po.models import load_model
+from clip_po.models import load_model, read_processor
 
 TRAIN_RENDERINGS, RENDERINGS = 6, 10
 """Renderings of each embedded digit, for training and for measuring."""
@@ -79,7 +79,7 @@ def digits_case(args: SteerArguments, seed: int) -> Case:
 def labelled_case(args: SteerArguments, seed: int) -> Case:
     """Load the model and the dataset that the arguments name."""
     model = load_model(str(args.model_name_or_path))
-    processor = CLIPProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    processor = read_processor(str(args.model_name_or_path))
     train = args.load(args.dataset_train_split, seed)
     test = args.load(args.dataset_test_split, seed, like=train)
     known = Task.load(str(args.model_name_or_path))

@@ -22,6 +22,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard, constants
 
+from clip_po.bounded_text import parse_yaml
 from clip_po.data.image_folder import find_images, load_image_folder
 from clip_po.data.path_safety import check_links, check_resolved
 from clip_po.data.table_files import READERS, decode_images, find_tables, load_tables
@@ -105,6 +106,10 @@ def _describes_itself(folder: Path) -> bool:
     """Return whether a folder says which files belong to its splits, or has a loading script, which is refused."""
     card = folder / "README.md"
     with _explained(str(folder), ""):
+        if card.is_file() and (
+            header := re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---", card.read_text("utf-8"), re.DOTALL)
+        ):
+            parse_yaml(header[1])  # DatasetCard and datasets read it without bounds
         configured = card.is_file() and DatasetCard.load(card).data.get("configs") is not None
     return configured or (folder / f"{folder.name}.py").is_file()
 

@@ -1,4 +1,4 @@
-"""Paths named by a dataset: for safety, files outside the dataset folder are not read."""
+"""Paths named by a dataset or checkpoint: for safety, files outside its folder are not read."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-def check_inside(name: str, where: str) -> None:
-    """Raise if a path named by a dataset leads out of the dataset folder.
+def check_inside(name: str, where: str, what: str = "dataset") -> None:
+    """Raise if a path named by a file of a dataset or checkpoint leads out of its folder.
 
     Args:
         name: The path, relative to the folder.
         where: The file that names it, for the message.
+        what: What the folder holds, for the message.
 
     Raises:
         ValueError: If the path is absolute or contains "..".
     """
     windows = PureWindowsPath(name)
     if PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise _outside(name, where)
+        raise _outside(name, where, what)
 
 
 def check_resolved(names: Iterable[str], folders: Sequence[str | Path], where: str) -> None:
@@ -58,22 +59,37 @@ def check_links(folder: str | Path) -> None:
     Raises:
         ValueError: If there is such a link; the message names it and its target.
     """
-    # The Hub's cache stores the files of all snapshots in one folder beside them, and links to it.
-    snapshot = next((p for p in (Path(folder), *Path(folder).parents) if p.parent.name == "snapshots"), None)
-    inside = Path(os.path.realpath(folder if snapshot is None else snapshot.parent.parent))
     for parent, folders, files in os.walk(folder):
         for name in sorted((*folders, *files)):
-            path = os.path.join(parent, name)
-            if os.path.islink(path) and not Path(real := os.path.realpath(path)).is_relative_to(inside):
-                raise ValueError(
-                    f"{path} is a link to {real}, outside the dataset folder. For safety, it is not read: an "
-                    f"archive can hold links to any file. If you trust the links, replace them by copies "
-                    f"(cp -rL {folder} COPY), or use another dataset."
-                )
+            check_link(Path(parent, name), folder)
 
 
-def _outside(name: str, where: str) -> ValueError:
+def check_link(path: Path, folder: str | Path, what: str = "dataset") -> None:
+    """Raise if a path is a symbolic link that leads out of a folder, as in `check_links`.
+
+    Args:
+        path: A path in the folder.
+        folder: The folder.
+        what: What the folder holds, for the message.
+
+    Raises:
+        ValueError: If it is such a link; the message names it and its target.
+    """
+    if not path.is_symlink():
+        return
+    # The Hub's cache stores the files of all snapshots in one folder beside them, and links to it.
+    snapshot = next((p for p in (Path(folder), *Path(folder).parents) if p.parent.name == "snapshots"), None)
+    inside = os.path.realpath(folder if snapshot is None else snapshot.parent.parent)
+    if not Path(real := os.path.realpath(path)).is_relative_to(inside):
+        raise ValueError(
+            f"{path} is a link to {real}, outside the {what} folder. For safety, it is not read: an archive can hold "
+            f"links to any file. If you trust the links, replace them by copies (cp -rL {folder} COPY), or use "
+            f"another {what}."
+        )
+
+
+def _outside(name: str, where: str, what: str = "dataset") -> ValueError:
     return ValueError(
-        f"{where} names the file {name!r}, which is outside the dataset folder. For safety, files outside the dataset "
-        "folder are not read. Fix the path, or use another dataset."
+        f"{where} names the file {name!r}, which is outside the {what} folder. For safety, files outside the {what} "
+        f"folder are not read. Fix the path, or use another {what}."
     )

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import IterableDataset
 from PIL import Image
 
+from clip_po.bounded_text import parse_json
 from clip_po.data.formats import Row
 
 STREAM_FILE = "stream.json"
@@ -91,7 +92,7 @@ class StreamMark:
         file = Path(folder, STREAM_FILE)
         if not file.is_file():
             return None
-        values = json.loads(file.read_text())
+        values = parse_json(file.read_text())
         return cls(**{**values, "start": tuple(values["start"])})
 
 

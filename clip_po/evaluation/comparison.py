@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from clip_po.bounded_text import parse_json
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.interpolation import within
 from clip_po.evaluation.report.report_file import write_json
@@ -60,7 +61,7 @@ class ComparisonResults:
         file = self.path(name, seed) / RESULT
         if not file.is_file():
             return None
-        result: dict[str, Any] = json.loads(file.read_text())
+        result: dict[str, Any] = parse_json(file.read_text())
         # Stored settings are redacted, so the comparison must redact the current ones too.
         now = redacted({**self.settings, "method": json.loads(json.dumps(settings, default=str))})
         if differ := sorted(k for k in now if result["settings"].get(k) != now[k]):

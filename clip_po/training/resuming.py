@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from clip_po.bounded_text import parse_json
 from clip_po.hub.safe_loading import read_state, refuse_pickles
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def check_resume(trainer: Trainer, folder: str) -> None:
 
 def _trainer_state(folder: str) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads(Path(folder, TRAINER_STATE_NAME).read_text())
+        state: dict[str, Any] = parse_json(Path(folder, TRAINER_STATE_NAME).read_text())
         return state
     except (OSError, ValueError) as error:
         raise ValueError(

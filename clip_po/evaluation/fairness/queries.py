@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
-
+from clip_po.bounded_text import parse_yaml
 from clip_po.validation import check_template
 
 
@@ -74,8 +73,8 @@ def load_queries(name: str, templates: Sequence[str] | None = None) -> Queries:
         words = tuple(line.strip() for line in text.splitlines() if line.strip())
         return Queries(Path(name).stem, words, tuple(templates or ("{}",)))
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        found = parse_yaml(text)
+    except ValueError as error:
         raise ValueError(f"{name} is not valid YAML ({error}). Fix it.") from error
     if not isinstance(found, dict) or set(found) != {"queries", "templates"}:
         raise ValueError(f"{name} must have the keys queries and templates, each a list of texts. See docs/bias.md.")

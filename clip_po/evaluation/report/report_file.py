@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from clip_po.atomic_write import atomic_write
+from clip_po.bounded_text import parse_json
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.hub.redaction import publishable, redacted
 
@@ -113,7 +114,7 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: If it is not a report of clip_po, or its version is not supported.
     """
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        report = parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Give a report.json written by clip-po.") from error
     version = report.get("schema_version") if isinstance(report, dict) else None

@@ -6,7 +6,6 @@ word, "" for none).
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
+from clip_po.bounded_text import parse_json
 from clip_po.data.class_labels import column_texts
 from clip_po.data.loading import load_split
 from clip_po.data.path_safety import IMAGE_SUFFIXES, check_inside, check_links
@@ -136,7 +136,7 @@ def load_annotation(folder: Path, class_names: Sequence[str] | None = None) -> D
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}). Give it as published by its authors.") from error
 

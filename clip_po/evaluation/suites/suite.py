@@ -9,9 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import ClassLabel, Dataset
 
+from clip_po.bounded_text import parse_yaml
 from clip_po.data.class_labels import read_labels, readable_name
 from clip_po.data.loading import load_split
 from clip_po.evaluation.class_doubles import spaced_apart
@@ -149,12 +149,13 @@ def suite_names() -> list[str]:
     return sorted(Path(file.name).stem for file in files("clip_po").joinpath("assets", "suites").iterdir())
 
 
-def load_suite(name: str) -> Suite:
+def load_suite(name: str, within: Sequence[str] = ()) -> Suite:
     """Load a suite of the package, or one of your own.
 
     Args:
         name: One of `suite_names()`, or a YAML file with `measures`, `entries` (as `Entry`), and optionally `include`,
             a list of suites of the package whose entries are appended.
+        within: Suites that include this one, which it may not include.
 
     Returns:
         The suite.
@@ -172,14 +173,16 @@ def load_suite(name: str) -> Suite:
             "one of them, or a YAML file."
         )
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        found = parse_yaml(text)
+    except ValueError as error:
         raise ValueError(f"{name} is not valid YAML ({error}). Fix it.") from error
     if not isinstance(found, dict) or not {"measures", "entries"} <= set(found) <= {"measures", "entries", "include"}:
         raise ValueError(f"{name} must have the keys measures and entries, and may have include. See docs/suites.md.")
     entries = [_entry(name, row) for row in found["entries"] or []]
     for other in found.get("include", []):
-        entries += load_suite(other).entries
+        if other in (name, *within):
+            raise ValueError(f"{name} includes {other}, which includes it. Remove one of the two includes.")
+        entries += load_suite(other, (name, *within)).entries
     return Suite(Path(name).stem, found["measures"], tuple(entries))
 
 

@@ -9,13 +9,13 @@ gender, pass `genders`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
+from clip_po.bounded_text import parse_json
 from clip_po.data.path_safety import IMAGE_SUFFIXES, check_inside, check_links
 
 _ACTIVITIES = """
@@ -92,7 +92,7 @@ def load_vl_bias(folder: str | Path, part: str, genders: Mapping[str, str] | Non
 def _indexed(base: Path, index: Path) -> dict[str, str]:
     """Return words by path, read from an index."""
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["data"]
+        listed = parse_json(index.read_text(encoding="utf-8"))["data"]
         found = {str(image["original"]): str(word) for word, images in listed.items() for image in images}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
