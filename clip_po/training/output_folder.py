@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from clip_po.config import ContrastivePOConfig
@@ -31,8 +31,8 @@ def check_unused(args: ContrastivePOConfig, resumed: str | bool | None, files: S
         return
     found = [path.name for pattern in files for path in sorted(folder.glob(pattern))]
     if args.save_strategy != SaveStrategy.NO:
-        # Whole, or written by another trainer, which leaves no mark. The rest was cut off and can't be resumed from.
-        found += [p.name for _, p in sorted(numbered(folder)) if is_whole(p) or (p / TRAINER_STATE_NAME).is_file()]
+        # Whole, or of another trainer, which leaves no mark but a pickle of its arguments. The rest was cut off.
+        found += [p.name for _, p in sorted(numbered(folder)) if is_whole(p) or (p / TRAINING_ARGS_NAME).is_file()]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(

@@ -34,8 +34,16 @@ def test_a_second_run_does_not_delete_the_checkpoints_of_the_first(clip_folder, 
 
 def test_checkpoints_of_another_trainer_are_kept_too(clip_folder, used):
     (used / "checkpoint-2" / MARK).unlink()  # which transformers' Trainer does not write
+    (used / "checkpoint-2" / "training_args.bin").touch()  # which it does write
     with pytest.raises(ValueError, match="holds checkpoint-2"):
         make_trainer(str(clip_folder), used, **SAVES).train()
+
+
+def test_a_run_that_was_killed_in_its_first_checkpoint_starts_again(clip_folder, used):
+    (used / "checkpoint-2" / MARK).unlink()
+    trainer = make_trainer(str(clip_folder), used, **SAVES)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(used))
+    assert last_whole_checkpoint(used) is not None
 
 
 def test_the_same_trainer_does_not_delete_its_own_checkpoints(clip_folder, tmp_path):
