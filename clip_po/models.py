@@ -124,6 +124,8 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
 def load_any(name: str) -> CLIPModel | PeftModel:
     """Load a plain model, or a base model with the adapters in a folder or Hub repository.
 
+    The base model is loaded at the revision that the adapters name.
+
     Args:
         name: Folder or Hub id.
 
@@ -151,7 +153,7 @@ def load_any(name: str) -> CLIPModel | PeftModel:
         )
     refuse_pickles(name)
     check_rank(name, config)
-    model = load_model(base)
+    model = load_model(base, **({"revision": config.revision} if config.revision else {}))
     try:
         adapted = PeftModel.from_pretrained(model, name)
         stored = {key: tuple(weight.shape) for key, weight in load_peft_weights(name, device="cpu").items()}
@@ -219,8 +221,10 @@ def load_policy(
             "train_logit_scale=True with adapters: an adapter checkpoint does not hold the logit scale, so it would "
             "be lost. Leave it frozen, or train the full model."
         )
+    revision = None
     if isinstance(model, str):
-        model = load_model(model, **init_kwargs(args.model_init_kwargs))
+        given_kwargs = init_kwargs(args.model_init_kwargs)
+        model, revision = load_model(model, **given_kwargs), given_kwargs.get("revision")
     elif args.model_init_kwargs:
         logger.warning("model_init_kwargs are ignored because the model is an object, not a name.")
     encoder = dual_encoder(model)
@@ -238,6 +242,9 @@ def load_policy(
         check_adapters(model)
     elif peft_config is not None:
         model = add_adapters(encoder, peft_config, args.seed)
+        if args.base_model_id in (None, encoder.config.name_or_path):
+            config = model.peft_config[model.active_adapters[0]]
+            config.revision = config.revision or revision
     if args.base_model_id is None and isinstance(model, PeftModel) and os.path.isdir(encoder.config.name_or_path):
         logger.warning(
             f"The adapters will name the folder {encoder.config.name_or_path!r} as their base model, which does not "

@@ -216,7 +216,10 @@ def adapters(model_args: ModelConfig, model: CLIPModel, args: ContrastivePOConfi
     model_args.lora_task_type = None
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = trained_linear_layers(model.config, args)
-    return get_peft_config(model_args)
+    config = get_peft_config(model_args)
+    if config is not None and model_args.model_revision != "main":
+        config.revision = model_args.model_revision
+    return config
 
 
 def load_start(args: ContrastivePOConfig, model_args: ModelConfig) -> tuple[CLIPModel, CLIPProcessor]:

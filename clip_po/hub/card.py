@@ -63,6 +63,7 @@ def model_card(
     metrics: Mapping[str, float],
     kind: CheckpointKind = "model",
     report: str | None = None,
+    revision: str | None = None,
 ) -> ModelCard:
     """Make the card of an aligned model.
 
@@ -75,6 +76,7 @@ def model_card(
         metrics: Metrics of the last evaluation, by name. Only shown without a `report`.
         kind: What the checkpoint holds.
         report: A Markdown table of measurements before and after alignment.
+        revision: Revision of the base model that adapters belong to; None for the newest.
 
     Returns:
         The card. Its `data` is the metadata that the Hub reads.
@@ -93,7 +95,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# {escape_markdown(model_name)}\n\n"
         f"{_what_was_done(base, loss_types, settings)}\n\n"
-        f"```python\n{_loading_code(model_name, base, kind)}\n"
+        f"```python\n{_loading_code(model_name, base, kind, revision)}\n"
         f"processor = CLIPProcessor.from_pretrained({json.dumps(model_name)})\n```\n\n"
         f"{MEASURED}\n\n{measured}\n\n"
         f"## Settings\n\n{_table({k: json.dumps(v, default=str) for k, v in publishable(settings).items()})}\n"
@@ -115,8 +117,9 @@ def _what_was_done(base: str, loss_types: Sequence[str], settings: Mapping[str, 
     )
 
 
-def _loading_code(model_name: str, base_model: str, kind: CheckpointKind) -> str:
-    name, base = json.dumps(model_name), f"CLIPModel.from_pretrained({json.dumps(base_model)})"
+def _loading_code(model_name: str, base_model: str, kind: CheckpointKind, revision: str | None) -> str:
+    at = f", revision={json.dumps(revision)}" if revision else ""
+    name, base = json.dumps(model_name), f"CLIPModel.from_pretrained({json.dumps(base_model)}{at})"
     return {
         "model": f"from transformers import CLIPModel, CLIPProcessor\n\nmodel = CLIPModel.from_pretrained({name})",
         "adapter": "from peft import PeftModel\nfrom transformers import CLIPModel, CLIPProcessor\n\n"
@@ -155,6 +158,7 @@ def card_of_run(trainer: Any, model_name: str, kind: CheckpointKind, report: str
         _last_evaluation(trainer.state.log_history),
         kind,
         report,
+        trainer.model.peft_config[trainer.model.active_adapter].revision if kind == "adapter" else None,
     )
 
 
