@@ -164,7 +164,7 @@ def photographs(args: argparse.Namespace) -> Case:
         images(test, attack(unseen_fonts(), args.seed + 1), args.renderings or 2),
         {
             **demo.TRAINING,  # logging arguments
-            **{name: value for name, value in DEFAULTS.items() if value is not None},
+            **{name: value for name, value in DEFAULTS.items() if value is not None and name != "lora_dropout"},
             **fit_to_size(width, len(train), False),
             "per_device_train_batch_size": BATCH_SIZE,
             "save_strategy": "no",
@@ -214,7 +214,10 @@ def train_weights(case: Case, args: argparse.Namespace, way: str) -> dict[str, C
         if way == "LoRA" and method not in args.lora:
             continue
         log(f"{way}: {method}")
-        peft, faster = (adapters(ModelConfig(use_peft=True)), LORA_RATE) if way == "LoRA" else (None, 1)
+        peft, faster = None, 1
+        if way == "LoRA":
+            everything = ContrastivePOConfig("lora", use_cpu=True)
+            peft, faster = adapters(ModelConfig(use_peft=True), case.load(), everything), LORA_RATE
         rate = {"learning_rate": faster * case.training["learning_rate"]}
         found[method] = train(case, args, "every_epoch", {**settings, **rate}, peft_config=peft)
     return found
