@@ -19,12 +19,13 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from clip_po.adapters import add_adapters, check_adapters
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.images import probe_image, to_pixels
 from clip_po.hub.checkpoint_files import LIMITS, check_config, check_files, check_rank
+from clip_po.hub.retries import find_file
 from clip_po.hub.safe_loading import refuse_pickles
 from clip_po.other_kinds import model_remedy, type_remedy
 from clip_po.text_identity import check_tokenizer
@@ -94,7 +95,12 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
     hub = {k: v for k, v in kwargs.items() if k in ("revision", "token")}
     check_files(name)
     # Read the type from the file: for an unknown type, AutoConfig asks whether to run the code of the model.
-    written, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    try:
+        written, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    except OSError:
+        if not os.path.isdir(name):  # transformers says "couldn't connect" of a refusal too
+            find_file(name, CONFIG_NAME, "Give a folder or Hub id of a CLIP checkpoint.", **hub)
+        raise
     kind = written.get("model_type") or AutoConfig.from_pretrained(name, trust_remote_code=False, **hub).model_type
     if kind != "clip":
         raise TypeError(

@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from clip_po.hub.retries import TRIES, HubError
+from clip_po.models import load_any, load_model
 from clip_po.training.checkpoints import MARK
 
 TOKEN = "hf_" + "s3cret" * 6
@@ -121,3 +122,11 @@ def test_a_push_in_the_background_is_repeated_too(hub, make_pushing):
     hub.failures = {COMMIT: [(412, {})]}
     trainer.push_to_hub(blocking=False).result(timeout=60)
     assert hub.commits["me/mine"] == ["End of training"]
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "hf auth login"), (403, "may not"), (404, "no such repository")])
+def test_a_model_that_the_hub_refuses_says_why(status, said, hub):
+    hub.failures = {"/me/secret/": [(status, {})] * 30}
+    for load in (load_model, load_any):
+        with pytest.raises(HubError, match=said):
+            load("me/secret")
