@@ -57,7 +57,14 @@ class CandidateTexts:
         return self._positions[text]
 
     def identity(self, text: str) -> Hashable:
-        """Return what is the same for two texts if, and only if, the model can't tell them apart."""
+        """Return what is the same for two texts if, and only if, the model can't tell them apart.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            Its token ids; without a tokenizer, the text itself.
+        """
         return text if self.tokens is None else self.tokens(text)
 
     def of_batch(self, batch: Mapping[str, Any]) -> Sequence[str]:

@@ -101,10 +101,13 @@ def regularization_kl(policy: CandidateLogps, reference: CandidateLogps) -> Tens
 
 
 def known_image_embeds(batch: Mapping[str, Any]) -> list[Tensor]:
-    """Return the embeddings of preference and regularization images that a batch carries, Tensor[B, D] each.
+    """Return the embeddings of preference and regularization images that a batch carries.
 
     Args:
         batch: Batch of `DataCollatorForContrastivePreference`, or of `ReferencePolicy.embedded`.
+
+    Returns:
+        Tensor[B, D] for each kind of image, unit-norm.
     """
     return [batch[name] for name in ("ref_image_embeds", "ref_reg_image_embeds") if name in batch]
 

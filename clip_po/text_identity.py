@@ -43,6 +43,9 @@ class TextTokens:
         Args:
             processor: CLIPProcessor of the model.
             encoder: The model.
+
+        Returns:
+            The token ids, cut to the length that the text tower reads.
         """
         longest = encoder.config.text_config.max_position_embeddings
         return cls(processor.tokenizer, longest, encoder.text_model.eos_token_id)

@@ -33,21 +33,27 @@ _BLOCK = re.compile(r"\.encoder\.layers\.(\d+)\.")
 
 
 def tower_of(name: str) -> Tower | None:
-    """Return the tower of a parameter of a CLIPModel or PeftModel; None for the logit scale.
+    """Return the tower of a parameter of a CLIPModel or PeftModel.
 
     Args:
         name: Name of the parameter, as in `named_parameters`.
+
+    Returns:
+        "vision" or "text"; None for the logit scale.
     """
     parts = name.split(".")
     return next((tower for tower in get_args(Tower) if any(part in parts for part in PARTS[tower])), None)
 
 
 def tower_trains(model: nn.Module, tower: Tower) -> bool:
-    """Return whether any parameter of a tower or its projection requires gradients.
+    """Return whether a tower trains.
 
     Args:
         model: CLIPModel or PeftModel.
         tower: "vision" or "text".
+
+    Returns:
+        Whether any parameter of the tower or its projection requires gradients.
     """
     return any(parameter.requires_grad and tower_of(name) == tower for name, parameter in model.named_parameters())
 

@@ -108,5 +108,12 @@ def check_candidate_positions(features: Mapping[str, Any] | None, candidate_text
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Return names as a list for messages, without those after the tenth."""
+    """Return names as a list for messages.
+
+    Args:
+        names: Any number of names.
+
+    Returns:
+        The first ten, with "..." if there are more.
+    """
     return f"{list(names[:10])}{'...' if len(names) > 10 else ''}"

@@ -21,7 +21,14 @@ TEXT_COLUMNS = ("chosen", "rejected", "candidates")
 
 
 def own_texts(row: Mapping[str, Any]) -> list[str]:
-    """Return the texts among which a row chooses without `candidate_texts`: `candidates`, or chosen and rejected."""
+    """Return the texts among which a row chooses if there are no `candidate_texts`.
+
+    Args:
+        row: A row of image preferences.
+
+    Returns:
+        Its `candidates`, or else the chosen and the rejected texts.
+    """
     return as_list(row.get("candidates")) or [row["chosen"], *as_list(row.get("rejected"))]
 
 

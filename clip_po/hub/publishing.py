@@ -69,6 +69,9 @@ def creating_repository(trainer: Trainer, args: TrainingArguments) -> Iterator[N
         trainer: The trainer, whose `Trainer.__init__` is called inside.
         args: Its arguments.
 
+    Yields:
+        Nothing. Inside, `push_to_hub` of the arguments is False.
+
     Raises:
         HubError: If the Hub refuses, or stays busy or out of reach.
     """

@@ -62,7 +62,14 @@ def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Return step and folder of every checkpoint in an output folder, whole or not."""
+    """Return every checkpoint in an output folder, whole or not.
+
+    Args:
+        folder: The output folder.
+
+    Returns:
+        Step and folder of each, in no order.
+    """
     return [(int(m[1]), path) for path in folder.glob("*") if (m := _NUMBERED.fullmatch(path.name))]
 
 
@@ -295,7 +302,11 @@ def _rotate(output_dir: Path, limit: int, kept: set[Path]) -> None:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete the folder of a checkpoint. Its mark goes first: cut off here, the checkpoint does not count as whole."""
+    """Delete a checkpoint. Its mark goes first: cut off here, the checkpoint does not count as whole.
+
+    Args:
+        folder: Folder of the checkpoint.
+    """
     Path(folder, MARK).unlink(missing_ok=True)
     _flush(folder)
     shutil.rmtree(folder, ignore_errors=True)

@@ -25,6 +25,14 @@ class LogitScaleCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Clamp the logit scale."""
+        """Clamp the logit scale.
+
+        Args:
+            args: `train_logit_scale` is read.
+            state: Not used.
+            control: Not used.
+            model: The model in training.
+            **kwargs: Not used.
+        """
         if args.train_logit_scale and (scale := dual_encoder(model).logit_scale).requires_grad:
             scale.clamp_(max=LARGEST_LOGIT_SCALE)

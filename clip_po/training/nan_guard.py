@@ -74,7 +74,17 @@ class NanGuardCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the trained weights, which no further step does."""
+        """Check the trained weights, which no further step does.
+
+        Args:
+            args: Not used.
+            state: Not used.
+            control: Not used.
+            **kwargs: Not used.
+
+        Raises:
+            FloatingPointError: As for `check_weights`.
+        """
         self.check_weights()
 
     def check_weights(self) -> None:

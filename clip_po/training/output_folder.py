@@ -56,7 +56,14 @@ class OverwriteCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Delete the checkpoints, unless the run resumes from one of them or saves none itself."""
+        """Delete the checkpoints, unless the run resumes from one of them or saves none itself.
+
+        Args:
+            args: `output_dir`, `overwrite_output_dir` and what the run saves and resumes from.
+            state: Not used.
+            control: Not used.
+            **kwargs: Not used.
+        """
         folder, resumed = Path(str(args.output_dir)), args.resume_from_checkpoint
         replaces = args.overwrite_output_dir and args.save_strategy != SaveStrategy.NO
         if args.should_save and replaces and not _goes_on(folder, resumed):

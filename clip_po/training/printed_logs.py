@@ -18,7 +18,15 @@ class NumbersCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Print the numbers, with four digits."""
+        """Print the numbers, with four digits.
+
+        Args:
+            args: Not used.
+            state: Tells the process that prints.
+            control: Not used.
+            logs: The numbers by name.
+            **kwargs: Not used.
+        """
         if state.is_world_process_zero and logs:
             shown = {name: float(f"{v:.4g}") if isinstance(v, float) else v for name, v in logs.items()}
             shown.pop("total_flos", None)

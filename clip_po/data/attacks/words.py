@@ -19,6 +19,9 @@ def spelling(word: str) -> str:
 
     Args:
         word: A class name or an attack word.
+
+    Returns:
+        The word in lower case, with single spaces between its parts; never empty if `word` has a visible letter.
     """
     composed = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())
     visible = "".join(letter for letter in composed if unicodedata.category(letter) != "Cf")
