@@ -184,7 +184,7 @@ def test_fifty_steps_repeat_and_resume_bit_for_bit_with_fresh_attacks_and_two_wo
         "lr_scheduler_type": "cosine",
         "logging_steps": 7,
     }
-    first, second = make_trainer(typographic(), **settings), make_trainer(typographic(), **settings)
+    first, second = (make_trainer(typographic(), folder=folder, **settings) for folder in ("first", "second"))
     first.train()
     second.train()
     assert same(weights(first.model), weights(second.model))

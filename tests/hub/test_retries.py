@@ -47,12 +47,14 @@ def test_a_retried_push_is_saved_once(hub, make_pushing, monkeypatch):
     ("headers", "low", "high"),
     [
         ({"Retry-After": "7"}, 7, 7),
-        ({"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=200), usegmt=True)}, 60, 200),
+        ({"Retry-After": timedelta(seconds=200)}, 60, 200),
         ({"RateLimit": '"api";r=0;t=55'}, 55, 55),
         ({"Retry-After": "soon"}, 1, 1),
     ],
 )
 def test_the_wait_that_the_hub_asks_for_is_kept(headers, low, high, hub, make_pushing):
+    if isinstance(delay := headers.get("Retry-After"), timedelta):
+        headers = {"Retry-After": format_datetime(datetime.now(UTC) + delay, usegmt=True)}
     trainer = make_pushing()
     hub.failures = {COMMIT: [(429, headers)]}
     trainer.push_to_hub()

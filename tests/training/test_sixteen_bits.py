@@ -117,7 +117,7 @@ def test_a_float64_model_stays_in_float64(make_trainer, clip_folder, caplog):
 
 def test_it_is_said_in_one_line(make_trainer, narrow, processor, caplog):
     make_trainer(model=CLIPModel.from_pretrained(narrow[0]), processing_class=processor)
-    said = [record.message for record in caplog.records if "float32" in record.message]
+    said = [record.message for record in caplog.records if "converted to float32" in record.message]
     assert len(said) == 1
     assert "\n" not in said[0]
     assert str(narrow[1]).removeprefix("torch.") in said[0]
