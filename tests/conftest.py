@@ -15,6 +15,7 @@ import samples
 import torch
 from samples import make_labelled, make_preferences, tiny_config, tiny_processor
 from transformers import CLIPModel, CLIPProcessor
+from transformers.utils import logging
 from two_processes import TwoProcesses
 
 # Tiny matrices are faster on one thread. Other numbers of threads sum in another order: make test-numeric tries them.
@@ -25,6 +26,14 @@ torch.set_num_threads(THREADS[0])
 @pytest.fixture(autouse=True)
 def threads(request):
     torch.set_num_threads(getattr(request, "param", THREADS[0]))
+
+
+@pytest.fixture(autouse=True)
+def verbosity() -> Iterator[None]:
+    """A trainer with a `log_level` sets it for the process, and later tests would read other logs."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 def pytest_generate_tests(metafunc):
