@@ -53,7 +53,7 @@ def pseudo_labels(
 
     Returns:
         The dataset with the columns "label" (ClassLabel of the C names) and "weight" (the probability of the label
-        under the policy, 1/C..1).
+        under the policy, divided by its mean over all rows: the balance of preferences and KL stays that of labels).
 
     Raises:
         ValueError: If a column is missing, an image is not readable (the message names the row), or as for
@@ -78,4 +78,5 @@ def pseudo_labels(
     rest = dataset.remove_columns([c for c in (LABEL_COLUMN, WEIGHT_COLUMN) if c in dataset.column_names])
     label = ClassLabel(names=list(class_names))
     labelled = rest.add_column(LABEL_COLUMN, found[:, 0].astype(int).tolist(), feature=label)
-    return labelled.add_column(WEIGHT_COLUMN, found[:, 1].tolist(), feature=Value("float64"))
+    weight = found[:, 1].astype(float)
+    return labelled.add_column(WEIGHT_COLUMN, (weight / weight.mean()).tolist(), feature=Value("float64"))

@@ -20,7 +20,7 @@ def unlabelled(labelled):
     return labelled.remove_columns("label")
 
 
-def test_labels_are_the_models_answers_and_weights_their_probabilities(model, processor, labelled, unlabelled):
+def test_labels_are_the_models_answers_and_weights_how_sure_it_is(model, processor, labelled, unlabelled):
     found = pseudo_labels(model, processor, unlabelled, CLASSES, TEMPLATES, batch_size=5, disable_tqdm=True)
     answers = zero_shot_accuracy(model, processor, labelled, TEMPLATES, disable_tqdm=True).predicted
     assert found["label"] == answers.tolist()
@@ -28,7 +28,9 @@ def test_labels_are_the_models_answers_and_weights_their_probabilities(model, pr
     with torch.no_grad():
         texts = class_embeddings(model, processor, CLASSES, TEMPLATES)
         logps = candidate_logps(encode_images(model, pixels), texts, model.logit_scale.exp())
-    torch.testing.assert_close(torch.tensor(found["weight"]), logps.exp().amax(dim=1), rtol=1e-4, atol=1e-5)
+    probability = logps.exp().amax(dim=1)
+    torch.testing.assert_close(torch.tensor(found["weight"]), probability / probability.mean(), rtol=1e-4, atol=1e-5)
+    assert sum(found["weight"]) == pytest.approx(len(found))
 
 
 def test_given_labels_are_not_read(model, processor, labelled, unlabelled):
@@ -45,7 +47,7 @@ def test_the_rows_make_preferences(model, processor, unlabelled):
     attack = TypographicAttack(words=CLASSES, min_side=32)
     row = TypographicPreferences(rows, attack, weight_column="weight")[3]
     assert row["chosen"] == f"a photo of a {CLASSES[rows[3]['label']]}"
-    assert row["weight"] == rows[3]["weight"] < 1
+    assert row["weight"] == rows[3]["weight"]
 
 
 def test_an_unreadable_image_is_named_by_its_row(model, processor):
