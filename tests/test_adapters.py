@@ -5,6 +5,7 @@ import math
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from samples import PROMPTS, picture, same, tiny_processor, weights
 from tolerances import LOGPS
@@ -35,7 +36,7 @@ KINDS = {
     "pissa-dora": lambda: lora(init_lora_weights="pissa", use_dora=True),
     "olora-ranks": lambda: lora(init_lora_weights="olora", rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 5}),
     "pissa-modules-to-save": lambda: lora(init_lora_weights="pissa", modules_to_save=["visual_projection"]),
-    "lora-bias": lambda: lora(bias="lora_only"),
+    **({"lora-bias": lambda: lora(bias="lora_only")} if Version(peft.__version__) >= Version("0.21") else {}),
     "lora-conv": lambda: LoraConfig(r=4, target_modules=r".*vision_model.*(patch_embedding|q_proj)"),
     "modules-to-save": lambda: lora(modules_to_save=["visual_projection"]),
     "loha": of("LoHaConfig", r=4),

@@ -13,6 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, ProcessorMixin
+from transformers.image_transforms import convert_to_rgb
 from transformers.utils import logging
 
 from clip_po.validation import UnreadableImage, check_column, check_image, unreadable_image
@@ -69,9 +70,21 @@ def to_rgb(image: Any) -> Image.Image:
     if image.mode == "La":  # Pillow converts it to LA only
         image = image.convert("LA")
     if image.has_transparency_data:
+        if not _processors_show_white():
+            logger.warning_once(
+                "Images have transparent pixels. They are white here, but the processors of this version of "
+                "transformers show the hidden colour. Wherever the model is used later, convert such images with "
+                "clip_po.data.to_rgb first, or install a newer transformers."
+            )
         shown = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", shown.size, WHITE), shown).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@functools.cache
+def _processors_show_white() -> bool:
+    """Return whether the image processors of the installed transformers draw transparent pixels on white."""
+    return bool(convert_to_rgb(Image.new("RGBA", (1, 1), (0, 0, 0, 0))).getpixel((0, 0)) == WHITE[:3])
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
