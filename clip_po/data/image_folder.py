@@ -47,6 +47,18 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(map(Path, _images(folder)))
 
 
+def has_images(folder: Path) -> bool:
+    """Return whether a folder or one of its subfolders holds an image. The search ends with the first one.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Whether `find_images` would find any.
+    """
+    return any(_images(folder))
+
+
 def _images(folder: Path) -> Iterator[str]:
     suffixes = {suffix for suffix, kind in Pillow.registered_extensions().items() if kind in Pillow.OPEN}
     for parent, folders, files in os.walk(folder):
@@ -82,7 +94,7 @@ def find_split(folder: Path, split: str) -> Path:
     Raises:
         ValueError: If there is no such split, or it is not clear what is a split and what is a class.
     """
-    folders = [path for path in _folders(folder) if any(_images(path))]
+    folders = [path for path in _folders(folder) if has_images(path)]
     splits = [path for path in folders if split_name(path.name) is not None]
     others = [path.name for path in folders if path not in splits and path.name != split]
     exact = [path for path in folders if path.name == split]

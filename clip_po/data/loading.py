@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard, constants
 
 from clip_po.bounded_text import parse_yaml
-from clip_po.data.image_folder import find_images, load_image_folder
+from clip_po.data.image_folder import has_images, load_image_folder
 from clip_po.data.path_safety import check_links, check_resolved
 from clip_po.data.table_files import READERS, decode_images, find_tables, load_tables
 
@@ -87,7 +87,7 @@ def _local(path: Path, split: str, config: str | None, image_column: str) -> Dat
             raise ValueError(f"The file {str(path)!r} is the split 'train'; it has no split {split!r}.")
         files = [path] if path.is_file() else find_tables(path, split)
         if not files:
-            return load_image_folder(path, split) if find_images(path) else None
+            return load_image_folder(path, split) if has_images(path) else None
         with _explained(str(path), split):
             rows = load_tables(files)
         parents = {file.parent for file in files}

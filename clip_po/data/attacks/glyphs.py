@@ -25,6 +25,7 @@ _PACKAGES = {
 """Debian packages of fonts by the first word of a character's Unicode name."""
 
 
+@functools.lru_cache(maxsize=65_536)  # asked more than once for each image that is drawn
 def missing_letters(text: str, font: str) -> str:
     """Return the characters of a text that a font does not draw as what they are.
 
