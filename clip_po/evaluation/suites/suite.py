@@ -57,7 +57,8 @@ class Entry:
         variant: For photographs: one of `VARIANTS`.
         name_until: Names in the dataset are cut before this text, such as "," if synonyms follow.
         without: For the layout "labelled": classes of the dataset whose rows are dropped.
-        folder: Name of its folder in a suite folder; None for the entry's name.
+        folder: Name of its folder in a suite folder, or a list of names, of which the first one found is used; None
+            for the entry's name.
         rows: Published number of rows; tables note a copy with a different number.
         verified: Whether id, split and columns were checked against the documentation of the dataset.
         note: A remark for readers.
@@ -82,14 +83,14 @@ class Entry:
     variant: str = "typographic"
     name_until: str | None = None
     without: Sequence[str] = ()
-    folder: str | None = None
+    folder: str | Sequence[str] | None = None
     rows: int | None = None
     verified: bool = False
     note: str | None = None
 
     def __post_init__(self) -> None:
         """Raise if the entry is not valid, before anything is loaded."""
-        for named in (self.name, *([] if self.folder is None else [self.folder])):
+        for named in (self.name, *self.folders):
             if not _NAME.fullmatch(named):
                 raise ValueError(
                     f"Entry {self.name!r}: {named!r} is not a valid name. Use letters, digits, '-', '_' and '.'."
@@ -106,6 +107,11 @@ class Entry:
             )
         if self.variant not in VARIANTS:
             raise ValueError(f"Entry {self.name!r}: variant must be one of {VARIANTS}, got {self.variant!r}.")
+
+    @property
+    def folders(self) -> list[str]:
+        """Names that its folder in a suite folder may have, in the order in which they are looked for."""
+        return [self.folder] if isinstance(self.folder, str) else list(self.folder or [self.name])
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ def load_entry(entry: Entry, suite_folder: str | Path | None = None) -> Dataset:
 
     Args:
         entry: The entry, with any layout but "attributes" and "vl_bias".
-        suite_folder: Folder of local copies, each under its entry's `folder` or name.
+        suite_folder: Folder of local copies, each under one of `entry.folders`.
 
     Returns:
         Columns `image` and, by layout, `label` (ClassLabel over the candidate set), `word` and `caption`.
@@ -269,14 +275,15 @@ def entry_source(entry: Entry, suite_folder: str | Path | None) -> str:
     Raises:
         ValueError: If there is no local copy, and the dataset is not on the Hub in this layout.
     """
-    local = Path(suite_folder, entry.folder or entry.name) if suite_folder is not None else None
-    if local is not None and local.is_dir():
-        return str(local)
+    copies = [Path(suite_folder, name) for name in entry.folders] if suite_folder is not None else []
+    for copy in copies:
+        if copy.is_dir():
+            return str(copy)
     if entry.path is None or (entry.layout in _FOLDERS and not Path(entry.path).is_dir()):
-        there = f"there is no folder {local}" if local is not None else "no --suite_folder was given"
+        there = f"there is no folder {' or '.join(map(str, copies))}" if copies else "no --suite_folder was given"
         raise ValueError(
             f"Its authors publish it outside the Hub, and {there}. Download {entry.name} ({entry.source}), unpack it "
-            f"to DIR/{entry.folder or entry.name} and give --suite_folder DIR."
+            f"to DIR/{entry.folders[0]} and give --suite_folder DIR."
         )
     return entry.path
 

@@ -66,6 +66,7 @@ def test_a_suite_of_your_own_may_include_others(tmp_path):
         ({"layout": "captioned"}, "layout 'captioned'"),
         ({"name": "../pets"}, "not a valid name"),
         ({"folder": "a/../.."}, "not a valid name"),
+        ({"folder": ["a", "../b"]}, r"'\.\./b' is not a valid name"),
         ({"candidates": ["two"]}, "candidates"),
         ({"variant": "blurred"}, "variant"),
         ({"class_names": "cat"}, "class_names must be"),
@@ -101,6 +102,45 @@ def test_an_entry_that_is_nowhere_says_where_it_comes_from(tmp_path):
         entry_source(entry, None)
     with pytest.raises(ValueError, match=r"no folder .*/pets"):
         entry_source(entry, tmp_path)
+
+
+# Files as the public repository has them: folder, label and word of each photograph.
+PUBLISHED = {
+    "rta-100": {
+        "rta100/label=DVD_text=hair dryer.jpg": ("DVD", "hair dryer"),
+        "rta100/label=hair dryer_text=iPad.jpg": ("hair dryer", "iPad"),
+        "rta100/label=t-shirt_text=DVD.jpg": ("t-shirt", "DVD"),
+    },
+    "paint": {
+        "typographic_real_data_from_PAINT/typographic_attacks/label=glove_text=garlic.jpeg": ("glove", "garlic"),
+        "typographic_real_data_from_PAINT/typographic_attacks/label=gpu_text=cpu.png": ("gpu", "cpu"),
+        "typographic_real_data_from_PAINT/typographic_attacks/label=light bulb_text=pot.jpg": ("light bulb", "pot"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_photographs_load_from_the_folders_in_which_they_are_published(tmp_path, name):
+    for file in (file for files in PUBLISHED.values() for file in files):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA" if file.endswith("png") else "RGB", (8, 8)).save(tmp_path / file)
+    entry = next(entry for entry in load_suite("typographic").entries if entry.name == name)
+    dataset = load_entry(entry, tmp_path)
+    names = dataset.features["label"].names
+    shown = [names[label] for label in dataset["label"]]
+    assert list(zip(shown, dataset["word"], strict=True)) == list(PUBLISHED[name].values())
+    assert names == sorted({text for pair in PUBLISHED[name].values() for text in pair})
+    assert candidate_sets(dataset, ["all"])["all"] == tuple(names)
+
+
+def test_the_first_folder_of_an_entry_that_exists_is_used(tmp_path):
+    entry = Entry(**{**ENTRY, "layout": "file_names", "folder": ["pets", "pets-v2"]})
+    with pytest.raises(ValueError, match=r"no folder .*/pets or .*/pets-v2\. .*DIR/pets and"):
+        entry_source(entry, tmp_path)
+    for name in ("pets-v2", "pets"):
+        (tmp_path / name).mkdir()
+        assert entry_source(entry, tmp_path) == str(tmp_path / name)
+    assert Entry(**ENTRY).folders == ["pets"]
 
 
 @pytest.fixture
