@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,7 +85,10 @@ def to_rgb(image: Any) -> Image.Image:
 @functools.cache
 def _processors_show_white() -> bool:
     """Return whether the image processors of the installed transformers draw transparent pixels on white."""
-    return bool(convert_to_rgb(Image.new("RGBA", (1, 1), (0, 0, 0, 0))).getpixel((0, 0)) == WHITE[:3])
+    # Newer versions warn about images of Pillow as a result and will return arrays only.
+    wanted = {"return_numpy": True} if "return_numpy" in inspect.signature(convert_to_rgb).parameters else {}
+    drawn = convert_to_rgb(Image.new("RGBA", (1, 1), (0, 0, 0, 0)), **wanted)
+    return bool((np.asarray(drawn) == WHITE[:3]).all())
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:

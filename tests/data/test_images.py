@@ -123,6 +123,18 @@ def test_training_and_the_plain_processor_read_the_same_pixels_or_it_is_said(pro
         assert torch.equal(trained, plain)
 
 
+@pytest.mark.parametrize("returned", [lambda image: image, np.asarray])
+def test_the_look_at_transparent_pixels_fits_what_transformers_returns(returned, monkeypatch, caplog):
+    for colour, white in (("white", True), ("red", False)):
+        shown = Image.new("RGB", (1, 1), colour)
+        monkeypatch.setattr("clip_po.data.images.convert_to_rgb", lambda image, shown=shown: returned(shown))
+        assert _processors_show_white.__wrapped__() == white
+    monkeypatch.undo()
+    logging.get_logger("transformers.image_transforms").warning_once.cache_clear()
+    _processors_show_white.__wrapped__()
+    assert "deprecated" not in caplog.text
+
+
 @pytest.mark.parametrize("values", [np.uint16, np.int32])
 def test_where_the_plain_processor_would_clip_a_warning_says_so(values, caplog):
     logging.get_logger("clip_po.data.images").warning_once.cache_clear()
