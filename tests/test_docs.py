@@ -54,7 +54,11 @@ OVERRIDES = {
 }
 # What a recipe of clip-po compare gets besides, by its parts: training of any kind is cut short.
 SHORT_TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4}
-SHORT_METHODS = {"defense_prefix": {"steps": 2, "batch_size": 4}, "head_ablation": {"max_heads": 1}}
+SHORT_METHODS = {
+    "defense_prefix": {"steps": 2, "batch_size": 4},
+    "spelling_projection": {"steps": 2, "batch_size": 4},
+    "head_ablation": {"max_heads": 1},
+}
 # How each example is run. A new one needs a line here.
 EXAMPLE_COMMANDS = {
     "typographic.py": "python examples/typographic.py --model openai/clip-vit-base-patch32 --dataset path/to/photos "

@@ -6,29 +6,26 @@ Source: Azuma and Matsui 2023, arXiv 2304.04512: the defense loss and the identi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets.utils import tqdm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from clip_po.data.images import to_pixels
+from clip_po.baselines.frozen_towers import encode_drawings, epoch_batches
 from clip_po.data.typographic_preferences import TypographicPreferences
-from clip_po.encoding import encode_images, evaluating
+from clip_po.encoding import evaluating
 from clip_po.evaluation.zero_shot import class_embeddings
 from clip_po.losses import kl_regularization
 from clip_po.models import dual_encoder
 from clip_po.policy import candidate_logps
 from clip_po.validation import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, check_class_names, check_number, check_template
-
-_ENCODING_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -140,12 +137,9 @@ def learn_prefix(
 
     with evaluating(encoder):
         plain = [class_embeddings(encoder, processor, names, [template]) for template in templates]
-        clean = _encode_images(encoder, processor, preferences, None, disable_tqdm)
-        typographic = [
-            _encode_images(encoder, processor, preferences, epoch, disable_tqdm) for epoch in range(drawings)
-        ]
+        clean, typographic = encode_drawings(encoder, processor, preferences, drawings, disable_tqdm)
         scale = encoder.logit_scale.exp()
-        batches = _batches(len(labels), batch_size, generator)
+        batches = epoch_batches(len(labels), batch_size, generator)
         for epoch, rows in itertools.islice(batches, steps):
             choice = int(torch.randint(len(templates), (), generator=generator))
             with torch.enable_grad():
@@ -160,13 +154,6 @@ def learn_prefix(
             optimizer.step()
             schedule.step()
     return Prefix(vector.detach().cpu())
-
-
-def _batches(rows: int, batch_size: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """Yield epoch and rows of one batch after another, without end, in a new order in each epoch."""
-    for epoch in itertools.count():
-        for batch in torch.randperm(rows, generator=generator).split(batch_size):
-            yield epoch, batch
 
 
 def prefix_class_embeddings(
@@ -257,20 +244,3 @@ class _Prompts:
         finally:
             hook.remove()
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-
-
-def _encode_images(
-    encoder: CLIPModel, processor: Any, preferences: TypographicPreferences, epoch: int | None, disable_tqdm: bool
-) -> Tensor:
-    """Return embeddings Tensor[N, D] of all images as drawn in an epoch, or of the clean images for None."""
-    embeds = []
-    title = "Clean images" if epoch is None else f"Typographic images, drawing {epoch + 1}"
-    starts = range(0, len(preferences), _ENCODING_BATCH)
-    for start in tqdm(starts, desc=title, disable=disable_tqdm):
-        indices = range(start, min(start + _ENCODING_BATCH, len(preferences)))
-        images = [
-            preferences.image("clean_image", i) if epoch is None else preferences.row(i, epoch)["image"]
-            for i in indices
-        ]
-        embeds.append(encode_images(encoder, to_pixels(processor, images).to(encoder.device, encoder.dtype)))
-    return torch.cat(embeds)

@@ -16,6 +16,8 @@ from transformers import CLIPModel, CLIPProcessor
 
 from clip_po.baselines.defense_prefix import learn_prefix, prefix_class_embeddings
 from clip_po.baselines.head_ablation import ablate_reading_heads
+from clip_po.baselines.mirror_mask import mask_by_mirror
+from clip_po.baselines.spelling_projection import learn_spelling_projection
 from clip_po.baselines.text_removal import TextRemoval, processor_without_text
 from clip_po.cli import train
 from clip_po.cli.flags import similar_names
@@ -95,6 +97,24 @@ class ComparisonSetup:
             The folder.
         """
         return self.folder / method / f"seed-{seed}" / "checkpoint"
+
+    def preferences(self, seed: int) -> TypographicPreferences:
+        """Return the training images with the training attack.
+
+        Args:
+            seed: Seed of the method.
+
+        Returns:
+            The preferences.
+        """
+        return TypographicPreferences(
+            self.train,
+            self.attack(seed),
+            self.class_names,
+            self.template,
+            self.image_column,
+            self.label_column,
+        )
 
     def validation_images(self, seed: int) -> RobustnessImages:
         """Return the validation images with the training attack.
@@ -182,17 +202,29 @@ def _run_defense_prefix(setup: ComparisonSetup, name: str, seed: int, **settings
     Source: Azuma and Matsui 2023 (Defense-Prefix), arXiv 2304.04512.
     """
     model = setup.load_base()
-    preferences = TypographicPreferences(
-        setup.train,
-        setup.attack(seed),
-        setup.class_names,
-        setup.template,
-        setup.image_column,
-        setup.label_column,
-    )
-    prefix = learn_prefix(model, setup.processor, preferences, seed=seed, disable_tqdm=True, **settings)
+    prefix = learn_prefix(model, setup.processor, setup.preferences(seed), seed=seed, disable_tqdm=True, **settings)
     embeds = prefix_class_embeddings(model, setup.processor, prefix, setup.class_names, [setup.template])
     return MethodResult(model, setup.processor, embeds)
+
+
+def _run_mirror_mask(setup: ComparisonSetup, name: str, seed: int) -> MethodResult:
+    """Keep the part of an image's embedding on which its mirror image agrees.
+
+    Source: Wang et al. 2024 (MirrorCLIP), NeurIPS 2024.
+    """
+    return MethodResult(mask_by_mirror(setup.load_base()), setup.processor)
+
+
+def _run_spelling_projection(setup: ComparisonSetup, name: str, seed: int, **settings: Any) -> MethodResult:
+    """Learn a projection of both towers' embeddings that forgets to spell.
+
+    Source: Materzynska et al. 2022, arXiv 2206.07835.
+    """
+    model = setup.load_base()
+    projection = learn_spelling_projection(
+        model, setup.processor, setup.preferences(seed), seed=seed, disable_tqdm=True, **settings
+    )
+    return MethodResult(projection.fold_into(model), setup.processor, details={"output_dim": projection.output_dim})
 
 
 METHODS: Mapping[str, Callable[..., MethodResult]] = {
@@ -201,18 +233,30 @@ METHODS: Mapping[str, Callable[..., MethodResult]] = {
     "head_ablation": _run_head_ablation,
     "text_removal": _run_text_removal,
     "defense_prefix": _run_defense_prefix,
+    "mirror_mask": _run_mirror_mask,
+    "spelling_projection": _run_spelling_projection,
 }
 """Values of `method:` in a recipe. The default is `train`."""
 
-TAKES_SETTINGS: Mapping[str, Callable[..., Any]] = {
-    "interpolation": _run_interpolation,
-    "head_ablation": ablate_reading_heads,
-    "text_removal": TextRemoval,
-    "defense_prefix": learn_prefix,
-}
-"""What takes the settings of a method. Those of `train` are flags."""
 
-DETERMINISTIC_METHODS = frozenset({"text_removal"})
+def _settings_of(function: Callable[..., Any], *given: str) -> list[str]:
+    """Return the parameters of a function that a recipe can set, which are not given by the method itself."""
+    return [name for name in inspect.signature(function).parameters if name not in given]
+
+
+SETTINGS: Mapping[str, list[str]] = {
+    "interpolation": _settings_of(_run_interpolation, "setup", "name", "seed"),
+    "head_ablation": _settings_of(ablate_reading_heads, "model", "images", "templates", "silence", "batch_size"),
+    "text_removal": _settings_of(TextRemoval),
+    "defense_prefix": _settings_of(learn_prefix, "model", "processor", "preferences", "seed", "disable_tqdm"),
+    "mirror_mask": [],
+    "spelling_projection": _settings_of(
+        learn_spelling_projection, "model", "processor", "preferences", "seed", "disable_tqdm"
+    ),
+}
+"""Names of the settings of a method. Those of `train` are flags."""
+
+DETERMINISTIC_METHODS = frozenset({"text_removal", "mirror_mask"})
 """Methods that draw nothing at random and therefore run with one seed only."""
 
 
@@ -230,10 +274,9 @@ def check_settings(shared: Mapping[str, Any], method: str = "train", **settings:
     if method == "train":
         train.parse(_to_flags({**shared, **settings}))
         return
-    known = list(inspect.signature(TAKES_SETTINGS[method]).parameters)
     for name in settings:
-        if name not in known:
-            meant = " or ".join(similar_names(name, known))
+        if name not in SETTINGS[method]:
+            meant = " or ".join(similar_names(name, SETTINGS[method]))
             raise ValueError(f"{method} has no setting {name!r}." + (f" Did you mean {meant}?" if meant else ""))
 
 
