@@ -9,7 +9,7 @@ from typing import Any
 from clip_po.cli.arguments import TaskArguments, read_mapping
 from clip_po.cli.compare_methods import METHODS, check_settings
 from clip_po.cli.flags import FlagParser, flag_value, without_config
-from clip_po.evaluation.interpolation import check_bound
+from clip_po.evaluation.bounds import check_bound
 
 RECIPE_KEYS = ("methods", "attacks", "training")
 """Keys of a recipe that are not flags: settings of each method, of each attack, and of all trained methods."""

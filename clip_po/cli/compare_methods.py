@@ -23,6 +23,7 @@ from clip_po.cli import train
 from clip_po.cli.flags import similar_names
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.typographic_preferences import TypographicPreferences
+from clip_po.evaluation.bounds import Bounds
 from clip_po.evaluation.interpolation import ALPHAS, choose_alpha, interpolate, sweep_interpolation
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import load_any
@@ -171,7 +172,7 @@ def _run_interpolation(
     points = sweep_interpolation(
         base, aligned, images, [setup.template], ALPHAS, batch_size=setup.batch_size, disable_tqdm=True
     )
-    choice = choose_alpha(points, max_clean_cost)
+    choice = choose_alpha(points, Bounds(max_clean_cost))
     model = interpolate(base, aligned, choice.point.alpha)
     return MethodResult(model, setup.processor, details={"alpha": choice.point.alpha, "choice": choice.describe()})
 

@@ -25,7 +25,7 @@ from clip_po.concept.sweep import (
 )
 from clip_po.concept.trainer import ConceptConfig, ConceptTrainer
 from clip_po.concept.transform import CONCEPT_FILE, ConceptTransform, ScalePath
-from clip_po.evaluation.interpolation import describe_promise
+from clip_po.evaluation.bounds import describe_promise
 from clip_po.evaluation.report.figures import save_figure
 from clip_po.evaluation.report.plots import sweep_plot
 from clip_po.evaluation.report.report_file import write_report

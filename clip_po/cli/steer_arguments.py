@@ -12,7 +12,7 @@ from clip_po.cli.arguments import TaskArguments
 from clip_po.cli.flags import FlagParser, parse_flags, resumed_checkpoint
 from clip_po.concept.sweep import SCALES
 from clip_po.concept.trainer import ConceptConfig
-from clip_po.evaluation.interpolation import check_bound
+from clip_po.evaluation.bounds import check_bound
 from clip_po.validation import COUNT, check_number
 
 DEFAULTS: Mapping[str, Any] = {

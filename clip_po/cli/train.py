@@ -21,14 +21,9 @@ from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.config import ContrastivePOConfig, check_precision
 from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.typographic_preferences import TypographicPreferences
+from clip_po.evaluation.bounds import Bounds, describe_promise
 from clip_po.evaluation.evaluator import RobustnessEvaluator
-from clip_po.evaluation.interpolation import (
-    choose_alpha,
-    describe_promise,
-    interpolate,
-    interpolation_table,
-    sweep_interpolation,
-)
+from clip_po.evaluation.interpolation import choose_alpha, interpolate, interpolation_table, sweep_interpolation
 from clip_po.evaluation.pseudo_labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.evaluation.readable import readable_rows
 from clip_po.evaluation.robustness import RobustnessImages
@@ -289,7 +284,7 @@ def keep_clean_accuracy(
         accelerator=trainer.accelerator,
         disable_tqdm=bool(trainer.args.disable_tqdm),
     )
-    choice = choose_alpha(points, max_clean_cost)
+    choice = choose_alpha(points, Bounds(max_clean_cost))
     if trainer.is_world_process_zero():
         print(f"{interpolation_table(points)}\n{choice.describe()}")
         if isinstance(trainer.model, PeftModel):

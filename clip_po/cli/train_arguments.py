@@ -16,7 +16,7 @@ from trl import ModelConfig
 from clip_po.cli.arguments import TaskArguments
 from clip_po.cli.flags import FlagParser, flag_value, parse_flags, resumed_checkpoint
 from clip_po.config import PRESETS, ContrastivePOConfig, preset, preset_batch_size
-from clip_po.evaluation.interpolation import check_bound
+from clip_po.evaluation.bounds import check_bound
 from clip_po.training.averaging import BetaMovingAverageCallback
 from clip_po.validation import COUNT, check_number
 

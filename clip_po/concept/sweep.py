@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from clip_po.concept.transform import ConceptTransform, ScalePath
 from clip_po.encoding import encode_images, evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
-from clip_po.evaluation.interpolation import check_bound, within
+from clip_po.evaluation.bounds import check_bound, within
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.tables import format_table
 from clip_po.evaluation.zero_shot import class_embeddings, collect_answers

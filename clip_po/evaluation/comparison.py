@@ -12,7 +12,7 @@ import numpy as np
 
 from clip_po.bounded_text import parse_json
 from clip_po.evaluation.bootstrap import Estimate
-from clip_po.evaluation.interpolation import within
+from clip_po.evaluation.bounds import within
 from clip_po.evaluation.report.report_file import write_json
 from clip_po.evaluation.robustness import Answers, RobustnessImages
 from clip_po.evaluation.tables import format_estimate, format_table

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from clip_po.data.bad_images import OnBadImage
 from clip_po.evaluation.bootstrap import Estimate
-from clip_po.evaluation.interpolation import check_bound, within
+from clip_po.evaluation.bounds import check_bound, within
 from clip_po.evaluation.readable import readable_rows
 from clip_po.evaluation.retrieval import KS, RetrievalHits, evaluate_retrieval, retrieval_report
 from clip_po.evaluation.robustness import Answers, RobustnessImages, evaluate_robustness, robustness_report

@@ -1,11 +1,13 @@
-"""Interpolation between a base and an aligned model, with alpha chosen under a bound on the clean cost."""
+"""Interpolation between a base and an aligned model, with alpha chosen under bounds on what the model loses."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from torch import nn
 from transformers import CLIPModel
 
 from clip_po.evaluation.bootstrap import Estimate
+from clip_po.evaluation.bounds import COSTS, Bounds, Cost, describe_broken, describe_cost
+from clip_po.evaluation.evaluator import Metrics
 from clip_po.evaluation.robustness import Answers, RobustnessImages, evaluate_robustness, robustness_report
 from clip_po.evaluation.tables import format_estimate, format_number, format_table
 from clip_po.models import dual_encoder
@@ -23,8 +27,7 @@ from clip_po.weights import check_in_memory
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 """Eleven values from 0, the base, to 1, the aligned model."""
 
-_CHANCE = 0.05  # What 95% confidence leaves open.
-_ROUNDING = 1e-9  # Percentage points. Costs are multiples of 100 / N, so they often equal a bound exactly.
+_ONE_SIDED = 0.9  # A two-sided 90 % interval leaves out 5 % above its upper end, as a one-sided 95 % interval does.
 
 
 @torch.no_grad()
@@ -102,126 +105,134 @@ class SweepPoint:
         alpha: Share of the aligned model, as in `interpolate`.
         clean_accuracy: Accuracy on clean images, 0..1.
         typographic_accuracy: Accuracy on typographic images, 0..1.
-        clean_cost: Clean accuracy lost against the base on the same images, in percentage points.
-        clean_cost_upper: Upper end of the one-sided 95 % interval of the clean cost, in percentage points.
-        images: Number of dataset rows measured.
+        costs: What the model loses against the base, by name in `COSTS`: `clean_cost`, paired on the same images, and
+            the costs of the measures of the sweep.
     """
 
     alpha: float
     clean_accuracy: Estimate
     typographic_accuracy: Estimate
-    clean_cost: Estimate
-    clean_cost_upper: float
-    images: int
+    costs: Mapping[str, Cost]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The point chosen under a bound on the clean cost, and a better point whose clean cost is uncertain.
+    """The point chosen under bounds, which bound keeps a better point out, and a better point that is uncertain.
 
     Attributes:
-        point: The point with the highest typographic accuracy whose clean cost is within the bound with 95 %
-            confidence.
-        max_clean_cost: The bound, in percentage points.
-        unproven: The point with the highest typographic accuracy whose estimated clean cost is below the bound, but
-            the upper end of its interval is not; None if no such point is better than `point`.
-        images_needed: Approximate number of images at which the upper end for `unproven` meets the bound, if its
-            estimated clean cost stays the same; None without `unproven`.
+        point: The point with the highest typographic accuracy that keeps all bounds with 95 % confidence.
+        bounds: The bounds.
+        next_better: Of the points with a higher typographic accuracy, the one with the lowest; None if there is none.
+        unproven: The point with the highest typographic accuracy whose estimated costs are below the bounds, but
+            the upper ends of their intervals are not; None if no such point is better than `point`.
+        images_needed: Approximate number of images at which the upper ends for `unproven` meet the bounds, if the
+            estimated costs stay the same, by name of the costs that are uncertain. Empty without `unproven`.
     """
 
     point: SweepPoint
-    max_clean_cost: float
+    bounds: Bounds
+    next_better: SweepPoint | None = None
     unproven: SweepPoint | None = None
-    images_needed: int | None = None
+    images_needed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_base(self) -> bool:
         """Whether the chosen point is the base itself, so that nothing changes."""
         return self.point.alpha == 0
 
+    @property
+    def binding(self) -> list[str]:
+        """Names of the costs whose bound `next_better` breaks; empty if no bound keeps a better point out."""
+        return [] if self.next_better is None else self.bounds.broken_by(self.next_better.costs)
+
     def describe(self) -> str:
         """Describe the choice.
 
         Returns:
-            One line; another if the point is the base; another if there is an unproven better point.
+            One line; another if the point is the base; with several bounds, another that says which one binds; another
+            if there is an unproven better point.
         """
-        lines = [
-            f"alpha {self.point.alpha:g}: typographic accuracy {format_estimate(self.point.typographic_accuracy)}, "
-            f"{_cost(self.point)} with 95 % confidence (bound {self.max_clean_cost:g}, {self.point.images:,} images)."
+        costs = [
+            f"{describe_cost(name, cost := self.point.costs[name])} with 95 % confidence (bound {bound:g}, "
+            f"{cost.images:,} images)"
+            for name, bound in self.bounds.given.items()
         ]
+        accuracy = f"typographic accuracy {format_estimate(self.point.typographic_accuracy)}"
+        lines = [f"alpha {self.point.alpha:g}: {', '.join([accuracy, *costs])}."]
         if self.is_base:
             lines.append("Nothing was changed: alpha 0 is the base.")
+        if len(self.bounds.given) > 1:
+            lines.append(self._describe_binding())
         if self.unproven is not None:
-            better = format_number(self.unproven.typographic_accuracy.value)
-            lines.append(
-                f"alpha {self.unproven.alpha:g} would be better ({better}) at a {_cost(self.unproven)}. Proving that "
-                f"it is within the bound takes about {self.images_needed:,} images."
-            )
+            lines.append(self._describe_unproven(self.unproven))
         return "\n".join(lines)
+
+    def _describe_binding(self) -> str:
+        better = self.next_better
+        if better is None:
+            return "No bound binds: no other interpolation has a higher typographic accuracy."
+        bounds = " and ".join(f"max_{name}" for name in self.binding)
+        costs = " and a ".join(describe_broken(name, better.costs[name]) for name in self.binding)
+        accuracy = format_number(better.typographic_accuracy.value)
+        return f"What binds is {bounds}: the next better, alpha {better.alpha:g} ({accuracy}), has a {costs}."
+
+    def _describe_unproven(self, point: SweepPoint) -> str:
+        better = format_number(point.typographic_accuracy.value)
+        costs = " and a ".join(describe_cost(name, point.costs[name]) for name in self.images_needed)
+        if len(self.images_needed) == 1:
+            (needed,) = self.images_needed.values()
+            proof = f"it is within the bound takes about {needed:,} images"
+        else:
+            needs = " and ".join(f"{needed:,} ({COSTS[name].label})" for name, needed in self.images_needed.items())
+            proof = f"it is within the bounds takes about this many images: {needs}"
+        return f"alpha {point.alpha:g} would be better ({better}) at a {costs}. Proving that {proof}."
 
     def __str__(self) -> str:
         return self.describe()
 
 
-def _cost(point: SweepPoint) -> str:
-    value, upper = (format_number(number, 2) for number in (point.clean_cost.value, point.clean_cost_upper))
-    return f"clean cost of {value} points, at most {upper}"
+class CostEvaluator(Protocol):
+    """An evaluator whose report takes the confidence of its intervals, such as those of drift and retention."""
+
+    def measure(
+        self, models: Mapping[str, Any], *, accelerator: Accelerator | None = None, disable_tqdm: bool = False
+    ) -> Mapping[str, Any]:
+        """Run the models, as `Evaluator.measure` does."""
+
+    def report(
+        self, measured: Mapping[str, Any], base: str | None, resamples: int, confidence: float = 0.95
+    ) -> Metrics:
+        """Compute the metrics of measured models, as `Evaluator.report` does, with intervals of a confidence."""
 
 
-def within(clean_cost: float, max_clean_cost: float) -> bool:
-    """Return whether a clean cost is within a bound, up to rounding.
+@dataclass(frozen=True)
+class Measure:
+    """How a sweep measures one of `COSTS` beside the clean cost.
 
-    Args:
-        clean_cost: Clean cost, in percentage points.
-        max_clean_cost: The bound, in percentage points.
-
-    Returns:
-        True if it is.
+    Attributes:
+        evaluator: The evaluator, which compares models with a base.
+        metric: The metric of its report that is the cost.
+        images: Number of images that it measures.
     """
-    return clean_cost <= max_clean_cost + _ROUNDING
 
+    evaluator: CostEvaluator
+    metric: str
+    images: int
 
-def check_bound(max_clean_cost: float) -> None:
-    """Raise if a bound on the clean cost is invalid.
+    def cost(self, base: Any, model: Any, resamples: int) -> Cost:
+        """Return what a model loses against its base.
 
-    Args:
-        max_clean_cost: The bound, in percentage points.
+        Args:
+            base: The result of the base, from `measure` of the evaluator.
+            model: The result of the model.
+            resamples: As in `bootstrap_interval`.
 
-    Raises:
-        ValueError: If the bound is negative or not finite.
-    """
-    if not 0 <= max_clean_cost < math.inf:
-        raise ValueError(
-            f"max_clean_cost must be a finite number of percentage points >= 0, got {max_clean_cost!r}. The base "
-            "itself costs 0. One point is 1.0."
-        )
-
-
-def describe_promise(max_clean_cost: float, images: int) -> str:
-    """Describe how many validation images a bound on the clean cost takes, before any is measured.
-
-    If a share p of all answers got worse, n images show none of them with probability (1 - p)^n. The bound therefore
-    takes at least log(0.05) / log(1 - p) images, about 300 divided by the percentage points.
-
-    Args:
-        max_clean_cost: The bound, in percentage points, >= 0.
-        images: Number of validation images, >= 1.
-
-    Returns:
-        One line.
-
-    Source: Hanley and Lippman-Hand 1983, JAMA 249(13), "If nothing goes wrong, is everything all right?".
-    """
-    possible = 100 * (1 - _CHANCE ** (1 / images))
-    given = f"There are {images:,}: even if no answer gets worse on them, the cost may be {possible:.2g} points."
-    if max_clean_cost == 0:
-        return f"No number of validation images proves a clean cost of 0 points with 95% confidence. {given}"
-    needed = 1 if max_clean_cost >= 100 else math.ceil(math.log(_CHANCE) / math.log1p(-max_clean_cost / 100))
-    takes = (
-        f"A clean cost of at most {max_clean_cost:g} points, with 95% confidence, takes at least {needed:,} "
-        "validation images, and more if answers get worse."
-    )
-    return f"{takes} {given}" if images < needed else f"{takes} There are {images:,}."
+        Returns:
+            The cost, in the unit of the metric.
+        """
+        report = partial(self.evaluator.report, {"base": base, "model": model}, "base", resamples)
+        upper = report(confidence=_ONE_SIDED)["model"][self.metric].high
+        return Cost(report()["model"][self.metric], upper, self.images)
 
 
 def sweep_interpolation(
@@ -231,6 +242,7 @@ def sweep_interpolation(
     templates: Sequence[str],
     alphas: Sequence[float] = ALPHAS,
     *,
+    measures: Mapping[str, Measure] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     accelerator: Accelerator | None = None,
@@ -247,6 +259,7 @@ def sweep_interpolation(
             points is partly best by chance.
         templates: As in `evaluate_robustness`.
         alphas: Shares of the aligned model, as in `interpolate`.
+        measures: What to measure beside the clean cost, by name in `COSTS`.
         batch_size: As in `evaluate_robustness`.
         num_workers: As in `evaluate_robustness`. Workers draw the images again for each model.
         accelerator: As in `evaluate_robustness`.
@@ -259,7 +272,7 @@ def sweep_interpolation(
 
     Raises:
         ValueError: If there are no alphas, an alpha is not finite, or `images` have a single cluster, which allows
-            no interval; also as in `interpolate` and `evaluate_robustness`.
+            no interval; also as in `interpolate`, `evaluate_robustness` and the evaluators of the measures.
         TypeError: As in `interpolate`.
 
     Source: Wortsman et al. 2022 (WiSE-FT), arXiv 2109.01903, Sec. 4; Ilharco et al. 2022 (PAINT), arXiv
@@ -269,84 +282,77 @@ def sweep_interpolation(
         raise ValueError(f"alphas must be finite numbers, at least one, got {alphas!r}. Pass for example [0, 0.5, 1].")
     if len(np.unique(images.cluster)) < 2:
         raise ValueError("images have a single cluster, but the interval of the clean cost needs at least two.")
+    kinds = dict(measures or {})
 
-    def answers(model: nn.Module) -> Answers:
-        return evaluate_robustness(
-            {"interpolated": model},
-            images,
-            templates,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            accelerator=accelerator,
-            disable_tqdm=disable_tqdm,
+    def measure(model: nn.Module) -> tuple[Answers, dict[str, Any]]:
+        shared: dict[str, Any] = {"accelerator": accelerator, "disable_tqdm": disable_tqdm}
+        answers = evaluate_robustness(
+            {"interpolated": model}, images, templates, batch_size=batch_size, num_workers=num_workers, **shared
         )
+        found = {
+            name: kind.evaluator.measure({"interpolated": model}, **shared)["interpolated"]
+            for name, kind in kinds.items()
+        }
+        return answers, found
 
-    of_base = answers(base)
+    of_base, base_found = measure(base)
     points = []
     for alpha in alphas:
-        found = of_base if alpha == 0 else answers(interpolate(base, aligned, alpha))
-        both = replace(found, predicted={**found.predicted, "base": of_base.predictions_of("interpolated")})
-        report = robustness_report(both, "interpolated", "base", resamples=resamples, seed=seed)
-        # A two-sided 90 % interval leaves out 5 % above its upper end, as a one-sided 95 % interval does.
-        one_sided = robustness_report(both, "interpolated", "base", confidence=0.9, resamples=resamples, seed=seed)
-        points.append(
-            SweepPoint(
-                alpha,
-                report["clean_accuracy"],
-                report["typographic_accuracy"],
-                report["clean_cost"],
-                one_sided["clean_cost"].high,
-                images.rows,
-            )
-        )
+        answers, found = (of_base, base_found) if alpha == 0 else measure(interpolate(base, aligned, alpha))
+        both = replace(answers, predicted={**answers.predicted, "base": of_base.predictions_of("interpolated")})
+        report = partial(robustness_report, both, "interpolated", "base", resamples=resamples, seed=seed)
+        metrics = report()
+        costs = {
+            "clean_cost": Cost(metrics["clean_cost"], report(confidence=_ONE_SIDED)["clean_cost"].high, images.rows)
+        }
+        for name, kind in kinds.items():
+            costs[name] = kind.cost(base_found[name], found[name], resamples)
+        points.append(SweepPoint(alpha, metrics["clean_accuracy"], metrics["typographic_accuracy"], costs))
     return points
 
 
-def choose_alpha(points: Sequence[SweepPoint], max_clean_cost: float) -> Choice:
-    """Choose the point with the highest typographic accuracy whose clean cost is within a bound.
+def choose_alpha(points: Sequence[SweepPoint], bounds: Bounds) -> Choice:
+    """Choose the point with the highest typographic accuracy that keeps all bounds.
 
-    A point is within the bound if its one-sided 95 % interval ends at or below the bound, each point by itself.
-    The base (alpha 0) always is. The interval is a percentile bootstrap, which cannot account for answers that did
-    not change on these images, so it ends too low below about 200 images. If a better point is below the bound by
-    its estimate alone, the choice names it together with the number of images that could settle the question. This
-    number assumes that the width of the interval falls with 1 / sqrt(images), which holds if clusters grow with
-    images.
+    A point keeps a bound if its one-sided 95 % interval ends at or below the bound, each point and each bound by
+    itself. The base (alpha 0) keeps all. The intervals are percentile bootstraps, which cannot account for answers
+    that did not change on these images, so they end too low below about 200 images. If a better point is below the
+    bounds by its estimates alone, the choice names it together with the number of images that could settle the
+    question. This number assumes that the width of the interval falls with 1 / sqrt(images), which holds if clusters
+    grow with images.
 
     Args:
-        points: From `sweep_interpolation`, including alpha 0.
-        max_clean_cost: Largest allowed loss of clean accuracy, in percentage points, >= 0.
+        points: From `sweep_interpolation`, including alpha 0, with measures of everything that is bounded.
+        bounds: The bounds.
 
     Returns:
         The choice. Ties in typographic accuracy go to the point with the lowest upper end of the clean cost.
 
     Raises:
-        ValueError: If the bound is negative or not finite, or no point is within it and alpha 0 was not measured.
+        ValueError: If a bounded cost was not measured, or no point keeps the bounds and alpha 0 was not measured.
     """
-    check_bound(max_clean_cost)
-    proven = [point for point in points if point.alpha == 0 or within(point.clean_cost_upper, max_clean_cost)]
+    proven = [point for point in points if point.alpha == 0 or not bounds.broken_by(point.costs)]
     if not proven:
+        limits = " and ".join(f"{COSTS[name].label} of at most {bound:g}" for name, bound in bounds.given.items())
         raise ValueError(
-            f"None of the {len(points)} interpolations costs at most {max_clean_cost!r} points of clean accuracy with "
-            "95 % confidence. Measure alpha 0 too: it is the base, which costs nothing."
+            f"None of the {len(points)} interpolations has a {limits} with 95 % confidence. Measure alpha 0 too: it "
+            "is the base, which costs nothing."
         )
     best = max(proven, key=_rank)
-    unproven = [
-        point
-        for point in points
-        if point not in proven
-        and max_clean_cost - point.clean_cost.value > _ROUNDING
-        and point.typographic_accuracy.value > best.typographic_accuracy.value
-    ]
+    better = [point for point in points if point.typographic_accuracy.value > best.typographic_accuracy.value]
+    if not better:
+        return Choice(best, bounds)
+    next_better = min(better, key=lambda point: point.typographic_accuracy.value)
+    unproven = [point for point in better if bounds.may_be_kept_by(point.costs)]
     if not unproven:
-        return Choice(best, max_clean_cost)
-    better = max(unproven, key=_rank)
-    width = better.clean_cost_upper - better.clean_cost.value
-    needed = better.images * (width / (max_clean_cost - better.clean_cost.value)) ** 2
-    return Choice(best, max_clean_cost, better, math.ceil(needed))
+        return Choice(best, bounds, next_better)
+    top = max(unproven, key=_rank)
+    needed = {name: top.costs[name].images_needed(bounds.given[name]) for name in bounds.broken_by(top.costs)}
+    return Choice(best, bounds, next_better, top, needed)
 
 
 def _rank(point: SweepPoint) -> tuple[float, float]:
-    return point.typographic_accuracy.value, -point.clean_cost_upper
+    return point.typographic_accuracy.value, -point.costs["clean_cost"].upper
 
 
 def interpolation_table(points: Sequence[SweepPoint]) -> str:
@@ -358,7 +364,15 @@ def interpolation_table(points: Sequence[SweepPoint]) -> str:
     Returns:
         The table, one row per point.
     """
-    rows: list[list[Estimate | str | float | None]] = [
-        [f"{p.alpha:g}", p.clean_accuracy, p.typographic_accuracy, p.clean_cost, p.clean_cost_upper] for p in points
-    ]
-    return format_table(["alpha", "clean", "typographic", "clean cost (points)", "at most (95 %)"], rows)
+    names = list(points[0].costs) if points else ["clean_cost"]
+    columns = ["alpha", "clean", "typographic"]
+    for kind in (COSTS[name] for name in names):
+        columns += [f"{kind.label} ({kind.unit})", "at most (95 %)"]
+    return format_table(columns, [_table_row(point, names) for point in points])
+
+
+def _table_row(point: SweepPoint, names: Sequence[str]) -> list[Estimate | str | float | None]:
+    row: list[Estimate | str | float | None] = [f"{point.alpha:g}", point.clean_accuracy, point.typographic_accuracy]
+    for name in names:
+        row += [point.costs[name].estimate, point.costs[name].upper]
+    return row

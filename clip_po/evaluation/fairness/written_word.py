@@ -19,10 +19,10 @@ import numpy as np
 from accelerate import Accelerator
 
 from clip_po.evaluation.bootstrap import Estimate, bootstrap_interval
+from clip_po.evaluation.bounds import within
 from clip_po.evaluation.fairness.metrics import retrieval_opportunity_gap
 from clip_po.evaluation.fairness.report import RESAMPLES, chance_level, fairness_report
 from clip_po.evaluation.fairness.scores import query_scores
-from clip_po.evaluation.interpolation import within
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.evaluation.tables import format_estimate, format_table
 
