@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-
 
 def check_inside(name: str, where: str, what: str = "dataset") -> None:
     """Raise if a path named by a file of a dataset or checkpoint leads out of its folder.

@@ -1,7 +1,7 @@
 """Loaders of photographs with words, in the layouts of their authors.
 
 Every loader returns the columns `image`, `label` (ClassLabel over the fixed candidate set) and `word` (the written
-word, "" for none).
+word, "" for none). Labels and words that differ in case or spaces only are one candidate.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from clip_po.bounded_text import parse_json
 from clip_po.data.class_labels import column_texts
+from clip_po.data.image_folder import find_images
 from clip_po.data.loading import load_split
-from clip_po.data.path_safety import IMAGE_SUFFIXES, check_inside, check_links
+from clip_po.data.path_safety import check_inside, check_links
 from clip_po.validation import check_class_names
 
 ANNOTATION_FILES = ("annotations.json", "annotation.json")
@@ -47,11 +48,11 @@ def load_file_names(folder: Path, class_names: Sequence[str] | None = None) -> D
     2304.04512.
     """
     check_links(folder)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not _hidden(path))
+    files = find_images(folder)
     if not files:
         raise ValueError(
-            f"{folder} contains no images (files ending in {', '.join(IMAGE_SUFFIXES)}). Unpack the archive of the "
-            "authors there. Its files have names such as label=dog_text=cat.png."
+            f"{folder} contains no images. Unpack the archive of the authors there. Its files have names such as "
+            "label=dog_text=cat.png."
         )
     rows = []
     for file in files:
@@ -64,11 +65,6 @@ def load_file_names(folder: Path, class_names: Sequence[str] | None = None) -> D
         label, word = (match[part].replace("_", " ").strip() for part in ("label", "word"))
         rows.append((str(file), label, word, str(file)))
     return _photographs(rows, class_names)
-
-
-def _hidden(path: Path) -> bool:
-    # Files that macOS adds to an archive have names like those of images.
-    return path.name.startswith(".") or "__MACOSX" in path.parts
 
 
 def load_annotation(folder: Path, class_names: Sequence[str] | None = None) -> Dataset:
@@ -181,6 +177,7 @@ def load_columns(
             raise ValueError(f"{source} has no row with {value!r} in column {column!r}; it has {sorted(set(kinds))}.")
     labels, words = column_texts(dataset, named["label"]), column_texts(dataset, named["word"])
     names = _candidates(labels, words, class_names)
+    labels, words = _spelled(labels, names), _spelled(words, names)
     encoded = [_number(label, names, f"row {row} of {source}") for row, label in enumerate(labels)]
     images = dataset.select_columns([named["image"]]).rename_columns({named["image"]: "image"})
     return images.add_column("label", encoded, feature=ClassLabel(names=names)).add_column(
@@ -192,6 +189,7 @@ def _photographs(rows: Sequence[tuple[str, str, str, str]], class_names: Sequenc
     """Return a Dataset of rows (path, label, word, name in messages)."""
     paths, labels, words, called = (list(column) for column in zip(*rows, strict=True))
     names = _candidates(labels, words, class_names)
+    labels, words = _spelled(labels, names), _spelled(words, names)
     encoded = [_number(label, names, os.path.basename(name)) for label, name in zip(labels, called, strict=True)]
     features = Features({"image": Image(), "label": ClassLabel(names=names), "word": Value("string")})
     return Dataset.from_dict({"image": paths, "label": encoded, "word": words}, features=features)
@@ -206,7 +204,19 @@ def _candidates(labels: Sequence[str], words: Sequence[str], class_names: Sequen
                 "each. Give each name once."
             )
         return list(class_names)
-    return sorted({*labels, *words} - {""})
+    written = {_folded(text): text for text in sorted({*labels, *words} - {""}, reverse=True)}
+    return sorted(written.values())
+
+
+def _spelled(texts: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return texts in the spelling of the candidates, so that "Dog" is the candidate "dog"."""
+    spelled = {_folded(name): name for name in reversed(names)} | {name: name for name in names}
+    return [spelled.get(text, spelled.get(_folded(text), text)) for text in texts]
+
+
+def _folded(text: str) -> str:
+    # What CLIP's tokenizer makes of a text: two spellings would be one prompt and count as two classes.
+    return " ".join(text.lower().split())
 
 
 def _number(label: str, names: Sequence[str], called: str) -> int:

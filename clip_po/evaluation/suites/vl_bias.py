@@ -16,7 +16,8 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from clip_po.bounded_text import parse_json
-from clip_po.data.path_safety import IMAGE_SUFFIXES, check_inside, check_links
+from clip_po.data.image_folder import find_images
+from clip_po.data.path_safety import check_inside, check_links
 
 _ACTIVITIES = """
 baking begging biking calling cleaning climbing cooking coughing crying drinking driving eating exercising falling
@@ -111,10 +112,8 @@ def _indexed(base: Path, index: Path) -> dict[str, str]:
 def _in_folders(base: Path, begins: str, words: tuple[str, ...]) -> dict[str, str]:
     """Return words by path, from the names of folders and files."""
     found = {}
-    for file in sorted((base / begins).rglob("*")):
+    for file in find_images(base / begins):
         path = file.relative_to(base)
-        if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith(".") or "__MACOSX" in path.parts:
-            continue
         named = [part for part in reversed(path.parts[:-1]) if part in words]
         found[path.as_posix()] = named[0] if named else re.split(r"[_\-\d]", file.stem)[0]
     return found

@@ -42,6 +42,26 @@ def test_file_names_say_what_is_shown_and_written(tmp_path):
     assert dataset[0]["image"].size == (8, 8)
 
 
+def test_copies_in_hidden_folders_are_no_photographs(tmp_path):
+    for name in (".ipynb_checkpoints/label=dog_text=cat-checkpoint.png", "label=dog_text=cat.png"):
+        save(tmp_path / ".cache" / name)
+    assert rows(load_file_names(tmp_path / ".cache")) == [("dog", "cat")]
+
+
+def test_spellings_that_the_model_can_not_tell_apart_are_one_candidate(tmp_path):
+    pairs = [("Dog", "light bulb"), ("dog", "cat"), ("Light  Bulb", "DOG"), ("cat", "t-shirt")]
+    for number, (label, word) in enumerate(pairs):
+        save(tmp_path / f"{number}" / f"label={label}_text={word}.png")
+    dataset = load_file_names(tmp_path)
+    assert dataset.features["label"].names == ["DOG", "Light  Bulb", "cat", "t-shirt"]
+    assert rows(dataset) == [("DOG", "Light  Bulb"), ("DOG", "cat"), ("Light  Bulb", "DOG"), ("cat", "t-shirt")]
+
+    # A word in another spelling than its class is a candidate too, else nobody counts who is fooled by it.
+    pinned = load_file_names(tmp_path, ["cat", "dog", "light bulb"])
+    assert pinned.features["label"].names == ["cat", "dog", "light bulb"]
+    assert rows(pinned) == [("dog", "light bulb"), ("dog", "cat"), ("light bulb", "dog"), ("cat", "t-shirt")]
+
+
 def test_a_broken_file_name_is_named(tmp_path):
     save(tmp_path / "label=dog_text=cat.png")
     save(tmp_path / "label=dog_txt=cat.png")
