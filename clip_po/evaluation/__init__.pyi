@@ -1,6 +1,8 @@
 from .bootstrap import Estimate as Estimate
 from .bootstrap import bootstrap_interval as bootstrap_interval
 from .bounds import Bounds as Bounds
+from .drift import DriftEvaluator as DriftEvaluator
+from .drift import open_vocabulary as open_vocabulary
 from .evaluator import Evaluator as Evaluator
 from .evaluator import RetrievalEvaluator as RetrievalEvaluator
 from .evaluator import RobustnessEvaluator as RobustnessEvaluator
@@ -15,6 +17,9 @@ from .interpolation import interpolation_table as interpolation_table
 from .interpolation import sweep_interpolation as sweep_interpolation
 from .pseudo_labelling import pseudo_labels as pseudo_labels
 from .readable import readable_rows as readable_rows
+from .retention import RetentionEvaluator as RetentionEvaluator
+from .retention import RetentionSet as RetentionSet
+from .retention import class_changes as class_changes
 from .retrieval import evaluate_retrieval as evaluate_retrieval
 from .retrieval import retrieval_report as retrieval_report
 from .robustness import RobustnessImages as RobustnessImages

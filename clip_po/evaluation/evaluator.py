@@ -295,7 +295,7 @@ class ZeroShotEvaluator(Evaluator[ZeroShotResult]):
         Raises:
             ValueError: If `base` is not among `measured`, or as for `zero_shot_report` and `bootstrap_interval`.
         """
-        before = _result_of(base, measured)
+        before = result_of(base, measured)
         return {
             name: zero_shot_report(result, None if name == base else before, resamples=resamples, seed=self.seed)
             for name, result in measured.items()
@@ -388,7 +388,7 @@ class RetrievalEvaluator(Evaluator[RetrievalHits]):
         Raises:
             ValueError: If `base` is not among `measured`, or as for `retrieval_report` and `bootstrap_interval`.
         """
-        before = _result_of(base, measured)
+        before = result_of(base, measured)
         return {
             name: retrieval_report(hits, None if name == base else before, resamples=resamples, seed=self.seed)
             for name, hits in measured.items()
@@ -403,8 +403,19 @@ def _measurable(evaluator: ZeroShotEvaluator | RetrievalEvaluator) -> tuple[Data
     return rows, len(evaluator.dataset) - len(rows)
 
 
-def _result_of(base: str | None, measured: Mapping[str, Measured]) -> Measured | None:
-    """Return the result of the base, None if there is no base."""
+def result_of(base: str | None, measured: Mapping[str, Measured]) -> Measured | None:
+    """Return the result of the base.
+
+    Args:
+        base: Name of the base, or None.
+        measured: Results by model.
+
+    Returns:
+        The result, None if there is no base.
+
+    Raises:
+        ValueError: If `base` is not among `measured`.
+    """
     if base is None:
         return None
     if base not in measured:

@@ -100,7 +100,7 @@ class RobustnessImages(torch.utils.data.Dataset):
         self._room = keep_bytes
         self._kept: dict[int, Tensor] = {}
         self.label = np.repeat(label, renderings)
-        self.cluster = np.repeat(_clusters(dataset, cluster_column), renderings)
+        self.cluster = np.repeat(read_clusters(dataset, cluster_column), renderings)
         words = [attack.word(index, exclude={self.class_names[truth]}) for index, truth in enumerate(self.label)]
         self.written = np.array(words, dtype=np.str_)
         self.word = np.array(_classes_named(words, self.class_names), dtype=np.int64)
@@ -173,7 +173,19 @@ def _classes_named(words: Sequence[str], class_names: Sequence[str]) -> list[int
     return [exact.get(word, spelled.get(spelling(word), -1)) for word in words]
 
 
-def _clusters(dataset: Dataset, cluster_column: str | None) -> np.ndarray:
+def read_clusters(dataset: Dataset, cluster_column: str | None) -> np.ndarray:
+    """Return the cluster of each row, for the intervals.
+
+    Args:
+        dataset: One split, N rows.
+        cluster_column: Name of the column that identifies related rows; None if every row is its own cluster.
+
+    Returns:
+        Array [N] of cluster numbers.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
     if cluster_column is None:
         return np.arange(len(dataset))
     if cluster_column not in dataset.column_names:

@@ -182,17 +182,18 @@ def zero_shot_accuracy(
         TypeError: If `dataset` is not a single split, or as for `clip_po.encoding.dual_encoder`.
     """
     names, label = read_labels(dataset, label_column, class_names)
-    text_embeds = class_embeddings(model, processor, names, templates)
-    first = first_alike(text_embeds)
-
-    def answers(batch: dict[str, Tensor]) -> Tensor:
-        return first[classify(model, batch["pixel_values"], text_embeds).argmax(dim=1, keepdim=True)]
-
-    images = CleanImages(read_images(dataset, image_column), image_column, processor)
-    with evaluating(model):
-        predicted = collect_answers(
-            images, answers, 1, batch_size, num_workers, accelerator, disable_tqdm, "Zero-shot"
-        )[:, 0]
+    predicted = predict_classes(
+        {"model": model},
+        processor,
+        dataset,
+        names,
+        templates,
+        image_column=image_column,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        accelerator=accelerator,
+        disable_tqdm=disable_tqdm,
+    )["model"]
     right = predicted == label
 
     def share(rows: np.ndarray) -> Estimate:
@@ -200,6 +201,59 @@ def zero_shot_accuracy(
 
     per_class = {name: share(right[label == position]) for position, name in enumerate(unique_keys(names))}
     return ZeroShotResult(share(right), per_class, label, predicted)
+
+
+def predict_classes(
+    models: Mapping[str, Any],
+    processor: Any,
+    dataset: Dataset,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    image_column: str = "image",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    accelerator: Accelerator | None = None,
+    disable_tqdm: bool = False,
+    title: str = "Zero-shot",
+) -> dict[str, np.ndarray]:
+    """Classify images with several models, in one pass over the images.
+
+    Args:
+        models: CLIPModels, or PeftModels around one, by name, each on any device. They share the processor.
+        processor: CLIPProcessor of the models.
+        dataset: One split with N images.
+        class_names: C names.
+        templates: As for `class_embeddings`.
+        image_column: Name of the image column.
+        batch_size: Images per batch and process, >= 1.
+        num_workers: Number of worker processes that read images, >= 0.
+        accelerator: As for `zero_shot_accuracy`.
+        disable_tqdm: Whether to hide the progress bar.
+        title: Label of the progress bar.
+
+    Returns:
+        Array [N] of predicted classes by model.
+
+    Raises:
+        ValueError: If there are no models, an image is not readable, or as for `class_embeddings`.
+        TypeError: If `dataset` is not a single split, or as for `class_embeddings`.
+    """
+    if not models:
+        raise ValueError("models is empty. Give at least one model by name.")
+    texts = embed_classes(models, processor, class_names, templates)
+    first = {name: first_alike(embeds) for name, embeds in texts.items()}
+
+    def answers(batch: dict[str, Tensor]) -> Tensor:
+        nearest = {name: classify(m, batch["pixel_values"], texts[name]).argmax(dim=1) for name, m in models.items()}
+        return torch.stack([first[name][number].cpu() for name, number in nearest.items()], dim=1)
+
+    images = CleanImages(read_images(dataset, image_column), image_column, processor)
+    with evaluating(*models.values()):
+        table = collect_answers(
+            images, answers, len(models), batch_size, num_workers, accelerator, disable_tqdm, title
+        )
+    return dict(zip(models, table.T, strict=True))
 
 
 def zero_shot_report(

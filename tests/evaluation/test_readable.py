@@ -8,6 +8,9 @@ from streaming_worker import BROKEN, with_broken
 
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.evaluation import (
+    DriftEvaluator,
+    RetentionEvaluator,
+    RetentionSet,
     RetrievalEvaluator,
     RobustnessEvaluator,
     RobustnessImages,
@@ -56,11 +59,22 @@ def robustness(rows, processor, **arguments):
     return RobustnessEvaluator(images, PROMPT, resamples=20)
 
 
+def drift(rows, processor, **arguments):
+    return DriftEvaluator(rows, processor, ["a cat", "a dog", "the sea"], resamples=20, **arguments)
+
+
+def retention(rows, processor, **arguments):
+    return RetentionEvaluator({"rows": RetentionSet(rows, PROMPT)}, processor, resamples=20, **arguments)
+
+
+EVALUATORS = [zero_shot, retrieval, robustness, drift, retention]
+
+
 def skipped_rows(evaluator):
     return getattr(evaluator, "images", evaluator).skipped_rows
 
 
-@pytest.mark.parametrize("make", [zero_shot, retrieval, robustness])
+@pytest.mark.parametrize("make", EVALUATORS)
 def test_evaluators_measure_the_other_rows_and_count(make, rows, broken, models, processor):
     found = make(broken, processor, on_bad_image="skip")
     assert skipped_rows(found) == 2
@@ -69,7 +83,7 @@ def test_evaluators_measure_the_other_rows_and_count(make, rows, broken, models,
     assert found(models, "base", disable_tqdm=True) == expected(models, "base", disable_tqdm=True)
 
 
-@pytest.mark.parametrize("make", [zero_shot, retrieval, robustness])
+@pytest.mark.parametrize("make", EVALUATORS)
 def test_by_default_evaluators_stop_and_another_word_is_refused(make, broken, models, processor):
     with pytest.raises(UnreadableImage, match="Row 1"):
         make(broken, processor)(models, disable_tqdm=True)
