@@ -19,7 +19,13 @@ from clip_po.evaluation.evaluator import Metrics, RetrievalEvaluator, Robustness
 from clip_po.evaluation.retrieval import KS
 from clip_po.evaluation.robustness import Answers, RobustnessImages
 from clip_po.evaluation.suites.layouts import LAYOUTS
-from clip_po.evaluation.suites.photographs import accuracy_report, ask_photographs, candidate_sets, mean_report
+from clip_po.evaluation.suites.photographs import (
+    accuracy_report,
+    ask_photographs,
+    attacked_rows,
+    candidate_sets,
+    mean_report,
+)
 from clip_po.evaluation.suites.suite import Entry, Suite, entry_source, load_entry, load_suite
 from clip_po.evaluation.tables import format_table
 
@@ -160,7 +166,8 @@ def _measure_photographs(
 ) -> None:
     # From all rows: a sample may lack candidates.
     candidates = candidate_sets(dataset, entry.candidates)
-    result.about["candidates"] = [_described(kind, names) for kind, names in candidates.items()]
+    described = {kind: _described(kind, names) for kind, names in candidates.items()}
+    result.about["candidates"] = list(described.values())
     if entry.variant == "typographic":
         written = [row for row, word in enumerate(dataset["word"]) if word]
         result.about["rows_without_word"] = len(dataset) - len(written)
@@ -168,6 +175,7 @@ def _measure_photographs(
     dataset = _part(args, dataset, models, result)
     for kind, answers in _ask(args, entry, dataset, candidates, entry.variant, models).items():
         metrics = {name: accuracy_report(answers, name, models.base, entry.variant) for name in models.by_name}
+        described[kind]["attacked"] = int(attacked_rows(answers).sum())
         result.rows.append((_label(kind, candidates[kind]), len(dataset), metrics))
         result.answers[f"{entry.name}-{kind}-"] = answers
 
@@ -271,7 +279,10 @@ def suite_table(suite: Suite, results: Sequence[SuiteResult], metrics: Metrics) 
         published, skipped = result.about["rows"], result.about.get("skipped_rows")
         for candidates, images, by_model in result.rows:
             part = f"{images:,} of {published:,} images" if published is not None and images != published else ""
-            note = ", ".join(filter(None, [part, f"{skipped:,} unreadable skipped" if skipped else ""]))
+            # Where none of a few images is fooled, the interval is [0, 0]: only the number shows how little is known.
+            words = _attacked(result, candidates.split(" ")[0])
+            few = f"fooled of {words:,}" if words is not None and words < images else ""
+            note = ", ".join(filter(None, [part, few, f"{skipped:,} unreadable skipped" if skipped else ""]))
             for model, estimates in by_model.items():
                 numbers = (estimates.get(metric) for metric in columns)
                 lines.append([result.about["name"], candidates, images, model, *numbers, note])
@@ -285,6 +296,13 @@ def suite_table(suite: Suite, results: Sequence[SuiteResult], metrics: Metrics) 
             reason = textwrap.shorten(result.about["missing"], 80, placeholder=" ...")
             lines.append([result.about["name"], None, None, None, *[None] * len(columns), f"missing: {reason}"])
     return format_table(["data", "candidates", "images", "model", *columns.values(), "note"], lines)
+
+
+def _attacked(result: SuiteResult, kind: str) -> int | None:
+    """Return the number of images that `fooled` is a share of; None if it is not measured on photographs."""
+    if result.about["variant"] != "typographic":
+        return None
+    return next((found.get("attacked") for found in result.about["candidates"] if found["kind"] == kind), None)
 
 
 def _described(kind: str, names: Sequence[str]) -> dict[str, Any]:

@@ -74,6 +74,11 @@ def test_typographic(evaluate, sets):
     candidates = {found["kind"]: found for found in entry_of(report, "rta-100")["candidates"]}
     assert (candidates["all"]["count"], candidates["pair"]["count"]) == (4, 2)
     assert candidates["all"]["names"] == sorted(CLASSES)
+    # The files of sets: some words are the name of the object, and fool nobody.
+    wrong = sum(CLASSES[row % 3] != CLASSES[(row + 1) % 4] for row in range(12))
+    assert (candidates["all"]["attacked"], candidates["pair"]["attacked"]) == (wrong, wrong)
+    assert sum(f"fooled of {wrong} " in line for line in printed.splitlines() if "| rta-100" in line) == 4
+    assert not any("fooled of" in line for line in printed.splitlines() if "| scam" in line or "| no-scam" in line)
     assert entry_of(report, "disentangling")["rows_without_word"] == 2
     assert entry_of(report, "disentangling")["rows_measured"] == 10
     assert entry_of(report, "oxford-pets")["attack"]["words"] == CLASSES

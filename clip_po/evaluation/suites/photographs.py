@@ -162,6 +162,18 @@ class _Photographs(torch.utils.data.Dataset):
         return {"pixel_values": pixels, "label": self.label[row], "word": self.word[row]}
 
 
+def attacked_rows(answers: Answers) -> np.ndarray:
+    """Return which images can be answered with their written word, the images that `fooled` is a share of.
+
+    Args:
+        answers: N answers, from `ask_photographs`.
+
+    Returns:
+        Array [N] of booleans: the word is a candidate, and it is not the label.
+    """
+    return (answers.word >= 0) & (answers.word != answers.label)
+
+
 def accuracy_report(
     answers: Answers,
     model: str,
@@ -195,7 +207,7 @@ def accuracy_report(
         ValueError: If there are no answers of the model or the base.
     """
     got = answers.predictions_of(model)[variant]
-    attacked = (answers.word >= 0) & (answers.word != answers.label)
+    attacked = attacked_rows(answers)
     columns = {"right": got == answers.label, "attacked": attacked, "fooled": attacked & (got == answers.word)}
     metrics: dict[str, Statistic] = {f"{variant}_accuracy": lambda means: means["right"]}
     if variant == "typographic":
