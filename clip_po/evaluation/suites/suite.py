@@ -32,6 +32,19 @@ MEASURES: Mapping[str, frozenset[str]] = {
 _FOLDERS = ("file_names", "annotation", "vl_bias")
 """Layouts that only a local folder has."""
 
+_TABLE = frozenset({"split", "config", "columns"})
+_WORDS = frozenset({"candidates", "variant"})
+_READ: Mapping[str, frozenset[str]] = {
+    "file_names": _WORDS,
+    "annotation": _WORDS,
+    "columns": _WORDS | _TABLE | {"where"},
+    "labelled": _TABLE | {"name_until", "without"},
+    "captioned": _TABLE,
+    "attributes": _TABLE,
+    "vl_bias": frozenset({"config", "columns"}),
+}
+"""Optional keys that only some layouts read, by layout."""
+
 _REQUIRED = ("name", "path", "layout", "templates", "class_names", "source", "license")
 _NAME = re.compile(r"\w[\w.-]*")
 
@@ -107,6 +120,24 @@ class Entry:
             )
         if self.variant not in VARIANTS:
             raise ValueError(f"Entry {self.name!r}: variant must be one of {VARIANTS}, got {self.variant!r}.")
+        self._check_read()
+
+    def _check_read(self) -> None:
+        """Raise if a key is set that the layout does not read."""
+        if self.layout in LAYOUTS and isinstance(self.class_names, Mapping):
+            raise ValueError(
+                f"Entry {self.name!r}: class_names must be a list or null with layout {self.layout!r}, whose labels "
+                f"and words are texts, got {self.class_names!r}."
+            )
+        optional = frozenset().union(*_READ.values())
+        for member in fields(self):
+            default = member.default_factory() if callable(member.default_factory) else member.default
+            ignored = member.name in optional - _READ.get(self.layout, optional)
+            if ignored and getattr(self, member.name) != default:
+                raise ValueError(
+                    f"Entry {self.name!r}: layout {self.layout!r} does not read {member.name}, got "
+                    f"{getattr(self, member.name)!r}. Remove it, or use a layout that does (docs/suites.md)."
+                )
 
     @property
     def folders(self) -> list[str]:

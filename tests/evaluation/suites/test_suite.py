@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -32,6 +34,15 @@ def test_the_suites_of_the_package_are_whole():
             assert all(template.count("{}") == 1 for template in entry.templates)
             assert entry.path is not None or entry.layout in ("file_names", "annotation")
             assert entry.verified or entry.note, f"{entry.name}: say what could not be verified"
+
+
+def test_the_suite_of_the_benchmarks_loads():
+    suite = load_suite(str(Path(__file__).parents[3] / "benchmarks" / "handwritten.yaml"))
+    assert [(entry.name, entry.rows) for entry in suite.entries] == [
+        ("rta-100", 1000),
+        ("paint", 110),
+        ("known", None),
+    ]
 
 
 def test_what_the_suites_hold():
@@ -71,6 +82,11 @@ def test_a_suite_of_your_own_may_include_others(tmp_path):
         ({"variant": "blurred"}, "variant"),
         ({"class_names": "cat"}, "class_names must be"),
         ({"tempaltes": ["{}"]}, "tempaltes"),
+        # What the layout would not read.
+        ({"candidates": ["labels"]}, "'labelled' does not read candidates, got \\['labels'\\]"),
+        ({"where": {"type": "a"}}, "'labelled' does not read where"),
+        ({"layout": "file_names", "without": ["cat"]}, "'file_names' does not read without"),
+        ({"layout": "file_names", "class_names": {"cat": "big cat"}}, "class_names must be a list or null"),
     ],
 )
 def test_an_entry_that_can_not_work_is_refused(tmp_path, entry, said):
