@@ -30,6 +30,7 @@ from clip_po.data.stream_reader import StreamMark
 from clip_po.data.streamed_pairs import StreamedPairs, checked_stream, is_stream
 from clip_po.encoding import CachedTextEmbeddings, encode_texts, encode_texts_autocast
 from clip_po.evaluation.report.summary import measured_table
+from clip_po.evaluation.training_drift import TrainingDrift
 from clip_po.hub.card import CARD_FILE, CheckpointKind, card_of_run
 from clip_po.hub.publishing import creating_repository, push_model, save_pretrained
 from clip_po.hub.stale_files import check_not_base, remove_stale_files
@@ -782,7 +783,9 @@ class ContrastivePOTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         folder = Path(str(self.args.output_dir))
-        card = card_of_run(self, model_name or folder.name, self.checkpoint_kind, measured_table(folder))
+        drift = TrainingDrift.logged(self.state.log_history)
+        said = None if drift is None else drift.describe()
+        card = card_of_run(self, model_name or folder.name, self.checkpoint_kind, measured_table(folder), said)
         tags = kwargs.get("tags") or []
         card.data.tags = [*card.data.tags, *([tags] if isinstance(tags, str) else tags)]
         card.save(folder / CARD_FILE)

@@ -18,6 +18,7 @@ from clip_po.cli.arguments import Task
 from clip_po.cli.idle_flags import check_lora_flags
 from clip_po.cli.outcome import NothingChanged
 from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
+from clip_po.cli.train_drift import log_drift
 from clip_po.config import ContrastivePOConfig, check_precision
 from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.typographic_preferences import TypographicPreferences
@@ -46,7 +47,7 @@ UNCHANGED_REMEDY = (
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train, then save the checkpoint with processor, task and model card.
+    """Train, say how far the model moved, and save the checkpoint with processor, task, drift and model card.
 
     Args:
         argv: Command line after `clip-po train`.
@@ -57,6 +58,10 @@ def main(argv: Sequence[str]) -> None:
     task_args, args, model_args = parse(argv)
     start = time.time()
     trainer, task = align(task_args, args, model_args)
+    drift = log_drift(trainer, task)
+    if trainer.is_world_process_zero():
+        print(drift.describe())
+        drift.save(args.output_dir)
     save(trainer, task)
     changed = is_changed(trainer)
     if changed and trainer.is_world_process_zero():

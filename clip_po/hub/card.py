@@ -19,6 +19,11 @@ CheckpointKind = Literal["model", "adapter", "concept"]
 
 CARD_FILE = "README.md"
 MEASURED = "## What was measured"
+MOVED = "## How far training moved the model"
+DRIFT_MEANS = (
+    "The KL is KL(base || model) in nats, over prompts of everyday nouns and of the classes, with its 95% interval. "
+    "Same answer is the share of images with the same most probable text."
+)
 PAPER = "2411.08923"
 
 METHODS = {
@@ -64,6 +69,7 @@ def model_card(
     kind: CheckpointKind = "model",
     report: str | None = None,
     revision: str | None = None,
+    drift: str | None = None,
 ) -> ModelCard:
     """Make the card of an aligned model.
 
@@ -77,6 +83,7 @@ def model_card(
         kind: What the checkpoint holds.
         report: A Markdown table of measurements before and after alignment.
         revision: Revision of the base model that adapters belong to; None for the newest.
+        drift: A sentence that says how far training moved the model; None if that was not measured.
 
     Returns:
         The card. Its `data` is the metadata that the Hub reads.
@@ -91,6 +98,7 @@ def model_card(
         tags=["clip", "clip_po", "preference-optimization", *sorted(set(loss_types))],
     )
     measured = report or _table({k: f"{v:.4f}" for k, v in sorted(metrics.items())}) or "Nothing was measured yet."
+    moved = f"{MOVED}\n\n{drift} {DRIFT_MEANS}\n\n" if drift else ""
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# {escape_markdown(model_name)}\n\n"
@@ -98,6 +106,7 @@ def model_card(
         f"```python\n{_loading_code(model_name, base, kind, revision)}\n"
         f"processor = CLIPProcessor.from_pretrained({json.dumps(model_name)})\n```\n\n"
         f"{MEASURED}\n\n{measured}\n\n"
+        f"{moved}"
         f"## Settings\n\n{_table({k: json.dumps(v, default=str) for k, v in publishable(settings).items()})}\n"
     )
 
@@ -137,7 +146,9 @@ def _table(rows: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def card_of_run(trainer: Any, model_name: str, kind: CheckpointKind, report: str | None) -> ModelCard:
+def card_of_run(
+    trainer: Any, model_name: str, kind: CheckpointKind, report: str | None, drift: str | None = None
+) -> ModelCard:
     """Make the card of the model that a `ContrastivePOTrainer` has trained.
 
     Args:
@@ -145,6 +156,7 @@ def card_of_run(trainer: Any, model_name: str, kind: CheckpointKind, report: str
         model_name: Name of the model if the arguments name no repository.
         kind: What the checkpoint holds.
         report: A Markdown table of measurements before and after alignment; None to show the last evaluation instead.
+        drift: As for `model_card`.
 
     Returns:
         The card, not yet saved.
@@ -159,6 +171,7 @@ def card_of_run(trainer: Any, model_name: str, kind: CheckpointKind, report: str
         kind,
         report,
         trainer.model.peft_config[trainer.model.active_adapter].revision if kind == "adapter" else None,
+        drift,
     )
 
 

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from clip_po.evaluation.evaluator import Evaluator
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.random_state import unchanged_random_state
+from clip_po.training.sharding import whole_weights
 
 
 class EvaluatorCallback(TrainerCallback):
@@ -100,7 +101,7 @@ class EvaluatorCallback(TrainerCallback):
 
     def _measure(self, name: str, model: Any) -> dict[str, Any]:
         accelerator = self.trainer.accelerator
-        with unchanged_random_state(accelerator.device):
+        with unchanged_random_state(accelerator.device), whole_weights(self.trainer.model, accelerator):
             return self.evaluator.measure(
                 {name: model}, accelerator=accelerator, disable_tqdm=bool(self.trainer.args.disable_tqdm)
             )

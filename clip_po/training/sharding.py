@@ -1,12 +1,16 @@
-"""Preparation of CLIPModel for FSDP2."""
+"""CLIPModel under FSDP2: preparation, and use of a sharded model outside training."""
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
 
 import torch
+from accelerate import Accelerator
 from packaging.version import Version
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import CLIPModel
 
 SHARDING_IS_EXACT = Version(torch.__version__) >= Version("2.11")
@@ -46,3 +50,28 @@ def allow_sharding(encoder: CLIPModel) -> None:
 def _text_embeddings(encoder: CLIPModel) -> nn.Module:
     # Not the token table inside: it is already sharded if CLIPTextEmbeddings is wrapped as a unit.
     return encoder.text_model.embeddings
+
+
+@contextlib.contextmanager
+def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Gather the weights of a sharded model, so that its towers can be called outside its `forward`.
+
+    Every process must enter the block. Inside, processes may run different numbers of batches.
+
+    Args:
+        model: The model as it is trained. Nothing happens if it is not sharded by FSDP2.
+        accelerator: The accelerator that sharded it.
+
+    Yields:
+        Nothing. Afterwards the weights are sharded again.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
+            unit.reshard()
