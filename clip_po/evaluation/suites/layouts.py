@@ -1,7 +1,7 @@
 """Loaders of photographs with words, in the layouts of their authors.
 
 Every loader returns the columns `image`, `label` (ClassLabel over the fixed candidate set) and `word` (the written
-word, "" for none). Labels and words that differ in case or spaces only are one candidate.
+word, "" for none). Underscores are spaces, and labels and words that differ in case or spaces only are one candidate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from clip_po.bounded_text import parse_json
-from clip_po.data.class_labels import column_texts
+from clip_po.data.class_labels import column_texts, readable_name
 from clip_po.data.image_folder import find_images
 from clip_po.data.loading import load_split
 from clip_po.data.path_safety import check_inside, check_links
@@ -62,8 +62,7 @@ def load_file_names(folder: Path, class_names: Sequence[str] | None = None) -> D
                 f"The name of {file} has no label and word, expected label=<object>_text=<word>, such as "
                 "label=dog_text=cat.png. Rename the file, or remove it from the folder."
             )
-        label, word = (match[part].replace("_", " ").strip() for part in ("label", "word"))
-        rows.append((str(file), label, word, str(file)))
+        rows.append((str(file), match["label"], match["word"], str(file)))
     return _photographs(rows, class_names)
 
 
@@ -144,7 +143,7 @@ def load_columns(
     split: str = "train",
     config: str | None = None,
     columns: Mapping[str, str] | None = None,
-    where: Mapping[str, str] | None = None,
+    where: Mapping[str, str | int | bool] | None = None,
 ) -> Dataset:
     """Load photographs with one column for the label and one for the written word.
 
@@ -172,7 +171,7 @@ def load_columns(
             raise ValueError(f"{source} has no column {column!r}; it has {dataset.column_names}.")
     for column, value in (where or {}).items():
         kinds = column_texts(dataset, column)
-        dataset = dataset.select([row for row, kind in enumerate(kinds) if kind == value])
+        dataset = dataset.select([row for row, kind in enumerate(kinds) if kind == str(value)])
         if not len(dataset):
             raise ValueError(f"{source} has no row with {value!r} in column {column!r}; it has {sorted(set(kinds))}.")
     labels, words = column_texts(dataset, named["label"]), column_texts(dataset, named["word"])
@@ -204,19 +203,19 @@ def _candidates(labels: Sequence[str], words: Sequence[str], class_names: Sequen
                 "each. Give each name once."
             )
         return list(class_names)
-    written = {_folded(text): text for text in sorted({*labels, *words} - {""}, reverse=True)}
-    return sorted(written.values())
+    readable = sorted({readable_name(text) for text in (*labels, *words)} - {""}, reverse=True)
+    return sorted({_folded(text): text for text in readable}.values())
 
 
 def _spelled(texts: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return texts in the spelling of the candidates, so that "Dog" is the candidate "dog"."""
+    """Return texts in the spelling of the candidates, so that "Light_bulb" is the candidate "light bulb"."""
     spelled = {_folded(name): name for name in reversed(names)} | {name: name for name in names}
-    return [spelled.get(text, spelled.get(_folded(text), text)) for text in texts]
+    return [spelled.get(text, spelled.get(_folded(text), readable_name(text))) for text in texts]
 
 
 def _folded(text: str) -> str:
-    # What CLIP's tokenizer makes of a text: two spellings would be one prompt and count as two classes.
-    return " ".join(text.lower().split())
+    # CLIP's tokenizer ignores case and repeated spaces: two spellings would be one prompt and count as two classes.
+    return " ".join(text.replace("_", " ").lower().split())
 
 
 def _number(label: str, names: Sequence[str], called: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 
 from clip_po.bounded_text import parse_yaml
-from clip_po.data.class_labels import read_labels, readable_name
+from clip_po.data.class_labels import encode_labels, read_labels, readable_name
 from clip_po.data.loading import load_split
 from clip_po.evaluation.class_doubles import spaced_apart
 from clip_po.evaluation.retrieval import read_captions
@@ -60,6 +60,7 @@ class Entry:
         templates: Prompts with one `{}` each.
         class_names: The candidate set: a list of all names in the order of the labels, a mapping from names in the
             dataset to better ones, or None for the names of the dataset. In the last two, underscores become spaces.
+            A mapping is for the layout "labelled" only.
         source: Citation.
         license: License, as far as known.
         config: Name of the configuration; for the layout "vl_bias" the part, "activities" or "occupations".
@@ -91,7 +92,7 @@ class Entry:
     config: str | None = None
     split: str = "test"
     columns: Mapping[str, str] = field(default_factory=dict)
-    where: Mapping[str, str] = field(default_factory=dict)
+    where: Mapping[str, str | int | bool] = field(default_factory=dict)
     candidates: Sequence[str] = ("all",)
     variant: str = "typographic"
     name_until: str | None = None
@@ -266,8 +267,7 @@ def load_entry(entry: Entry, suite_folder: str | Path | None = None) -> Dataset:
     if entry.layout == "captioned":
         read_captions(rows, other)
         return images.add_column("caption", rows[other], feature=rows.features[other])
-    if not isinstance(rows.features[other], ClassLabel) and rows.features[other].dtype == "string":
-        rows = rows.class_encode_column(other)
+    rows = encode_labels(rows, other)
     names, label = read_labels(rows, other, _class_names(entry, rows.features[other]))
     labelled = images.add_column("label", label.tolist(), feature=ClassLabel(names=spaced_apart(names)))
     return _without(labelled, entry, rows.features[other]) if entry.without else labelled

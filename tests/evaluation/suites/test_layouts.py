@@ -49,17 +49,17 @@ def test_copies_in_hidden_folders_are_no_photographs(tmp_path):
 
 
 def test_spellings_that_the_model_can_not_tell_apart_are_one_candidate(tmp_path):
-    pairs = [("Dog", "light bulb"), ("dog", "cat"), ("Light  Bulb", "DOG"), ("cat", "t-shirt")]
+    pairs = [("Dog", "light_bulb"), ("dog", "cat"), ("Light  Bulb", "DOG"), ("cat", "t-shirt_top")]
     for number, (label, word) in enumerate(pairs):
         save(tmp_path / f"{number}" / f"label={label}_text={word}.png")
     dataset = load_file_names(tmp_path)
-    assert dataset.features["label"].names == ["DOG", "Light  Bulb", "cat", "t-shirt"]
-    assert rows(dataset) == [("DOG", "Light  Bulb"), ("DOG", "cat"), ("Light  Bulb", "DOG"), ("cat", "t-shirt")]
+    assert dataset.features["label"].names == ["DOG", "Light  Bulb", "cat", "t-shirt top"]
+    assert rows(dataset) == [("DOG", "Light  Bulb"), ("DOG", "cat"), ("Light  Bulb", "DOG"), ("cat", "t-shirt top")]
 
     # A word in another spelling than its class is a candidate too, else nobody counts who is fooled by it.
     pinned = load_file_names(tmp_path, ["cat", "dog", "light bulb"])
     assert pinned.features["label"].names == ["cat", "dog", "light bulb"]
-    assert rows(pinned) == [("dog", "light bulb"), ("dog", "cat"), ("light bulb", "dog"), ("cat", "t-shirt")]
+    assert rows(pinned) == [("dog", "light bulb"), ("dog", "cat"), ("light bulb", "dog"), ("cat", "t-shirt top")]
 
 
 def test_a_broken_file_name_is_named(tmp_path):
@@ -174,6 +174,24 @@ def test_class_label_columns_are_read_by_their_names(tmp_path):
     table = datasets.Dataset.from_dict({"image": images, "label": [1, 0], "word": [0, 1]}, features=features)
     table.save_to_disk(tmp_path)
     assert rows(load_columns(tmp_path)) == [("dog", "cat"), ("cat", "dog")]
+
+
+def test_rows_are_chosen_by_numbers_and_booleans_and_underscores_are_spaces(tmp_path):
+    columns = {
+        "image": [Image.new("RGB", (8, 8))] * 4,
+        "label": ["light_bulb", "cat", "dog", "cup"],
+        "word": ["cat", "light bulb", "cat", "cat"],
+        "part": [1, 1, 2, 1],
+        "kept": [True, True, True, False],
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), **{k: datasets.Value("string") for k in ("label", "word")}}
+    )
+    features |= {"part": datasets.Value("int64"), "kept": datasets.Value("bool")}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path)
+    dataset = load_columns(tmp_path, where={"part": 1, "kept": True})
+    assert rows(dataset) == [("light bulb", "cat"), ("cat", "light bulb")]
+    assert dataset.features["label"].names == ["cat", "light bulb"]
 
 
 @pytest.mark.parametrize(

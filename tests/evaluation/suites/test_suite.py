@@ -201,13 +201,23 @@ def test_a_labelled_entry_that_does_not_fit_its_data_is_refused(pets, entry, sai
         load_entry(Entry(**{**ENTRY, **COLUMNS, **entry}), pets)
 
 
-def test_labels_that_are_texts_become_classes(tmp_path):
-    table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 2, "label": ["dog", "cat"]})
-    table = table.cast_column("image", datasets.Image())
+@pytest.mark.parametrize("kind", ["string", "large_string"])  # pandas writes the second one
+def test_labels_that_are_texts_become_classes(tmp_path, kind):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value(kind)})
+    images = [Image.new("RGB", (8, 8))] * 2
+    table = datasets.Dataset.from_dict({"image": images, "label": ["dog", "cat"]}, features=features)
     datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "pets")
     dataset = load_entry(Entry(**ENTRY), tmp_path)
     assert dataset.features["label"].names == ["cat", "dog"]
     assert dataset["label"][:] == [1, 0]
+
+
+def test_labels_that_are_lists_are_refused(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.List(datasets.Value("int64"))})
+    columns = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [[0], [1]]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "pets")
+    with pytest.raises(ValueError, match=r"Row 0: column 'label' is \[0\]"):
+        load_entry(Entry(**{**ENTRY, "split": "train", "class_names": ["cat", "dog"]}), tmp_path)
 
 
 @pytest.fixture
