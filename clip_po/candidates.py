@@ -109,7 +109,7 @@ def in_batch_candidates(batch: Mapping[str, Any], identity: Callable[[str], Hash
     return {
         **{name: value for name, value in batch.items() if name != "candidates"},
         "texts": list(first.values()),
-        "chosen": candidates.gather(-1, chosen).squeeze(-1),
+        "chosen": candidates.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, -1).squeeze(-1),
         "rejected": candidates.gather(-1, rejected.clamp(min=0)).masked_fill(rejected < 0, -1),
     }
 

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from clip_po.hub.redaction import redacted
-from clip_po.losses import LOSSES, REFERENCED
+from clip_po.losses import LABEL_FREE, LOSSES, REFERENCED
 from clip_po.validation import (
     BELOW_ONE,
     COUNT,
@@ -74,6 +74,11 @@ STEPPED: Mapping[str, str] = {"logging_steps": "logging_strategy", "save_steps":
 """Arguments that are only used with the strategy "steps", and the argument that sets the strategy."""
 
 SMOOTHING = Allowed("lie in [0, 0.5)", lambda number: 0 <= number < 0.5)
+
+SHARE = Allowed("lie in (0, 1)", lambda number: 0 < number < 1)
+
+REG_TYPES = ("kl", "kl_open", "embedding")
+"""What holds the policy to the reference on ordinary images: see `reg_type` of `ContrastivePOConfig`."""
 
 READ_BY: Mapping[str, frozenset[str]] = {
     "label_smoothing": frozenset({"sigmoid"}),
@@ -140,7 +145,8 @@ class ContrastivePOConfig(TrainingArguments):
 
         loss_type (`list[str]`, defaults to `["sigmoid"]`): `"sigmoid"` (DPO, and S-DPO with several rejected
             texts), `"ipo"`, `"kto_pair"`, `"sft"` (cross-entropy on the chosen text), `"distillation"` (the
-            reference's answer on the clean image as a soft target, without labels). Several losses are summed.
+            reference's answer on the clean image as a soft target, without labels), `"embedding_distillation"` (1 -
+            cosine to the reference's embedding of the clean image, without labels). Several losses are summed.
         loss_weights (`list[float]`, *optional*): Weight of each loss type. Defaults to 1 each.
         beta (`float`, defaults to `0.1`): Strength of the pull to the reference policy, > 0. It is tau in IPO.
         label_smoothing (`float`, defaults to `0.0`): Probability in [0, 0.5) that a preference is wrong. Only
@@ -150,8 +156,19 @@ class ContrastivePOConfig(TrainingArguments):
         desirable_weight (`float`, defaults to `1.0`): Weight of chosen texts in `kto_pair`, >= 0. Refused without it.
         undesirable_weight (`float`, defaults to `1.0`): Weight of rejected texts in `kto_pair`, >= 0. Refused without
             it.
-        reg_weight (`float`, defaults to `1.0`): Weight of KL(reference || policy) on regularization images, >= 0;
-            lambda in the paper. 0 leaves the images out.
+        reg_weight (`float`, defaults to `1.0`): Weight of the regularization on ordinary images, >= 0; lambda in the
+            paper. 0 leaves the images out.
+        reg_type (`str`, defaults to `"kl"`): What the regularization measures. `"kl"` is KL(reference || policy) over
+            the candidate texts, as in the paper. `"kl_open"` is the same KL over `reg_candidate_texts`. `"embedding"`
+            is 1 - cosine of the embeddings of policy and reference, which belongs to no task and preserves the answers to
+            all texts; it needs ten to forty times the weight. The last two need a frozen text tower.
+        reg_candidate_texts (`list[str]`, *optional*): The texts of `reg_type="kl_open"`. Defaults to the prompts of
+            173 everyday nouns that come with the package and the candidate texts of the task.
+        reg_share (`float`, *optional*): Mix the images of `reg_dataset` into the training rows, so that they make up
+            this share of an epoch, in (0, 1). They get attack words too, and their targets are the reference's answers
+            on the clean image, so that they need no labels. Each row is then regularized on its own clean image. It
+            needs `TypographicPreferences` and a loss that needs no labels. By default, one image of `reg_dataset` goes
+            with each preference and is only regularized.
         in_batch_candidates (`bool`, defaults to `False`): Let the policy choose among all texts of the global batch
             instead of each row's own, if no `candidate_texts` are given. With gradient accumulation, these are the
             texts of one micro-batch of all processes, including the rows that pad the last batch.
@@ -229,7 +246,10 @@ class ContrastivePOConfig(TrainingArguments):
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Losses to sum: sigmoid (DPO, S-DPO), ipo, kto_pair, sft (cross-entropy), distillation."},
+        metadata={
+            "help": "Losses to sum: sigmoid (DPO, S-DPO), ipo, kto_pair, sft (cross-entropy), distillation, "
+            "embedding_distillation."
+        },
     )
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each loss type; default: 1 each."}
@@ -248,7 +268,24 @@ class ContrastivePOConfig(TrainingArguments):
     undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of rejected texts in kto_pair."})
     reg_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of KL(reference || policy) on regularization images, >= 0; lambda in the paper."},
+        metadata={"help": "Weight of the regularization on ordinary images, >= 0; lambda in the paper."},
+    )
+    reg_type: Literal["kl", "kl_open", "embedding"] = field(
+        default="kl",
+        metadata={
+            "help": "Regularization: kl, KL(reference || policy) over the candidate texts, as in the paper; kl_open, "
+            "over reg_candidate_texts; embedding, 1 - cosine of the image embeddings."
+        },
+    )
+    reg_candidate_texts: list[str] | None = field(
+        default=None, metadata={"help": "Texts of kl_open. Default: prompts of 173 everyday nouns and of the task."}
+    )
+    reg_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training rows that show images of reg_dataset with words, without labels, 0 to 1. "
+            "Default: reg_dataset is only regularized."
+        },
     )
     in_batch_candidates: bool = field(
         default=False, metadata={"help": "Make every text of the global batch a candidate of each of its rows."}
@@ -330,6 +367,7 @@ class ContrastivePOConfig(TrainingArguments):
             "To train without a pull to the reference, use loss_type='sft' or reference_free=True.",
         )
         check_number("label_smoothing", self.label_smoothing, SMOOTHING)
+        self._check_regularization()
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor!r} is Trainer's argument for classifiers. It "
@@ -372,6 +410,36 @@ class ContrastivePOConfig(TrainingArguments):
             if value is not None and (not isinstance(value, (str, os.PathLike)) or not str(value)):
                 raise TypeError(f"{name} must be the path of a folder, got {value!r}. Choose where files are written.")
         self._check_read_by_a_loss()
+
+    def _check_regularization(self) -> None:
+        if self.reg_type not in REG_TYPES:
+            raise ValueError(f"reg_type must be one of {list(REG_TYPES)}, got {self.reg_type!r}.")
+        check_candidates(self.reg_candidate_texts, "reg_candidate_texts")
+        if self.reg_candidate_texts is not None and self.reg_type != "kl_open":
+            raise ValueError(
+                f"reg_candidate_texts has no effect with reg_type={self.reg_type!r}. Set reg_type='kl_open', or leave "
+                "it out."
+            )
+        if self.reg_type != "kl" and self.train_text_model:
+            raise ValueError(
+                f"reg_type={self.reg_type!r} compares with embeddings of texts or images that stay the same, but "
+                "train_text_model=True changes those of all texts. Use reg_type='kl'."
+            )
+        needs_vision = [name for name in ("embedding_distillation",) if name in self.loss_type]
+        needs_vision += ["reg_type='embedding'"] * (self.reg_type == "embedding")
+        if needs_vision and not self.train_vision_model:
+            raise ValueError(
+                f"{' and '.join(needs_vision)} compares image embeddings, which train_vision_model=False does not "
+                "change. Use the losses and reg_type='kl' of log-probabilities."
+            )
+        if self.reg_share is not None:
+            check_number("reg_share", self.reg_share, SHARE)
+            if not LABEL_FREE & set(self.loss_type):
+                raise ValueError(
+                    f"reg_share={self.reg_share!r} trains on images without labels, but none of loss_type="
+                    f"{self.loss_type!r} does without. Add one of {sorted(LABEL_FREE)}, or leave reg_share out: "
+                    "reg_dataset is then only regularized."
+                )
 
     def _check_read_by_a_loss(self) -> None:
         """Raise if an argument was set that none of the losses reads."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class PreferenceLogps:
-    """Log-probabilities of the texts of a batch of preferences, in nats.
+    """What the losses read of a batch of preferences: log-probabilities in nats, and image embeddings.
 
     Attributes:
         chosen: Tensor[B], log pi(y_w | x).
@@ -23,6 +23,11 @@ class PreferenceLogps:
             reads it.
         target: Tensor[B, N], log ref(y | x_clean) over the same texts, where x_clean is the image before the attack.
             Only `distillation` reads it.
+        embeds: Tensor[B, D], the policy's embedding of x, unit-norm. Only `embedding_distillation` reads it.
+        target_embeds: Tensor[B, D], the reference's embedding of x_clean, unit-norm. Only `embedding_distillation`
+            reads it.
+        labelled: Tensor[B] of bool, whether the row has a chosen text. Only the losses in `LABEL_FREE` read the other
+            rows. None if all rows have one.
     """
 
     chosen: Tensor
@@ -31,6 +36,9 @@ class PreferenceLogps:
     ref_rejected: Tensor
     candidates: Tensor | None = None
     target: Tensor | None = None
+    embeds: Tensor | None = None
+    target_embeds: Tensor | None = None
+    labelled: Tensor | None = None
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -159,6 +167,26 @@ def distillation_loss(target_logps: Tensor, policy_logps: Tensor) -> Tensor:
     return kl_regularization(target_logps, policy_logps)
 
 
+def embedding_distillation_loss(target_embeds: Tensor, policy_embeds: Tensor) -> Tensor:
+    """Compute 1 - cos(embedding under the reference on the clean image, embedding under the policy).
+
+    The target is the reference's embedding of the clean image. It belongs to no task, so that what the model knows
+    about any text is preserved: the answers to all texts depend on the embedding alone. No label is needed.
+
+    Args:
+        target_embeds: Tensor[B, D], unit-norm. No gradient flows through it.
+        policy_embeds: Tensor[B, D], unit-norm: of the attacked image as a loss, of the clean image as a
+            regularization.
+
+    Returns:
+        Tensor[B], 0 to 2, one loss per image.
+
+    Source: the feature distillation of Romero et al. 2015 (FitNets), arXiv 1412.6550, on unit-norm embeddings, where
+    1 - cos is half the squared distance. The model before alignment is its own teacher.
+    """
+    return 1 - (target_embeds.detach() * policy_embeds).sum(dim=-1)
+
+
 def kl_regularization(ref_logps: Tensor, policy_logps: Tensor) -> Tensor:
     """Compute KL(reference || policy) over the candidate texts of each regularization image.
 
@@ -199,7 +227,8 @@ class LossSettings:
     """Hyperparameters of the losses, named as in `ContrastivePOConfig`.
 
     Attributes:
-        beta: Strength of the pull to the reference, > 0; tau in `ipo`. `sft` and `distillation` do not read it.
+        beta: Strength of the pull to the reference, > 0; tau in `ipo`. `sft` and the losses in `LABEL_FREE` do not
+            read it.
         label_smoothing: Probability in [0, 0.5) that a preference is wrong. Only `sigmoid` reads it.
         desirable_weight: lambda_D, >= 0, the weight of chosen texts in `kto_pair`.
         undesirable_weight: lambda_U, >= 0, the weight of rejected texts in `kto_pair`.
@@ -251,22 +280,35 @@ def _distillation(logps: PreferenceLogps, kl: Tensor | None, settings: LossSetti
     return distillation_loss(logps.target, logps.candidates)
 
 
+def _embedding_distillation(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> Tensor:
+    if logps.embeds is None or logps.target_embeds is None:
+        raise ValueError(
+            "loss_type='embedding_distillation' needs the reference's embedding of the clean image of each row. Add a "
+            "column 'clean_image'."
+        )
+    return embedding_distillation_loss(logps.target_embeds, logps.embeds)
+
+
 LOSSES: Mapping[str, Loss] = {
     "sigmoid": _sigmoid,
     "ipo": _ipo,
     "kto_pair": _kto_pair,
     "sft": _sft,
     "distillation": _distillation,
+    "embedding_distillation": _embedding_distillation,
 }
-"""Loss by loss type: TRL's names, `kto_pair` for the paired KTO of the paper, and `distillation`."""
+"""Loss by loss type: TRL's names, `kto_pair` for the paired KTO of the paper, and the two distillations."""
 
-WITHOUT_REJECTED = frozenset({"sft", "distillation"})
+LABEL_FREE = frozenset({"distillation", "embedding_distillation"})
+"""Loss types that read neither a chosen nor a rejected text, so that images without labels count too."""
+
+WITHOUT_REJECTED = LABEL_FREE | {"sft"}
 """Loss types that read no rejected text."""
 
 REFERENCED = frozenset({"sigmoid", "ipo", "kto_pair"})
 """Loss types that compare with the reference on the images of the preferences."""
 
-TARGETED = frozenset({"distillation"})
+TARGETED = LABEL_FREE
 """Loss types that compare with the reference on the clean image of the same row."""
 
 SINGLE_REJECTED = frozenset({"ipo", "kto_pair"})
@@ -290,7 +332,7 @@ def preference_loss(
         kl: Tensor[], the reference point of `kto_pair`. Other losses do not read it.
 
     Returns:
-        Tensor[B], one loss per preference.
+        Tensor[B], one loss per preference. For a row that is not `labelled`, only the losses in `LABEL_FREE` count.
 
     Raises:
         ValueError: If a name is unknown, the number of weights is wrong, `kto_pair` gets no KL, or a loss that takes
@@ -303,6 +345,11 @@ def preference_loss(
             f"weights {list(loss_weights)}."
         )
     losses = [
-        weight * LOSSES[name](logps, kl, settings) for name, weight in zip(loss_types, loss_weights, strict=True)
+        weight * _of_labelled(LOSSES[name](logps, kl, settings), None if name in LABEL_FREE else logps.labelled)
+        for name, weight in zip(loss_types, loss_weights, strict=True)
     ]
     return torch.stack(losses).sum(dim=0)
+
+
+def _of_labelled(losses: Tensor, labelled: Tensor | None) -> Tensor:
+    return losses if labelled is None else losses.where(labelled, 0.0)

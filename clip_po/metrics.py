@@ -30,8 +30,10 @@ def preference_metrics(logps: PreferenceLogps, beta: float, weight: Tensor) -> R
 
     Returns:
         Values and weights by name: rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins,
-        logps/chosen, logps/rejected. Rows without rejected texts have weight 0 in the metrics about rejected texts.
+        logps/chosen, logps/rejected. Rows without rejected texts have weight 0 in the metrics about rejected texts,
+        and rows without a label have weight 0 in all of them.
     """
+    weight = weight if logps.labelled is None else weight * logps.labelled
     present = ~logps.rejected.isneginf()
     paired = weight * present.any(dim=-1)
     chosen, rejected = beta * logps.chosen_logratios, beta * logps.rejected_logratios

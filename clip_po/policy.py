@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import CLIPModel, ProcessorMixin
 
 from clip_po.candidates import CandidateTexts, embeds_of_all, share_of_texts
 from clip_po.encoding import CachedTextEmbeddings, tokenize, unit_norm
-from clip_po.losses import PreferenceLogps, kl_regularization
+from clip_po.losses import PreferenceLogps, embedding_distillation_loss, kl_regularization
 
 
 def candidate_logps(
@@ -49,17 +49,22 @@ def candidate_logps(
 
 @dataclass(frozen=True)
 class CandidateLogps:
-    """Log-probabilities of a batch over its candidate texts, in nats.
+    """Log-probabilities of a batch over its candidate texts, in nats, and the embeddings that they come from.
 
     Attributes:
         preference: Tensor[B, N], on the images of the preferences.
         regularization: Tensor[B, N], on the regularization images paired with them; None if there are none.
         target: Tensor[B, N], on the clean images of the preferences, if the regularization images are other images.
+        embeds: Tensor[B, D], unit-norm, by name of the images in `clip_po.reference.ROW_IMAGES`. Empty if the
+            embeddings of policy and reference can't be compared.
+        open_regularization: Tensor[B, V], on the regularization images over `reg_candidate_texts`; None without these.
     """
 
     preference: Tensor
     regularization: Tensor | None
     target: Tensor | None = None
+    embeds: Mapping[str, Tensor] = field(default_factory=dict)
+    open_regularization: Tensor | None = None
 
 
 def preference_logps(policy: CandidateLogps, reference: CandidateLogps, batch: Mapping[str, Any]) -> PreferenceLogps:
@@ -68,21 +73,32 @@ def preference_logps(policy: CandidateLogps, reference: CandidateLogps, batch: M
     Args:
         policy: Log-probabilities under the policy.
         reference: Log-probabilities under the reference.
-        batch: `chosen` (Tensor[B]) and `rejected` (Tensor[B, R], -1 for none): positions among the candidates.
+        batch: `chosen` (Tensor[B], -1 for a row without a label) and `rejected` (Tensor[B, R], -1 for none): positions
+            among the candidates.
 
     Returns:
-        Log-probabilities of the chosen [B] and rejected [B, R] texts under both, and log-probabilities over all
-        candidates [B, N] under the policy, and under the reference on the clean images.
+        Log-probabilities of the chosen [B] and rejected [B, R] texts under both, log-probabilities over all candidates
+        [B, N] under the policy, and under the reference on the clean images, and the embeddings of both. A row without
+        a label has the log-probabilities of the first candidate in their place, which are finite.
     """
-    chosen, rejected = batch["chosen"].unsqueeze(-1), batch["rejected"]
-    absent = rejected < 0
+    labelled = batch["chosen"] >= 0
+    chosen, rejected = batch["chosen"].clamp(min=0).unsqueeze(-1), batch["rejected"]
+    absent = (rejected < 0) & labelled.unsqueeze(-1)
 
     def pick(logps: Tensor) -> tuple[Tensor, Tensor]:
         rejected_logps = logps.gather(-1, rejected.clamp(min=0)).masked_fill(absent, -torch.inf)
         return logps.gather(-1, chosen).squeeze(-1), rejected_logps
 
     target = reference.regularization if reference.target is None else reference.target
-    return PreferenceLogps(*pick(policy.preference), *pick(reference.preference), policy.preference, target)
+    return PreferenceLogps(
+        *pick(policy.preference),
+        *pick(reference.preference),
+        policy.preference,
+        target,
+        policy.embeds.get("image"),
+        reference.embeds.get("target_image", reference.embeds.get("reg_image")),
+        labelled,
+    )
 
 
 def regularization_kl(policy: CandidateLogps, reference: CandidateLogps) -> Tensor:
@@ -100,6 +116,25 @@ def regularization_kl(policy: CandidateLogps, reference: CandidateLogps) -> Tens
     return kl_regularization(reference.regularization, policy.regularization)
 
 
+def regularization_loss(policy: CandidateLogps, reference: CandidateLogps, reg_type: str) -> Tensor:
+    """Compute the divergence of the policy from the reference on the regularization image of each row.
+
+    Args:
+        policy: Log-probabilities and embeddings under the policy.
+        reference: Log-probabilities and embeddings under the reference.
+        reg_type: As in `ContrastivePOConfig`: "kl" for KL(reference || policy) over the candidate texts, "kl_open" for
+            the same over `reg_candidate_texts`, "embedding" for 1 - cosine of the two embeddings.
+
+    Returns:
+        Tensor[B], >= 0; all 0 if one of the two has no regularization images.
+    """
+    if reg_type == "embedding" and "reg_image" in policy.embeds:
+        return embedding_distillation_loss(reference.embeds["reg_image"], policy.embeds["reg_image"])
+    if policy.open_regularization is not None and reference.open_regularization is not None:
+        return kl_regularization(reference.open_regularization, policy.open_regularization)
+    return regularization_kl(policy, reference)
+
+
 def known_image_embeds(batch: Mapping[str, Any]) -> list[Tensor]:
     """Return the embeddings of preference and regularization images that a batch carries.
 
@@ -112,6 +147,28 @@ def known_image_embeds(batch: Mapping[str, Any]) -> list[Tensor]:
     return [batch[name] for name in ("ref_image_embeds", "ref_reg_image_embeds") if name in batch]
 
 
+def open_logps(
+    image_embeds: Tensor | None,
+    text_embeddings: CachedTextEmbeddings | None,
+    texts: Sequence[str],
+    logit_scale: Tensor | float,
+) -> Tensor | None:
+    """Compute log pi(y | x) over the texts of an open vocabulary.
+
+    Args:
+        image_embeds: Tensor[B, D], unit-norm; None for no images.
+        text_embeddings: Cached embeddings of a frozen text tower; None if the tower trains.
+        texts: V texts, in the same list at each call; none for no vocabulary.
+        logit_scale: As for `candidate_logps`.
+
+    Returns:
+        Tensor[B, V] in nats; None without images, texts or a frozen text tower.
+    """
+    if image_embeds is None or text_embeddings is None or not texts:
+        return None
+    return candidate_logps(image_embeds, text_embeddings(texts), logit_scale)
+
+
 class Policy:
     """pi(y | x) of the model in training, with one forward pass a step for all images.
 
@@ -122,6 +179,7 @@ class Policy:
         processor: Processor of the model.
         candidates: The candidate texts.
         text_embeddings: Cached embeddings if the text tower is frozen; None if it trains.
+        reg_texts: Texts over which the regularization images are compared too. They need a frozen text tower.
     """
 
     def __init__(
@@ -129,8 +187,10 @@ class Policy:
         processor: ProcessorMixin,
         candidates: CandidateTexts,
         text_embeddings: CachedTextEmbeddings | None,
+        reg_texts: Sequence[str] = (),
     ) -> None:
         self.processor = processor
+        self.reg_texts = reg_texts
         self.candidates = candidates
         self.text_embeddings = text_embeddings
         self._shortest_text: dict[str, Tensor] | None = None
@@ -165,11 +225,16 @@ class Policy:
         else:
             own = unit_norm(outputs.text_model_output.pooler_output)
             text_embeds = embeds_of_all(own, len(texts)) if shared else own
-        logps = [
-            candidate_logps(embeds, text_embeds, encoder.logit_scale.exp(), batch.get("candidates"))
-            for embeds in image_embeds
-        ]
-        return CandidateLogps(logps[0], logps[1] if len(logps) > 1 else None)
+        logit_scale = encoder.logit_scale.exp()
+        logps = [candidate_logps(embeds, text_embeds, logit_scale, batch.get("candidates")) for embeds in image_embeds]
+        found = dict(zip(("image", "reg_image"), image_embeds, strict=False))
+        known = self.text_embeddings
+        return CandidateLogps(
+            logps[0],
+            logps[1] if len(logps) > 1 else None,
+            embeds=found,
+            open_regularization=open_logps(found.get("reg_image"), known, self.reg_texts, logit_scale),
+        )
 
     def _unused_text(self, encoder: CLIPModel) -> dict[str, Tensor]:
         """Return the tokens that CLIPModel, which always runs both towers, gets if the text embeddings are known."""

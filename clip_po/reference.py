@@ -23,7 +23,7 @@ from clip_po.data.images import blank_image, probe_image, to_pixels
 from clip_po.data.pairs import PreferencePairs
 from clip_po.encoding import CachedTextEmbeddings, encode_images
 from clip_po.models import dual_encoder
-from clip_po.policy import CandidateLogps, candidate_logps
+from clip_po.policy import CandidateLogps, candidate_logps, open_logps
 
 ROW_IMAGES = ("image", "reg_image", "target_image")
 """Images of a row: the image of the preference, the regularization image, and the clean image of a soft target."""
@@ -43,6 +43,7 @@ class ReferencePolicy:
             the text tower of the reference.
         images: Names in `ROW_IMAGES` of the images that the losses ask about. Without "image" the log-probabilities of
             preferences are 0.
+        reg_texts: Texts over which the regularization images are compared too.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class ReferencePolicy:
         candidates: CandidateTexts,
         text_embeddings: CachedTextEmbeddings | None = None,
         images: Sequence[str] = ROW_IMAGES,
+        reg_texts: Sequence[str] = (),
     ) -> None:
         self.model = model
+        self.reg_texts = reg_texts
         self.images = tuple(images)
         self.candidates = candidates
         self.text_embeddings = text_embeddings or CachedTextEmbeddings(model, processor)
@@ -113,13 +116,20 @@ class ReferencePolicy:
             Tensor[B, N] for the preference images, and for the regularization images and targets if there are any.
         """
         text_embeds = self.text_embeddings(self.candidates.of_batch(batch))
+        found = self.batch_embeds(batch, self.images)
         logps = {
             name: candidate_logps(embeds, text_embeds, self.logit_scale, batch.get("candidates"))
-            for name, embeds in self.batch_embeds(batch, self.images).items()
+            for name, embeds in found.items()
         }
         count = batch["candidates"].shape[1] if "candidates" in batch else len(text_embeds)
         unused = text_embeds.new_zeros(len(batch["weight"]), count)
-        return CandidateLogps(logps.get("image", unused), logps.get("reg_image"), logps.get("target_image"))
+        return CandidateLogps(
+            logps.get("image", unused),
+            logps.get("reg_image"),
+            logps.get("target_image"),
+            found,
+            open_logps(found.get("reg_image"), self.text_embeddings, self.reg_texts, self.logit_scale),
+        )
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -20,10 +20,11 @@ from clip_po.config import ADAMAX, ContrastivePOConfig, check_args
 from clip_po.data.bad_images import SkippedRows
 from clip_po.data.collator import FEWEST_ROWS, DataCollatorForContrastivePreference, row_totals
 from clip_po.data.embedding_cache import EmbeddingCache
+from clip_po.data.generic_images import mixed_preferences
 from clip_po.data.idle_data import warn_of_idle_data
 from clip_po.data.killed_workers import killed_workers_explained
 from clip_po.data.pairs import EvaluationPairs, PreferencePairs, checked_pairs
-from clip_po.data.regularization_texts import warn_of_few_texts
+from clip_po.data.regularization_texts import regularization_texts, warn_of_few_texts
 from clip_po.data.row_loader import row_loader
 from clip_po.data.sampler import EpochSampler
 from clip_po.data.stream_reader import StreamMark
@@ -37,7 +38,7 @@ from clip_po.hub.stale_files import check_not_base, remove_stale_files
 from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, loss_of_parts, preference_metrics
 from clip_po.models import check_processor, default_output_dir, dual_encoder, load_policy, load_processor
-from clip_po.policy import Policy, preference_logps, regularization_kl
+from clip_po.policy import Policy, preference_logps, regularization_kl, regularization_loss
 from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
 from clip_po.text_identity import TextTokens
 from clip_po.trainable import check_optimizer, choose_trainable, tower_trains
@@ -87,8 +88,8 @@ class ContrastivePOTrainer(Trainer):
         peft_config (`PeftConfig`, *optional*): Adapters to add to a plain model.
         model_init (`Callable`, *optional*): Returns the initial model, instead of `model`. It is called at the start
             of each training, so that `hyperparameter_search` starts each trial from the same model.
-        reg_dataset (`datasets.Dataset`, *optional*): Regularization images in a column `image`. Defaults to the
-            `clean_image` of each preference.
+        reg_dataset (`datasets.Dataset`, *optional*): Regularization images in a column `image`, of any kind and
+            without labels. Defaults to the `clean_image` of each preference. With `reg_share`, training uses them too.
         candidate_texts (`list[str]`, *optional*): The texts among which the policy of every row chooses. By default
             each row names its own.
 
@@ -126,6 +127,7 @@ class ContrastivePOTrainer(Trainer):
         check_best_metric(args, eval_dataset)
         self.reg_dataset = reg_dataset
         self._references = ref_model, peft_config
+        self.reg_texts = regularization_texts(train_dataset, candidate_texts, args)
         if model_init is not None:
             model = initial_model(model_init, args.seed)
         encoder = self.load_encoder(model, ref_model, args, peft_config)
@@ -265,7 +267,8 @@ class ContrastivePOTrainer(Trainer):
             ValueError, TypeError: If the data can't be used; the message names row and column.
         """
         check = checked_stream if is_stream(dataset) else checked_pairs
-        pairs = check(dataset, self.reg_dataset, self.candidates, args, "train_dataset")
+        rows = dataset if args.reg_share is None else mixed_preferences(dataset, self.reg_dataset, args.reg_share)
+        pairs = check(rows, self._paired_images(args), self.candidates, args, "train_dataset")
         warn_of_few_texts(dataset, self.candidates.texts, args, "train_dataset")
         warn_of_idle_data(dataset, self.reg_dataset, self.candidates.texts, args)
         return pairs
@@ -291,7 +294,11 @@ class ContrastivePOTrainer(Trainer):
     def _evaluation_pairs(self, dataset: Any, args: ContrastivePOConfig, name: str) -> PreferencePairs:
         if isinstance(dataset, PreferencePairs):
             return dataset
-        return checked_pairs(dataset, self.reg_dataset, self.candidates, args, name, EvaluationPairs)
+        return checked_pairs(dataset, self._paired_images(args), self.candidates, args, name, EvaluationPairs)
+
+    def _paired_images(self, args: ContrastivePOConfig) -> Dataset | None:
+        """Return the images of which one goes with each preference; None for its own clean image."""
+        return self.reg_dataset if args.reg_share is None else None
 
     def build_reference(
         self, encoder: nn.Module, ref_model: nn.Module | None, peft_config: PeftConfig | None
@@ -317,7 +324,7 @@ class ContrastivePOTrainer(Trainer):
         texts = CachedTextEmbeddings(model, self.processing_class, encode)
         compares = self._has_rewards and not self.args.reference_free
         images = ROW_IMAGES if compares else ROW_IMAGES[1:]
-        return ReferencePolicy(model, self.processing_class, self.candidates, texts, images)
+        return ReferencePolicy(model, self.processing_class, self.candidates, texts, images, self.reg_texts)
 
     def build_policy(self, encoder: nn.Module, ref_model: nn.Module | None) -> Any:
         """Build the policy. A frozen text tower is shared with the reference, whose copy is never sharded.
@@ -335,7 +342,7 @@ class ContrastivePOTrainer(Trainer):
         elif ref_model is not None:
             own = frozen_copy(encoder) if self.is_fsdp_enabled else encoder
             texts = CachedTextEmbeddings(own, self.processing_class)
-        return Policy(self.processing_class, self.candidates, texts)
+        return Policy(self.processing_class, self.candidates, texts, self.reg_texts)
 
     # ---- The method ------------------------------------------------------------------------------------------
 
@@ -348,7 +355,9 @@ class ContrastivePOTrainer(Trainer):
     ) -> Any:
         """Compute the loss of the accumulated global batch, of which `inputs` is a part.
 
-            loss = sum_i weight_i * preference_loss_i / rows + reg_weight * sum_j KL_j(reference || policy) / reg_rows
+            loss = sum_i weight_i * preference_loss_i / rows + reg_weight * sum_j regularization_j / reg_rows
+
+        The regularization is KL_j(reference || policy), unless `reg_type` names another.
 
         `rows` and `reg_rows` are the numbers of preferences and of regularization images whose image can be read.
         Padding does not count. A row of weight 0 does, so that row weights shift the balance with the KL.
@@ -372,7 +381,8 @@ class ContrastivePOTrainer(Trainer):
             reference = self.reference(inputs)
         policy = self.policy(model, self.encoder, inputs)
         logps = preference_logps(policy, reference, inputs)
-        kl = regularization_kl(policy, reference)
+        regularization = regularization_loss(policy, reference, self.args.reg_type)
+        kl = regularization if self.args.reg_type == "kl" else regularization_kl(policy, reference)
         totals = row_totals(inputs) if num_items_in_batch is None else num_items_in_batch
         rows, reg_rows = totals[:2].clamp(min=FEWEST_ROWS)
         has_reg_image = inputs["reg_row_weight"]
@@ -381,11 +391,12 @@ class ContrastivePOTrainer(Trainer):
             logps, self.args.loss_type, self.args.weights, self.loss_settings, self._reference_point(kl, has_reg_image)
         )
         losses = inputs["weight"] * losses
-        loss = losses.sum() / rows + self.args.reg_weight * (has_reg_image * kl).sum() / reg_rows
+        loss = losses.sum() / rows + self.args.reg_weight * (has_reg_image * regularization).sum() / reg_rows
 
         # A step of nothing but rows of weight 0 says nothing about the preference loss.
         measured = inputs["counted"] if num_items_in_batch is None else inputs["counted"] * (totals[2] > 0)
-        self._add_to_means(logps, losses, kl, inputs, measured)
+        regularized = {"kl": kl, "loss/regularization": self.args.reg_weight * regularization}
+        self._add_to_means(logps, losses, regularized, inputs, measured)
         if num_items_in_batch is not None:  # the gradients of processes are averaged, but these sums must be added
             loss = loss * self.accelerator.num_processes
         return (loss, {"logps": policy.preference, "chosen": inputs["chosen"]}) if return_outputs else loss
@@ -527,13 +538,17 @@ class ContrastivePOTrainer(Trainer):
         return bool(REFERENCED & set(self.args.loss_type))  # without log-ratios there are no rewards
 
     def _add_to_means(
-        self, logps: PreferenceLogps, losses: Tensor, kl: Tensor, inputs: Mapping[str, Any], measured: Tensor
+        self,
+        logps: PreferenceLogps,
+        losses: Tensor,
+        regularized: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
+        measured: Tensor,
     ) -> None:
-        regularization = {"kl": kl, "loss/regularization": self.args.reg_weight * kl}
         metrics = {
             **preference_metrics(logps, self.args.beta, inputs["weight"]),
             "loss/preference": (losses.detach(), measured),
-            **{name: (value.detach(), inputs["reg_row_weight"]) for name, value in regularization.items()},
+            **{name: (value.detach(), inputs["reg_row_weight"]) for name, value in regularized.items()},
         }
         if not self._has_rewards:
             metrics = {name: value for name, value in metrics.items() if not name.startswith("rewards/")}

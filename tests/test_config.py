@@ -8,6 +8,7 @@ from transformers.training_args import OptimizerNames
 from trl import TrlParser
 
 from clip_po.config import ContrastivePOConfig, preset
+from clip_po.losses import LOSSES
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ WRONG = {
     "one-unknown-loss": ({"loss_type": ["sigmoid", "kto"]}, "loss_type must name", "KTO on pairs 'kto_pair'"),
     "no-loss": (
         {"loss_type": []},
-        "loss_type must name one or more of ['distillation', 'ipo', 'kto_pair', 'sft', 'sigmoid']",
+        f"loss_type must name one or more of {sorted(LOSSES)}",
     ),
     "too-few-weights": (
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]},

@@ -141,6 +141,8 @@ def test_values_and_gradients_are_finite_however_far_the_policy_went(loss_type, 
         torch.tensor([[-1.0]]),
         candidates=torch.cat([chosen.unsqueeze(-1), rejected], dim=-1),
         target=torch.tensor([[0.9, 0.1]]).log(),
+        embeds=torch.cat([chosen.unsqueeze(-1), rejected], dim=-1),
+        target_embeds=torch.tensor([[0.6, -0.8]]),
     )
     losses = preference_loss(logps, [loss_type], [1.0], LossSettings(beta=1.0), torch.tensor(0.1))
     losses.sum().backward()

@@ -276,3 +276,10 @@ def _check_args(concept: Any, args: Any) -> None:
             f"{' and '.join(wrong)} has no effect: ConceptTrainer trains a transformation of embeddings, and the "
             "model itself does not change. Leave the arguments out."
         )
+    compared = [f"reg_type={args.reg_type!r}"] * (args.reg_type != "kl")
+    compared += [f"loss_type {name!r}" for name in args.loss_type if name == "embedding_distillation"]
+    if compared:
+        raise ValueError(
+            f"{' and '.join(compared)} compares image embeddings before and after, but a transformation changes those "
+            "of texts with them. Use reg_type='kl' and losses of log-probabilities."
+        )

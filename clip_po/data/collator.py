@@ -32,7 +32,7 @@ class DataCollatorForContrastivePreference:
     pixel_values          Tensor[B,C,H,W]    images of the preferences
     reg_pixel_values      Tensor[B,C,H,W]    ordinary images, where rows have them
     target_pixel_values   Tensor[B,C,H,W]    the rows' own clean images, where those above are others
-    chosen                Tensor[B]          position of the chosen text among the row's candidates
+    chosen                Tensor[B]          position of the chosen text among the row's candidates, -1 for none
     rejected              Tensor[B, R]       positions of the rejected texts, -1 for none
     weight                Tensor[B]          weight of the preference; 0 for padding
     counted               Tensor[B]          1 for a row with an image (default), 0 for padding, skipped rows
@@ -77,7 +77,7 @@ class DataCollatorForContrastivePreference:
             batch["candidates"] = _ragged([[place[text] for text in candidates] for candidates in own])
             positions = [{text: n for n, text in enumerate(candidates)}.__getitem__ for candidates in own]
         paired = list(zip(rows, positions, strict=True))
-        batch["chosen"] = torch.tensor([position(row["chosen"]) for row, position in paired])
+        batch["chosen"] = torch.tensor([_position_of_chosen(row, position) for row, position in paired])
         batch["rejected"] = _ragged([[position(text) for text in row["rejected"]] for row, position in paired])
         return batch
 
@@ -104,6 +104,10 @@ class RowMetadataCollator:
             metadata["stream_mark"] = rows[-1]["stream_mark"]
         kept = [{key: value for key, value in row.items() if key not in METADATA_KEYS} for row in rows]
         return {**self.collate(kept), **metadata}
+
+
+def _position_of_chosen(row: Row, position: Callable[[str], int]) -> int:
+    return -1 if row["chosen"] is None else position(row["chosen"])
 
 
 def _ragged(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The texts over which the KL on ordinary images runs: a warning where they are too few to preserve anything else."""
+"""The texts over which the KL on ordinary images runs, and a warning if they are too few to preserve anything else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset, List
 from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.attacks.words import EVERYDAY_WORDS
 from clip_po.data.row_texts import own_texts
 from clip_po.data.rows import PreferenceRows
 from clip_po.data.typographic_preferences import AttackedClasses
@@ -16,6 +17,44 @@ from clip_po.data.typographic_preferences import AttackedClasses
 logger = logging.get_logger(__name__)
 
 ROWS_TO_LOOK_AT = 100
+
+
+DEFAULT_TEMPLATE = "a photo of a {}"
+
+
+def open_vocabulary(template: str = DEFAULT_TEMPLATE, extra: Sequence[str] = ()) -> list[str]:
+    """Return texts about everyday things.
+
+    Args:
+        template: Prompt of a noun, with one `{}`.
+        extra: Texts to add.
+
+    Returns:
+        The prompts of `EVERYDAY_WORDS`, then the other texts, each once.
+    """
+    return list(dict.fromkeys([*(template.replace("{}", word) for word in EVERYDAY_WORDS), *extra]))
+
+
+def regularization_texts(
+    preferences: Any, candidate_texts: Sequence[str] | None, args: ContrastivePOConfig
+) -> Sequence[str]:
+    """Return the texts over which the regularization compares policy and reference beside the candidates.
+
+    Args:
+        preferences: `train_dataset` of the trainer, whose template is used if it has one.
+        candidate_texts: The candidate texts of every row, or None.
+        args: `reg_type` and `reg_candidate_texts`.
+
+    Returns:
+        The texts; none unless `reg_type` is "kl_open".
+    """
+    if not isinstance(args, ContrastivePOConfig) or args.reg_type != "kl_open":
+        return ()
+    if args.reg_candidate_texts is not None:
+        return list(args.reg_candidate_texts)
+    if isinstance(preferences, AttackedClasses):
+        return open_vocabulary(preferences.template, preferences.candidate_texts)
+    return open_vocabulary(extra=candidate_texts or ())
 
 
 def warn_of_few_texts(
@@ -29,7 +68,7 @@ def warn_of_few_texts(
         args: The configuration.
         name: Name of the preferences in messages.
     """
-    if args.reg_weight == 0 or candidate_texts is not None or args.in_batch_candidates:
+    if args.reg_weight == 0 or args.reg_type != "kl" or candidate_texts is not None or args.in_batch_candidates:
         return
     most = _most_own_texts(preferences)
     if most is not None and most <= 2:

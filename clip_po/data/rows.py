@@ -22,7 +22,8 @@ class PreferenceRows(Protocol):
     """Numbered preferences. Whatever implements this protocol can be given to the trainer.
 
     A row holds `image`, `chosen` (a text), `rejected` (a list of texts) and optionally `clean_image`, `candidates` and
-    `weight`, as an image-preference of `clip_po.data.formats`.
+    `weight`, as an image-preference of `clip_po.data.formats`. `chosen` is None in a row without a label, which only
+    the losses in `clip_po.losses.LABEL_FREE` read. Such a row has `candidates` or the trainer `candidate_texts`.
     """
 
     @property

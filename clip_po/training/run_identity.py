@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from clip_po.data.embedding_cache import fingerprint, model_digest
+from clip_po.data.generic_images import MixedPreferences
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.row_completion import regularization_image
 from clip_po.data.rows import is_transformed
@@ -97,11 +98,12 @@ def content_of(pairs: Any) -> dict[str, Any]:
     """
     preferences, images = pairs.preferences, pairs.completion.regularization
     found: dict[str, Any] = {}
-    if isinstance(preferences, AttackedClasses):
-        found |= {"class names": list(preferences.class_names), "prompt template": preferences.template}
-        found |= {"choice of rejected texts": preferences.rejected, "attack": fingerprint(repr(preferences.attack))}
-    if isinstance(preferences, TypographicPreferences):
-        found["labels and weights"] = fingerprint(repr((preferences.labels, preferences.weights)))
+    task = preferences.task if isinstance(preferences, MixedPreferences) else preferences
+    if isinstance(task, AttackedClasses):
+        found |= {"class names": list(task.class_names), "prompt template": task.template}
+        found |= {"choice of rejected texts": task.rejected, "attack": fingerprint(repr(task.attack))}
+    if isinstance(task, TypographicPreferences):
+        found["labels and weights"] = fingerprint(repr((task.labels, task.weights)))
     if isinstance(pairs, PreferencePairs):
         found |= {"columns": sorted(preferences.column_names), "number of rows": len(preferences)}
         if not preferences.transformed:

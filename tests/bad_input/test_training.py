@@ -42,7 +42,7 @@ def spoil_next_step(trainer, part, value, monkeypatch, step=3):
     """Let a part of the loss, or a gradient, of one step be a number that is not finite."""
     owner, name = {
         "preference": (clip_po.trainer, "preference_loss"),
-        "regularization": (clip_po.trainer, "regularization_kl"),
+        "regularization": (clip_po.trainer, "regularization_loss"),
         "gradient": (trainer, "training_step"),
     }[part]
     compute = getattr(owner, name)

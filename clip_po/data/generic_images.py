@@ -1,0 +1,277 @@
+"""Unlabelled images as training rows: attacked as the task's images are, with the reference's answer as target."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import PIL
+from datasets import Dataset
+from PIL import Image
+
+from clip_po.candidates import CandidateTexts
+from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.data.embedding_cache import fingerprint, image_digest
+from clip_po.data.formats import Row, check_regularization
+from clip_po.data.images import is_transformed
+from clip_po.data.row_completion import regularization_image
+from clip_po.data.typographic_preferences import TypographicPreferences
+
+SMALLEST_CROP = 0.4
+"""Side of the smallest random crop, as a share of the short side of the image."""
+
+
+class GenericImages:
+    """Unlabelled images as rows with an attack word and without a chosen text, which losses without labels read.
+
+    Row j shows image j modulo the number of images. Each time an image comes up, it is cropped at random, to a square
+    of `SMALLEST_CROP` to all of its short side. The crop is the same in every epoch, so that the reference embeds it
+    once. Words are drawn by the attack, with j + `offset` as the index.
+
+    Args:
+        images: Images of any kind in a column `image`.
+        attack: Draws words and styles.
+        count: Number of rows, >= 1.
+        candidates: The texts among which the policy chooses, if the trainer has no `candidate_texts`.
+        offset: Number that is added to the number of a row for the draws, so that they differ from those of the task.
+
+    Raises:
+        TypeError: If `images` is not a `datasets.Dataset`.
+        ValueError: If it is empty, or has no column `image` of images.
+    """
+
+    column_names = ("image", "clean_image", "chosen", "rejected", "candidates", "weight")
+
+    def __init__(
+        self, images: Dataset, attack: TypographicAttack, count: int, candidates: Sequence[str], offset: int = 0
+    ) -> None:
+        check_regularization(images)
+        self.images = images
+        self.attack = attack
+        self.count = count
+        self.candidates = list(candidates)
+        self.offset = offset
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def redrawn(self) -> bool:
+        """Whether the attacked images differ from epoch to epoch."""
+        return self.attack.redraw == "every_epoch"
+
+    @property
+    def transformed(self) -> bool:
+        """Whether a transform of the user, which may be random, changes images as they are read."""
+        return is_transformed(self.images)
+
+    def row(self, index: int, epoch: int) -> Row:
+        """Return a row as drawn in an epoch.
+
+        Args:
+            index: Number of the row.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            `image` (attacked) and `clean_image`, both RGB, and the texts and weight of `texts`.
+
+        Raises:
+            UnreadableImage: If the image can't be read.
+        """
+        clean, number = self.image("clean_image", index), self.offset + index
+        word = self.attack.word(number, epoch)
+        return {
+            "image": self.attack.draw(clean, word, number, epoch),
+            "clean_image": clean,
+            **self.texts(index, epoch),
+        }
+
+    def texts(self, index: int, epoch: int) -> Row:
+        """Return a row without its images.
+
+        Args:
+            index: Not used: all rows have the same texts.
+            epoch: Not used.
+
+        Returns:
+            `chosen` None, no `rejected` texts, the `candidates`, and the `weight` 1.
+        """
+        return {"chosen": None, "rejected": [], "candidates": self.candidates, "weight": 1.0}
+
+    def image(self, name: str, index: int) -> Image.Image:
+        """Return one image of a row of epoch 0.
+
+        Args:
+            name: "clean_image", or "image" for the attacked image.
+            index: Number of the row.
+
+        Returns:
+            RGB image.
+
+        Raises:
+            UnreadableImage: If it can't be read.
+        """
+        if name == "image":
+            return self.row(index, 0)[name]
+        image = regularization_image(self.images, index % len(self.images))
+        return _random_square(image, random.Random(f"crop/{self.attack.seed}/{index}"))
+
+    def digest(self, name: str) -> str:
+        """Return a digest of everything that the images of a column in epoch 0 depend on.
+
+        Args:
+            name: "image" or "clean_image".
+
+        Returns:
+            SHA-256 as 64 hexadecimal digits.
+
+        Raises:
+            UnreadableImage: If a file can't be read; the message names the row.
+        """
+        cropped = [image_digest(self.images, "image"), repr((self.count, self.attack.seed, SMALLEST_CROP))]
+        if name == "clean_image":
+            return fingerprint(*cropped)
+        return fingerprint(*cropped, repr((self.attack, self.offset)), version("clip_po"), PIL.__version__)
+
+
+def _random_square(image: Image.Image, rng: random.Random) -> Image.Image:
+    width, height = image.size
+    short = min(width, height)
+    side = max(1, round(short * rng.uniform(SMALLEST_CROP, 1)))
+    left, top = rng.randint(0, width - side), rng.randint(0, height - side)
+    return image.crop((left, top, left + side, top + side))
+
+
+class MixedPreferences:
+    """The preferences of a task followed by generic images, as one sequence of rows.
+
+    Args:
+        task: The labelled rows.
+        generic: The unlabelled rows.
+    """
+
+    column_names = GenericImages.column_names
+
+    def __init__(self, task: TypographicPreferences, generic: GenericImages) -> None:
+        self.task = task
+        self.generic = generic
+
+    def __len__(self) -> int:
+        return len(self.task) + len(self.generic)
+
+    @property
+    def redrawn(self) -> bool:
+        """Whether attacked images differ from epoch to epoch."""
+        return self.task.redrawn or self.generic.redrawn
+
+    @property
+    def transformed(self) -> bool:
+        """Whether any image may differ each time it is read."""
+        return self.task.transformed or self.generic.transformed
+
+    def _source(self, index: int) -> tuple[TypographicPreferences | GenericImages, int]:
+        return (self.task, index) if index < len(self.task) else (self.generic, index - len(self.task))
+
+    def row(self, index: int, epoch: int) -> Row:
+        """Return a row of an epoch.
+
+        Args:
+            index: Number of the row; those of the task come first.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            The row with the columns of `column_names`.
+
+        Raises:
+            UnreadableImage: If one of its images can't be read.
+        """
+        source, number = self._source(index)
+        return self._completed(source.row(number, epoch))
+
+    def texts(self, index: int, epoch: int) -> Row:
+        """Return a row of an epoch without its images.
+
+        Args:
+            index: Number of the row.
+            epoch: Epoch, counted from 0.
+
+        Returns:
+            The row without `image` and `clean_image`.
+        """
+        source, number = self._source(index)
+        return self._completed(source.texts(number, epoch))
+
+    def _completed(self, row: Row) -> Row:
+        return {"candidates": self.generic.candidates, **row}
+
+    def image(self, name: str, index: int) -> Image.Image:
+        """Return one image of a row of epoch 0.
+
+        Args:
+            name: "image" or "clean_image".
+            index: Number of the row.
+
+        Returns:
+            RGB image.
+
+        Raises:
+            UnreadableImage: If it can't be read.
+        """
+        source, number = self._source(index)
+        return source.image(name, number)
+
+    def digest(self, name: str) -> str:
+        """Return a digest of all images of a column in epoch 0.
+
+        Args:
+            name: "image" or "clean_image".
+
+        Returns:
+            SHA-256 as 64 hexadecimal digits.
+
+        Raises:
+            UnreadableImage: If a file can't be read; the message names the row.
+        """
+        return fingerprint(self.task.digest(name), self.generic.digest(name))
+
+    def check(self, candidate_texts: CandidateTexts, loss_types: Collection[str], name: str) -> None:
+        """Raise if the texts of the task don't suit the losses or the candidate texts.
+
+        Args:
+            candidate_texts: The candidate texts of every row, if any.
+            loss_types: Names of the losses.
+            name: Name of the preferences in messages.
+
+        Raises:
+            ValueError: If they don't.
+        """
+        self.task.check(candidate_texts, loss_types, name)
+
+
+def mixed_preferences(task: Any, images: Dataset | None, share: float) -> MixedPreferences:
+    """Mix generic images into the preferences of a task.
+
+    Args:
+        task: The preferences of the trainer.
+        images: Generic images in a column `image`.
+        share: Share of the generic images among all rows, in (0, 1).
+
+    Returns:
+        All rows of the task, and as many generic rows as the share says, at least one.
+
+    Raises:
+        TypeError: If the task is not a `TypographicPreferences`, whose attack writes the words.
+        ValueError: If there are no images.
+    """
+    if images is None:
+        raise ValueError(f"reg_share={share!r} mixes in the images of reg_dataset, which is missing. Pass it.")
+    if not isinstance(task, TypographicPreferences):
+        raise TypeError(
+            f"reg_share={share!r} writes words on the images of reg_dataset, for which train_dataset must be "
+            f"TypographicPreferences, got {type(task).__name__}. Leave reg_share out: reg_dataset is then only "
+            "regularized."
+        )
+    count = max(1, round(share / (1 - share) * len(task)))
+    return MixedPreferences(task, GenericImages(images, task.attack, count, task.candidate_texts, len(task)))
