@@ -75,7 +75,7 @@ STEPPED: Mapping[str, str] = {"logging_steps": "logging_strategy", "save_steps":
 
 SMOOTHING = Allowed("lie in [0, 0.5)", lambda number: 0 <= number < 0.5)
 
-SHARE = Allowed("lie in (0, 1)", lambda number: 0 < number < 1)
+SHARE = Allowed("lie in [0, 1)", lambda number: 0 <= number < 1)
 
 REG_TYPES = ("kl", "kl_open", "embedding")
 """What holds the policy to the reference on ordinary images: see `reg_type` of `ContrastivePOConfig`."""
@@ -160,15 +160,15 @@ class ContrastivePOConfig(TrainingArguments):
             paper. 0 leaves the images out.
         reg_type (`str`, defaults to `"kl"`): What the regularization measures. `"kl"` is KL(reference || policy) over
             the candidate texts, as in the paper. `"kl_open"` is the same KL over `reg_candidate_texts`. `"embedding"`
-            is 1 - cosine of the embeddings of policy and reference, which belongs to no task and preserves the answers to
-            all texts; it needs ten to forty times the weight. The last two need a frozen text tower.
+            is 1 - cosine of the embeddings of policy and reference, which belongs to no task and preserves the answers
+            to all texts; it needs ten to forty times the weight. The last two need a frozen text tower.
         reg_candidate_texts (`list[str]`, *optional*): The texts of `reg_type="kl_open"`. Defaults to the prompts of
             173 everyday nouns that come with the package and the candidate texts of the task.
-        reg_share (`float`, *optional*): Mix the images of `reg_dataset` into the training rows, so that they make up
-            this share of an epoch, in (0, 1). They get attack words too, and their targets are the reference's answers
-            on the clean image, so that they need no labels. Each row is then regularized on its own clean image. It
-            needs `TypographicPreferences` and a loss that needs no labels. By default, one image of `reg_dataset` goes
-            with each preference and is only regularized.
+        reg_share (`float`, defaults to `0.0`): Share of the training rows, from 0 to below 1, that show generic images:
+            random crops of the images of `reg_dataset`, or without one collages of the training images. They get attack
+            words too. Their targets are the reference's answers on the clean image, so that they need no labels. Each
+            row is then regularized on its own clean image. It needs `TypographicPreferences` and a loss that needs no
+            labels. With 0, one image of `reg_dataset` goes with each preference and is only regularized.
         in_batch_candidates (`bool`, defaults to `False`): Let the policy choose among all texts of the global batch
             instead of each row's own, if no `candidate_texts` are given. With gradient accumulation, these are the
             texts of one micro-batch of all processes, including the rows that pad the last batch.
@@ -280,11 +280,11 @@ class ContrastivePOConfig(TrainingArguments):
     reg_candidate_texts: list[str] | None = field(
         default=None, metadata={"help": "Texts of kl_open. Default: prompts of 173 everyday nouns and of the task."}
     )
-    reg_share: float | None = field(
-        default=None,
+    reg_share: float = field(
+        default=0.0,
         metadata={
-            "help": "Share of the training rows that show images of reg_dataset with words, without labels, 0 to 1. "
-            "Default: reg_dataset is only regularized."
+            "help": "Share of the training rows, below 1, that show generic images with words: crops of the images of "
+            "reg_dataset, or without one collages of the training images."
         },
     )
     in_batch_candidates: bool = field(
@@ -432,14 +432,13 @@ class ContrastivePOConfig(TrainingArguments):
                 f"{' and '.join(needs_vision)} compares image embeddings, which train_vision_model=False does not "
                 "change. Use the losses and reg_type='kl' of log-probabilities."
             )
-        if self.reg_share is not None:
-            check_number("reg_share", self.reg_share, SHARE)
-            if not LABEL_FREE & set(self.loss_type):
-                raise ValueError(
-                    f"reg_share={self.reg_share!r} trains on images without labels, but none of loss_type="
-                    f"{self.loss_type!r} does without. Add one of {sorted(LABEL_FREE)}, or leave reg_share out: "
-                    "reg_dataset is then only regularized."
-                )
+        check_number("reg_share", self.reg_share, SHARE)
+        if self.reg_share > 0 and not LABEL_FREE & set(self.loss_type):
+            raise ValueError(
+                f"reg_share={self.reg_share!r} trains on images without labels, but none of loss_type="
+                f"{self.loss_type!r} does without. Add one of {sorted(LABEL_FREE)}, or set reg_share=0: reg_dataset is "
+                "then only regularized."
+            )
 
     def _check_read_by_a_loss(self) -> None:
         """Raise if an argument was set that none of the losses reads."""

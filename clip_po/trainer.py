@@ -267,7 +267,7 @@ class ContrastivePOTrainer(Trainer):
             ValueError, TypeError: If the data can't be used; the message names row and column.
         """
         check = checked_stream if is_stream(dataset) else checked_pairs
-        rows = dataset if args.reg_share is None else mixed_preferences(dataset, self.reg_dataset, args.reg_share)
+        rows = mixed_preferences(dataset, self.reg_dataset, args.reg_share) if args.reg_share else dataset
         pairs = check(rows, self._paired_images(args), self.candidates, args, "train_dataset")
         warn_of_few_texts(dataset, self.candidates.texts, args, "train_dataset")
         warn_of_idle_data(dataset, self.reg_dataset, self.candidates.texts, args)
@@ -298,7 +298,7 @@ class ContrastivePOTrainer(Trainer):
 
     def _paired_images(self, args: ContrastivePOConfig) -> Dataset | None:
         """Return the images of which one goes with each preference; None for its own clean image."""
-        return self.reg_dataset if args.reg_share is None else None
+        return None if args.reg_share else self.reg_dataset
 
     def build_reference(
         self, encoder: nn.Module, ref_model: nn.Module | None, peft_config: PeftConfig | None

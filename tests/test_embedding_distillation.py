@@ -1,14 +1,18 @@
 """Targets and regularization that belong to no task: embeddings of the reference, and an open vocabulary."""
 
+import datasets
+import numpy as np
 import pytest
 import torch
-from samples import PROMPTS, logged, make_labelled, make_preferences, picture, typographic
+from PIL import Image
+from samples import IMAGE_SIZE, PROMPTS, logged, make_labelled, make_preferences, picture, typographic
 from tolerances import LOGPS
 from torch.nn import functional as F
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.words import EVERYDAY_WORDS
+from clip_po.data.generic_images import GenericImages
 from clip_po.data.images import to_pixels
 from clip_po.losses import LossSettings, PreferenceLogps, embedding_distillation_loss, preference_loss
 
@@ -120,7 +124,7 @@ WRONG = {
         "train_vision_model=False",
     ),
     "share-without-loss": ({"reg_share": 0.5}, "Add one of ['distillation', 'embedding_distillation']"),
-    "share-of-all": ({"reg_share": 1.0, "loss_type": "distillation"}, "reg_share must lie in (0, 1)"),
+    "share-of-all": ({"reg_share": 1.0, "loss_type": "distillation"}, "reg_share must lie in [0, 1)"),
 }
 
 
@@ -193,16 +197,43 @@ def test_metrics_of_preferences_leave_generic_images_out(make_trainer):
     arguments = {**MIXED, "loss_type": ["sigmoid", "embedding_distillation"], "learning_rate": 0.0}
     trainer = make_trainer(typographic(4), reg_dataset=generic(), **{**arguments, "reg_share": 0.5})
     trainer.train()
-    plain = make_trainer(typographic(4), folder="plain", **{**arguments, "reg_share": None})
+    plain = make_trainer(typographic(4), folder="plain", **{**arguments, "reg_share": 0.0})
     plain.train()
     for name in ("logps/chosen", "logps/rejected"):
         mean = sum(logged(trainer, name)) / len(logged(trainer, name))
         assert mean == pytest.approx(sum(logged(plain, name)) / len(logged(plain, name)), abs=0.2)
 
 
-def test_a_share_of_nothing_and_rows_without_an_attack_are_refused(make_trainer):
-    with pytest.raises(ValueError, match="reg_dataset, which is missing"):
-        make_trainer(typographic(12), **MIXED)
+def test_without_a_reg_dataset_generic_images_are_collages_of_the_training_images(make_trainer):
+    trainer = make_trainer(typographic(12), **MIXED)
+    trainer.train()
+    generic, own = trainer.train_dataset.preferences.generic, make_labelled(12)["image"]
+    assert generic.tiles == 4
+    collage = np.asarray(generic.image("clean_image", 0))
+    assert collage.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    assert not any(np.array_equal(collage, np.asarray(image.convert("RGB"))) for image in own)
+
+
+def test_each_generic_image_comes_up_equally_often(make_trainer):
+    images = generic(5)
+    rows = GenericImages(images, typographic(4).attack, 10, PROMPTS)
+    read = [rows._image(turn).tobytes() for turn in range(10)]
+    assert sorted(read[:5]) == sorted(read[5:]) == sorted(image.convert("RGB").tobytes() for image in images["image"])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (640, 480)])
+@pytest.mark.parametrize("tiles", [1, 4])
+def test_images_of_any_size_are_cropped(size, tiles):
+    images = datasets.Dataset.from_dict({"image": [Image.new("RGB", size, "red")]}).cast_column(
+        "image", datasets.Image()
+    )
+    rows = GenericImages(images, typographic(4).attack, 3, PROMPTS, tiles=tiles)
+    for index in range(3):
+        assert rows.image("clean_image", index).getcolors()[0][1] == (255, 0, 0)
+        assert len(rows.image("clean_image", index).getcolors()) == 1
+
+
+def test_rows_without_an_attack_are_refused(make_trainer):
     with pytest.raises(TypeError, match="must be TypographicPreferences, got Dataset"):
         make_trainer(make_preferences(12), reg_dataset=generic(), **MIXED)
 

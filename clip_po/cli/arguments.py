@@ -29,6 +29,12 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 
+EVERYDAY = "everyday"
+"""Value of --attack_words for class names and everyday nouns together."""
+
+EVERYDAY_SHARE = 0.5
+"""Share of the everyday nouns then, unless --attack_other_share sets another."""
+
 TASK_FILE = "clip_po_task.json"
 """Name of the file in a checkpoint with the class names and prompt template of its training."""
 
@@ -68,7 +74,11 @@ class TaskArguments(ScriptArguments):
         },
     )
     attack_words: list[str] | None = field(
-        default=None, metadata={"help": "Words to write on images. Default: the class names."}
+        default=None,
+        metadata={
+            "help": "Words to write on images, or everyday: the class names and 173 everyday nouns, half of the time "
+            "each. Default: the class names."
+        },
     )
     attack_other_words: list[str] | None = field(
         default=None,
@@ -116,6 +126,8 @@ class TaskArguments(ScriptArguments):
         """Raise if arguments can't work whatever the data are: numbers, prompts, the attack, or streaming."""
         if isinstance(self.prompt_template, str):  # in a recipe
             self.prompt_template = [self.prompt_template]
+        if isinstance(self.attack_words, str):
+            self.attack_words = [self.attack_words]
         if self.prompt_template is not None:
             check_templates(self.prompt_template, "--prompt_template")
         for name in ("attack_size", "attack_rotation", "attack_count"):
@@ -221,10 +233,11 @@ class TaskArguments(ScriptArguments):
 
     def _attack(self, words: Sequence[str], fonts: Sequence[str], **fitted: Any) -> TypographicAttack:
         low, high = self.attack_size
+        everyday = self.attack_words == [EVERYDAY]
         return TypographicAttack(
-            words=self.attack_words or list(words),
+            words=list(words) if everyday or self.attack_words is None else self.attack_words,
             other_words=self.attack_other_words or EVERYDAY_WORDS,
-            other_share=self.attack_other_share,
+            other_share=self.attack_other_share or (EVERYDAY_SHARE if everyday else 0.0),
             count=(self.attack_count[0], self.attack_count[1]),
             fonts=self.attack_fonts or list(fonts),
             size=(low, high),

@@ -117,6 +117,25 @@ def flag_value(name: str, argv: Sequence[str]) -> str | None:
     return None
 
 
+def is_given(name: str, argv: Sequence[str]) -> bool:
+    """Return whether a flag is on a command line or in its YAML file, with any value.
+
+    Args:
+        name: Name of the flag, without dashes.
+        argv: Command line after the command.
+
+    Returns:
+        True if it is.
+
+    Raises:
+        ValueError, OSError: As in `read_mapping`, for the YAML file.
+    """
+    if any(word.split("=")[0] == f"--{name}" for word in argv):
+        return True
+    file = flag_value("config", argv)
+    return file is not None and name in read_mapping(file)
+
+
 def parse_flags(parser: FlagParser, argv: Sequence[str]) -> tuple[Any, ...]:
     """Parse flags and `--config` into one object for each class of the parser.
 

@@ -138,10 +138,12 @@ class TrainPreferences:
     Attributes:
         train: Preferences to train on.
         validation: Preferences to evaluate and choose on. None if nothing is measured.
+        generic: Ordinary images without labels. None if there are none.
     """
 
     train: TypographicPreferences
     validation: TypographicPreferences | None
+    generic: Dataset | None = None
 
 
 def load_preferences(
@@ -177,7 +179,9 @@ def load_preferences(
         )
 
     return TrainPreferences(
-        preferences(dataset, args.seed), None if validation is None else preferences(validation, args.seed + 1)
+        preferences(dataset, args.seed),
+        None if validation is None else preferences(validation, args.seed + 1),
+        task_args.generic_images(args.seed),
     )
 
 
@@ -206,6 +210,7 @@ def make_trainer(
         eval_dataset=rows.validation if args.eval_strategy != "no" else None,
         processing_class=processor,
         peft_config=peft_config,
+        reg_dataset=rows.generic,
         candidate_texts=rows.train.all_texts,
         callbacks=task_args.callbacks(),
     )

@@ -16,6 +16,7 @@ from trl import ModelConfig
 from clip_po.cli.arguments import TaskArguments
 from clip_po.cli.flags import FlagParser, flag_value, parse_flags, resumed_checkpoint
 from clip_po.config import PRESETS, ContrastivePOConfig, preset, preset_batch_size
+from clip_po.data.unlabelled_images import load_images
 from clip_po.evaluation.bounds import check_bound
 from clip_po.training.averaging import BetaMovingAverageCallback
 from clip_po.validation import COUNT, check_number
@@ -62,6 +63,18 @@ class TrainArguments(TaskArguments):
             "images, weighted by its confidence, for images without labels.",
         },
     )
+    reg_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Ordinary photographs of any kind, without labels, that preserve what the model knows: a Hub id, a "
+            "folder, or a file. They are mixed into the training rows (reg_share)."
+        },
+    )
+    reg_dataset_split: str = field(default="train", metadata={"help": "Split of reg_dataset_name."})
+    reg_max_samples: int = field(
+        default=10_000,
+        metadata={"help": "Maximum number of these images. Of a dataset on the Hub, only so many are downloaded."},
+    )
     dataset_validation_split: str | None = field(
         default=None,
         metadata={"help": "Split to evaluate and choose on. Default: a tenth of the training rows, held out."},
@@ -102,6 +115,17 @@ class TrainArguments(TaskArguments):
             BetaMovingAverageCallback(self.moving_average)  # checks the beta
         if self.early_stopping_patience is not None:
             check_number("--early_stopping_patience", self.early_stopping_patience, COUNT)
+        check_number("--reg_max_samples", self.reg_max_samples, COUNT)
+
+    def generic_images(self, seed: int) -> Dataset | None:
+        """Return the images of --reg_dataset_name; None without it.
+
+        Raises:
+            ValueError: As for `load_images`.
+        """
+        if self.reg_dataset_name is None:
+            return None
+        return load_images(self.reg_dataset_name, self.reg_dataset_split, self.reg_max_samples, seed)
 
     def validates(self, args: ContrastivePOConfig) -> bool:
         """Return whether anything is measured on validation images."""

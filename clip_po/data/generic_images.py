@@ -1,4 +1,7 @@
-"""Unlabelled images as training rows: attacked as the task's images are, with the reference's answer as target."""
+"""Unlabelled images as training rows: attacked as the task's images are, with the reference's answer as target.
+
+They show more of the world than the images of one task do: photographs of any kind, or collages of the task's images.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,22 @@ from clip_po.data.embedding_cache import fingerprint, image_digest
 from clip_po.data.formats import Row, check_regularization
 from clip_po.data.images import is_transformed
 from clip_po.data.row_completion import regularization_image
+from clip_po.data.sampler import permutation
 from clip_po.data.typographic_preferences import TypographicPreferences
 
 SMALLEST_CROP = 0.4
-"""Side of the smallest random crop, as a share of the short side of the image."""
+"""Size of the smallest random crop, as a share of the largest one with the same proportions."""
+
+COLLAGE = 4
+"""Number of images in a collage, in two rows."""
 
 
 class GenericImages:
     """Unlabelled images as rows with an attack word and without a chosen text, which losses without labels read.
 
-    Row j shows image j modulo the number of images. Each time an image comes up, it is cropped at random, to a square
-    of `SMALLEST_CROP` to all of its short side. The crop is the same in every epoch, so that the reference embeds it
-    once. Words are drawn by the attack, with j + `offset` as the index.
+    A row shows one random crop of an image, or a collage of random crops of several. Each image comes up equally often.
+    The crops are the same in every epoch, so that the reference embeds them once. Words are drawn by the attack, with
+    the number of the row + `offset` as the index.
 
     Args:
         images: Images of any kind in a column `image`.
@@ -36,6 +43,7 @@ class GenericImages:
         count: Number of rows, >= 1.
         candidates: The texts among which the policy chooses, if the trainer has no `candidate_texts`.
         offset: Number that is added to the number of a row for the draws, so that they differ from those of the task.
+        tiles: Number of images in a row's picture: 1, or `COLLAGE`.
 
     Raises:
         TypeError: If `images` is not a `datasets.Dataset`.
@@ -45,9 +53,16 @@ class GenericImages:
     column_names = ("image", "clean_image", "chosen", "rejected", "candidates", "weight")
 
     def __init__(
-        self, images: Dataset, attack: TypographicAttack, count: int, candidates: Sequence[str], offset: int = 0
+        self,
+        images: Dataset,
+        attack: TypographicAttack,
+        count: int,
+        candidates: Sequence[str],
+        offset: int = 0,
+        tiles: int = 1,
     ) -> None:
         check_regularization(images)
+        self.tiles = tiles
         self.images = images
         self.attack = attack
         self.count = count
@@ -115,8 +130,18 @@ class GenericImages:
         """
         if name == "image":
             return self.row(index, 0)[name]
-        image = regularization_image(self.images, index % len(self.images))
-        return _random_square(image, random.Random(f"crop/{self.attack.seed}/{index}"))
+        rng = random.Random(f"crop/{self.attack.seed}/{index}")
+        side = self.attack.crop or self.attack.min_side
+        crops = [
+            _random_crop(self._image(index + number * self.count), box, rng)
+            for number, box in enumerate(_boxes(side, self.tiles, rng))
+        ]
+        return crops[0][0] if self.tiles == 1 else _pasted(crops, side)
+
+    def _image(self, turn: int) -> Image.Image:
+        """Read an image. All come once, then again in a new random order."""
+        cycle, offset = divmod(turn, len(self.images))
+        return regularization_image(self.images, permutation(len(self.images), self.attack.seed, cycle)[offset])
 
     def digest(self, name: str) -> str:
         """Return a digest of everything that the images of a column in epoch 0 depend on.
@@ -130,18 +155,42 @@ class GenericImages:
         Raises:
             UnreadableImage: If a file can't be read; the message names the row.
         """
-        cropped = [image_digest(self.images, "image"), repr((self.count, self.attack.seed, SMALLEST_CROP))]
+        cropped = [image_digest(self.images, "image"), repr((self.count, self.tiles, self.attack.seed, SMALLEST_CROP))]
+        cropped.append(repr((self.attack.crop, self.attack.min_side)))
         if name == "clean_image":
             return fingerprint(*cropped)
         return fingerprint(*cropped, repr((self.attack, self.offset)), version("clip_po"), PIL.__version__)
 
 
-def _random_square(image: Image.Image, rng: random.Random) -> Image.Image:
-    width, height = image.size
-    short = min(width, height)
-    side = max(1, round(short * rng.uniform(SMALLEST_CROP, 1)))
-    left, top = rng.randint(0, width - side), rng.randint(0, height - side)
-    return image.crop((left, top, left + side, top + side))
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels."""
+
+
+def _boxes(side: int, tiles: int, rng: random.Random) -> list[Box]:
+    """Return the tiles of a square: all of it, or four that meet at a random point away from the edges."""
+    if tiles == 1:
+        return [(0, 0, side, side)]
+    x, y = (rng.randint(side // 4, side - side // 4) for _ in range(2))
+    return [(0, 0, x, y), (x, 0, side, y), (0, y, x, side), (x, y, side, side)]
+
+
+def _random_crop(image: Image.Image, box: Box, rng: random.Random) -> tuple[Image.Image, Box]:
+    """Return a random crop of an image with the proportions of a tile, and the tile."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    largest = min(image.width / width, image.height / height)
+    scale = largest * rng.uniform(SMALLEST_CROP, 1)
+    size = [
+        max(1, min(limit, round(length * scale))) for length, limit in zip((width, height), image.size, strict=True)
+    ]
+    left, top = (rng.randint(0, limit - length) for length, limit in zip(size, image.size, strict=True))
+    return image.crop((left, top, left + size[0], top + size[1])), box
+
+
+def _pasted(crops: Sequence[tuple[Image.Image, Box]], side: int) -> Image.Image:
+    picture = Image.new("RGB", (side, side))
+    for crop, (left, top, right, bottom) in crops:
+        picture.paste(crop.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
+    return picture
 
 
 class MixedPreferences:
@@ -255,7 +304,7 @@ def mixed_preferences(task: Any, images: Dataset | None, share: float) -> MixedP
 
     Args:
         task: The preferences of the trainer.
-        images: Generic images in a column `image`.
+        images: Generic images in a column `image`; None for collages of the task's own images.
         share: Share of the generic images among all rows, in (0, 1).
 
     Returns:
@@ -263,15 +312,15 @@ def mixed_preferences(task: Any, images: Dataset | None, share: float) -> MixedP
 
     Raises:
         TypeError: If the task is not a `TypographicPreferences`, whose attack writes the words.
-        ValueError: If there are no images.
+        ValueError: If there are no images in a column `image`.
     """
-    if images is None:
-        raise ValueError(f"reg_share={share!r} mixes in the images of reg_dataset, which is missing. Pass it.")
     if not isinstance(task, TypographicPreferences):
         raise TypeError(
-            f"reg_share={share!r} writes words on the images of reg_dataset, for which train_dataset must be "
-            f"TypographicPreferences, got {type(task).__name__}. Leave reg_share out: reg_dataset is then only "
-            "regularized."
+            f"reg_share={share!r} writes words on generic images, for which train_dataset must be "
+            f"TypographicPreferences, got {type(task).__name__}. Set reg_share=0: the images of reg_dataset are then "
+            "only regularized."
         )
     count = max(1, round(share / (1 - share) * len(task)))
-    return MixedPreferences(task, GenericImages(images, task.attack, count, task.candidate_texts, len(task)))
+    own = task.images if task.image_column == "image" else task.images.rename_column(task.image_column, "image")
+    source, tiles = (own, COLLAGE) if images is None else (images, 1)
+    return MixedPreferences(task, GenericImages(source, task.attack, count, task.candidate_texts, len(task), tiles))

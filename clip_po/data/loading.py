@@ -88,7 +88,7 @@ def _local(path: Path, split: str, config: str | None, image_column: str) -> Dat
         files = [path] if path.is_file() else find_tables(path, split)
         if not files:
             return load_image_folder(path, split) if has_images(path) else None
-        with _explained(str(path), split):
+        with loading_explained(str(path), split):
             rows = load_tables(files)
         parents = {file.parent for file in files}
         return decode_images(rows, image_column, parents.pop() if len(parents) == 1 else path)
@@ -105,7 +105,7 @@ def _local(path: Path, split: str, config: str | None, image_column: str) -> Dat
 def _describes_itself(folder: Path) -> bool:
     """Return whether a folder says which files belong to its splits, or has a loading script, which is refused."""
     card = folder / "README.md"
-    with _explained(str(folder), ""):
+    with loading_explained(str(folder), ""):
         if card.is_file() and (
             header := re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---", card.read_text("utf-8"), re.DOTALL)
         ):
@@ -116,15 +116,27 @@ def _describes_itself(folder: Path) -> bool:
 
 def _loaded(name: str, split: str, config: str | None) -> Dataset:
     if Path(name).is_dir():  # its README may name any file
-        with _explained(name, split):
+        with loading_explained(name, split):
             files = load_dataset_builder(name, config).config.data_files or {}
         check_resolved([file for listed in files.values() for file in listed], [name], f"The dataset {name!r}")
-    with _explained(name, split):
+    with loading_explained(name, split):
         return load_dataset(name, config, split=split)
 
 
 @contextlib.contextmanager
-def _explained(name: str, split: str) -> Iterator[None]:
+def loading_explained(name: str, split: str) -> Iterator[None]:
+    """Turn the errors of `datasets` into one that says what can be loaded.
+
+    Args:
+        name: The dataset.
+        split: Name of the split.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If the block can't load the split.
+    """
     try:
         yield
     except (ValueError, OSError, RuntimeError, DatasetGenerationError) as error:
