@@ -164,11 +164,11 @@ class ContrastivePOConfig(TrainingArguments):
             to all texts; it needs ten to forty times the weight. The last two need a frozen text tower.
         reg_candidate_texts (`list[str]`, *optional*): The texts of `reg_type="kl_open"`. Defaults to the prompts of
             173 everyday nouns that come with the package and the candidate texts of the task.
-        reg_share (`float`, defaults to `0.0`): Share of the training rows, from 0 to below 1, that show generic images:
-            random crops of the images of `reg_dataset`, or without one collages of the training images. They get attack
-            words too. Their targets are the reference's answers on the clean image, so that they need no labels. Each
-            row is then regularized on its own clean image. It needs `TypographicPreferences` and a loss that needs no
-            labels. With 0, one image of `reg_dataset` goes with each preference and is only regularized.
+        reg_share (`float`, defaults to `0.0`): Share of the training rows, 0 to below 1, that show generic images:
+            random crops of the images of `reg_dataset`, or without one collages of the training images. They get
+            attack words too. Their targets are the reference's answers on the clean image, so that they need no
+            labels. Each row is then regularized on its own clean image. It needs `TypographicPreferences` and a loss
+            that needs no labels. With 0, one image of `reg_dataset` goes with each preference and is only regularized.
         in_batch_candidates (`bool`, defaults to `False`): Let the policy choose among all texts of the global batch
             instead of each row's own, if no `candidate_texts` are given. With gradient accumulation, these are the
             texts of one micro-batch of all processes, including the rows that pad the last batch.
@@ -436,8 +436,8 @@ class ContrastivePOConfig(TrainingArguments):
         if self.reg_share > 0 and not LABEL_FREE & set(self.loss_type):
             raise ValueError(
                 f"reg_share={self.reg_share!r} trains on images without labels, but none of loss_type="
-                f"{self.loss_type!r} does without. Add one of {sorted(LABEL_FREE)}, or set reg_share=0: reg_dataset is "
-                "then only regularized."
+                f"{self.loss_type!r} does without. Add one of {sorted(LABEL_FREE)}, or set reg_share=0: reg_dataset "
+                "is then only regularized."
             )
 
     def _check_read_by_a_loss(self) -> None:

@@ -26,7 +26,7 @@ from clip_po.cli.main import COMMANDS
 from clip_po.cli.steer_arguments import DEFAULTS as STEER_DEFAULTS
 from clip_po.cli.steer_arguments import SteerArguments
 from clip_po.cli.train_arguments import DEFAULTS as TRAIN_DEFAULTS
-from clip_po.cli.train_arguments import TrainArguments
+from clip_po.cli.train_arguments import METHOD, TrainArguments
 from clip_po.concept.trainer import ConceptConfig
 from clip_po.config import ContrastivePOConfig
 
@@ -87,7 +87,7 @@ MAIN_FLAGS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "prompt_template",
         ],
         "Output": ["output_dir", "overwrite_output_dir", "resume_from_checkpoint"],
-        "The method": ["preset", "loss_type", "beta", "reg_weight", "labels", "max_clean_cost"],
+        "The method": ["preset", "loss_type", "reg_weight", "reg_dataset_name", "labels", "max_clean_cost"],
         "Training": ["learning_rate", "num_train_epochs", "per_device_train_batch_size", "use_peft", "seed"],
     },
     "steer": {
@@ -115,7 +115,7 @@ ARGUMENTS: Mapping[str, type] = {
 }
 """Dataclass of the flags for data and attack."""
 
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {"train": TRAIN_DEFAULTS, "steer": STEER_DEFAULTS}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"train": {**TRAIN_DEFAULTS, **METHOD}, "steer": STEER_DEFAULTS}
 """Defaults of the commands that train, where they differ from the defaults of the dataclasses."""
 
 

@@ -14,7 +14,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import ModelConfig
 
 from clip_po.cli.arguments import TaskArguments
-from clip_po.cli.flags import FlagParser, flag_value, parse_flags, resumed_checkpoint
+from clip_po.cli.flags import FlagParser, flag_value, is_given, parse_flags, resumed_checkpoint
+from clip_po.cli.precision import precision_defaults
 from clip_po.config import PRESETS, ContrastivePOConfig, preset, preset_batch_size
 from clip_po.data.unlabelled_images import load_images
 from clip_po.evaluation.bounds import check_bound
@@ -23,8 +24,27 @@ from clip_po.validation import COUNT, check_number
 
 BATCH_SIZE = 64
 
+METHOD: Mapping[str, Any] = {
+    "loss_type": ["sft", "embedding_distillation"],
+    "loss_weights": [1.0, 40.0],
+    "reg_type": "embedding",
+    "reg_weight": 40.0,
+    "reg_share": 0.5,
+    "attack_words": ["everyday"],
+}
+"""The default method, for users who choose neither losses nor a preset (benchmarks/retention.py, docs/retention.md).
+
+Cross-entropy teaches the task. The reference's embedding of the clean image, as the target for the attacked and for
+the clean image, belongs to no task: it unlearns reading in general and preserves the answers to all texts. Collages of
+the training images, or photographs of the user, show more of the world than the images of the task do."""
+
+TEXT_METHOD: Mapping[str, Any] = {"loss_type": ["sft", "distillation"]}
+"""The default method if the text tower trains, or the vision tower does not: embeddings are no target then."""
+
+LABEL_FREE_METHOD: Mapping[str, Any] = {**METHOD, "loss_type": ["embedding_distillation"], "loss_weights": [40.0]}
+"""The default method for images without labels."""
+
 DEFAULTS: Mapping[str, Any] = {
-    "loss_type": ["sft", "distillation"],
     "beta": 1.0,
     "reg_weight": 1.0,
     "per_device_eval_batch_size": 256,
@@ -39,11 +59,7 @@ DEFAULTS: Mapping[str, Any] = {
     "learning_rate": None,
     "num_train_epochs": None,
 }
-"""Defaults of the command, chosen by comparison (benchmarks/photographs.yaml, docs/results.md).
-
-DPO alone changes one difference of logits: the model learns to ignore the word, but not to recognize what the ink
-hides. Cross-entropy on the chosen text teaches that too. The reference's prediction on the clean image, as a soft
-target, preserves the other classes."""
+"""Defaults of the command for any method."""
 
 
 @dataclass
@@ -66,8 +82,8 @@ class TrainArguments(TaskArguments):
     reg_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Ordinary photographs of any kind, without labels, that preserve what the model knows: a Hub id, a "
-            "folder, or a file. They are mixed into the training rows (reg_share)."
+            "help": "Ordinary photographs of any kind, without labels, that preserve what the model knows: a Hub id, "
+            "a folder, or a file. They are mixed into the training rows (reg_share)."
         },
     )
     reg_dataset_split: str = field(default="train", metadata={"help": "Split of reg_dataset_name."})
@@ -212,16 +228,38 @@ def workers(processes: int) -> int:
     return min(8, max(1, (os.cpu_count() or 2) // (2 * processes)))
 
 
+def method_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
+    """Return the default method for what a command line asks for.
+
+    Args:
+        argv: Command line after the command, without --preset.
+
+    Returns:
+        Arguments by name; none if the losses are chosen.
+    """
+    if is_given("loss_type", argv):
+        return {}
+    towers = {name: str(flag_value(name, argv)).lower() for name in ("train_text_model", "train_vision_model")}
+    if is_given("train_text_model", argv) and towers["train_text_model"] != "false":
+        return TEXT_METHOD
+    if towers["train_vision_model"] == "false":
+        return TEXT_METHOD
+    method = dict(LABEL_FREE_METHOD if flag_value("labels", argv) == "reference" else METHOD)
+    if flag_value("reg_type", argv) not in (None, method["reg_type"]):
+        del method["reg_weight"]  # a KL is a number of another size
+    return method
+
+
 def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, ModelConfig]:
-    """Parse the arguments. Flags override `--config` (YAML), that overrides `--preset`, and that `DEFAULTS`."""
+    """Parse the arguments. Flags override `--config` (YAML), that overrides the preset or method, that `DEFAULTS`."""
     parser = FlagParser([TrainArguments, ContrastivePOConfig, ModelConfig], "train")
     chosen = flag_value("preset", argv)
     share = workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     # None would become "trainer_output" in the current folder.
     defaults = {**DEFAULTS, "output_dir": "", "lora_target_modules": None, "dataloader_num_workers": share}
     defaults["disable_tqdm"] = not sys.stderr.isatty()
-    if chosen is not None:
-        defaults |= preset(chosen)
+    defaults |= precision_defaults(argv)
+    defaults |= preset(chosen) if chosen is not None else method_defaults(argv)
     parser.set_defaults_with_config(**defaults)
     task_args, args, model_args = parse_flags(parser, argv)
     if args.per_device_train_batch_size is None:
