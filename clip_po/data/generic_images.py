@@ -34,8 +34,8 @@ class GenericImages:
     """Unlabelled images as rows with an attack word and without a chosen text, which losses without labels read.
 
     A row shows one random crop of an image, or a collage of random crops of several. Each image comes up equally
-    often. The crops are the same in every epoch, so that the reference embeds them once. Words are drawn by the attack,
-    with the number of the row + `offset` as the index.
+    often. The crops are the same in every epoch, so that the reference embeds them once. Words are drawn by the
+    attack, with the number of the row + `offset` as the index.
 
     Args:
         images: Images of any kind in a column `image`.
