@@ -165,7 +165,7 @@ class ContrastivePOConfig(TrainingArguments):
         reg_candidate_texts (`list[str]`, *optional*): The texts of `reg_type="kl_open"`. Defaults to the prompts of
             173 everyday nouns that come with the package and the candidate texts of the task.
         reg_share (`float`, defaults to `0.0`): Share of the training rows, 0 to below 1, that show generic images:
-            random crops of the images of `reg_dataset`, or without one collages of the training images. They get
+            random crops and collages of the images of `reg_dataset`, or without one of the training images. They get
             attack words too. Their targets are the reference's answers on the clean image, so that they need no
             labels. Each row is then regularized on its own clean image. It needs `TypographicPreferences` and a loss
             that needs no labels. With 0, one image of `reg_dataset` goes with each preference and is only regularized.
@@ -283,8 +283,8 @@ class ContrastivePOConfig(TrainingArguments):
     reg_share: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the training rows, below 1, that show generic images with words: crops of the images of "
-            "reg_dataset, or without one collages of the training images."
+            "help": "Share of the training rows, below 1, that show generic images with words: crops and collages of "
+            "the images of reg_dataset, or without one of the training images."
         },
     )
     in_batch_candidates: bool = field(

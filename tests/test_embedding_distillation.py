@@ -204,33 +204,44 @@ def test_metrics_of_preferences_leave_generic_images_out(make_trainer):
         assert mean == pytest.approx(sum(logged(plain, name)) / len(logged(plain, name)), abs=0.2)
 
 
-def test_without_a_reg_dataset_generic_images_are_collages_of_the_training_images(make_trainer):
+def test_without_a_reg_dataset_generic_images_are_made_of_the_training_images(make_trainer):
     trainer = make_trainer(typographic(12), **MIXED)
     trainer.train()
-    generic, own = trainer.train_dataset.preferences.generic, make_labelled(12)["image"]
-    assert generic.tiles == 4
-    collage = np.asarray(generic.image("clean_image", 0))
+    rows, own = trainer.train_dataset.preferences.generic, make_labelled(12)["image"]
+    crop, collage = (np.asarray(rows.image("clean_image", index)) for index in range(2))
     assert collage.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
-    assert not any(np.array_equal(collage, np.asarray(image.convert("RGB"))) for image in own)
+    height, width, _ = crop.shape
+    assert any(
+        np.array_equal(crop, np.asarray(image.convert("RGB"))[top : top + height, left : left + width])
+        for image in own
+        for top in range(IMAGE_SIZE - height + 1)
+        for left in range(IMAGE_SIZE - width + 1)
+    )
 
 
-def test_each_generic_image_comes_up_equally_often(make_trainer):
-    images = generic(5)
-    rows = GenericImages(images, typographic(4).attack, 10, PROMPTS)
-    read = [rows._image(turn).tobytes() for turn in range(10)]
-    assert sorted(read[:5]) == sorted(read[5:]) == sorted(image.convert("RGB").tobytes() for image in images["image"])
+def test_each_generic_image_comes_up_equally_often(monkeypatch):
+    """Four rows, two of them collages, show ten images: each of the five twice."""
+    read = []
+    rows = GenericImages(generic(5), typographic(4).attack, 4, PROMPTS)
+    monkeypatch.setattr(rows, "_image", lambda turn: read.append(turn) or picture(turn))
+    for index in range(4):
+        rows.image("clean_image", index)
+    assert read == list(range(10))
+    monkeypatch.undo()
+    images = [rows._image(turn).tobytes() for turn in range(10)]
+    expected = sorted(image.convert("RGB").tobytes() for image in generic(5)["image"])
+    assert sorted(images[:5]) == sorted(images[5:]) == expected
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (640, 480)])
-@pytest.mark.parametrize("tiles", [1, 4])
-def test_images_of_any_size_are_cropped(size, tiles):
+def test_images_of_any_size_are_cropped(size):
     images = datasets.Dataset.from_dict({"image": [Image.new("RGB", size, "red")]}).cast_column(
         "image", datasets.Image()
     )
-    rows = GenericImages(images, typographic(4).attack, 3, PROMPTS, tiles=tiles)
-    for index in range(3):
-        assert rows.image("clean_image", index).getcolors()[0][1] == (255, 0, 0)
-        assert len(rows.image("clean_image", index).getcolors()) == 1
+    rows = GenericImages(images, typographic(4).attack, 4, PROMPTS)
+    for index in range(4):
+        ((_, colour),) = rows.image("clean_image", index).getcolors(maxcolors=2**20)
+        assert colour == (255, 0, 0)
 
 
 def test_rows_without_an_attack_are_refused(make_trainer):

@@ -1,6 +1,6 @@
 """Unlabelled images as training rows: attacked as the task's images are, with the reference's answer as target.
 
-They show more of the world than the images of one task do: photographs of any kind, or collages of the task's images.
+They show more of the world than the images of one task do: crops and collages of any photographs, or of its own.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ COLLAGE = 4
 class GenericImages:
     """Unlabelled images as rows with an attack word and without a chosen text, which losses without labels read.
 
-    A row shows one random crop of an image, or a collage of random crops of several. Each image comes up equally
-    often. The crops are the same in every epoch, so that the reference embeds them once. Words are drawn by the
-    attack, with the number of the row + `offset` as the index.
+    Rows alternate between a random crop of one image, which shows its things at other sizes, and a collage of random
+    crops of four, which shows them in other company. Each image comes up equally often. The pictures are the same in
+    every epoch, so that the reference embeds them once. Words are drawn by the attack, with the number of the row +
+    `offset` as the index.
 
     Args:
         images: Images of any kind in a column `image`.
@@ -43,7 +44,6 @@ class GenericImages:
         count: Number of rows, >= 1.
         candidates: The texts among which the policy chooses, if the trainer has no `candidate_texts`.
         offset: Number that is added to the number of a row for the draws, so that they differ from those of the task.
-        tiles: Number of images in a row's picture: 1, or `COLLAGE`.
 
     Raises:
         TypeError: If `images` is not a `datasets.Dataset`.
@@ -59,10 +59,8 @@ class GenericImages:
         count: int,
         candidates: Sequence[str],
         offset: int = 0,
-        tiles: int = 1,
     ) -> None:
         check_regularization(images)
-        self.tiles = tiles
         self.images = images
         self.attack = attack
         self.count = count
@@ -131,12 +129,15 @@ class GenericImages:
         if name == "image":
             return self.row(index, 0)[name]
         rng = random.Random(f"crop/{self.attack.seed}/{index}")
+        pair, is_collage = divmod(index, 2)
+        turn = pair * (1 + COLLAGE) + is_collage  # the images of all rows before
+        if not is_collage:
+            return _random_crop(self._image(turn), (1, 1), rng)
         side = self.attack.crop or self.attack.min_side
-        crops = [
-            _random_crop(self._image(index + number * self.count), box, rng)
-            for number, box in enumerate(_boxes(side, self.tiles, rng))
-        ]
-        return crops[0][0] if self.tiles == 1 else _pasted(crops, side)
+        boxes = _tiles(side, rng)
+        sizes = [(right - left, bottom - top) for left, top, right, bottom in boxes]
+        crops = [_random_crop(self._image(turn + number), size, rng) for number, size in enumerate(sizes)]
+        return _collage(side, crops, boxes)
 
     def _image(self, turn: int) -> Image.Image:
         """Read an image. All come once, then again in a new random order."""
@@ -155,41 +156,38 @@ class GenericImages:
         Raises:
             UnreadableImage: If a file can't be read; the message names the row.
         """
-        cropped = [image_digest(self.images, "image"), repr((self.count, self.tiles, self.attack.seed, SMALLEST_CROP))]
-        cropped.append(repr((self.attack.crop, self.attack.min_side)))
+        shown = repr((self.count, self.attack.seed, self.attack.crop, self.attack.min_side, SMALLEST_CROP))
+        cropped = [image_digest(self.images, "image"), shown, version("clip_po")]
         if name == "clean_image":
             return fingerprint(*cropped)
-        return fingerprint(*cropped, repr((self.attack, self.offset)), version("clip_po"), PIL.__version__)
+        return fingerprint(*cropped, repr((self.attack, self.offset)), PIL.__version__)
 
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
 
-def _boxes(side: int, tiles: int, rng: random.Random) -> list[Box]:
-    """Return the tiles of a square: all of it, or four that meet at a random point away from the edges."""
-    if tiles == 1:
-        return [(0, 0, side, side)]
+def _tiles(side: int, rng: random.Random) -> list[Box]:
+    """Return four tiles of a square, which meet at a random point away from its edges."""
     x, y = (rng.randint(side // 4, side - side // 4) for _ in range(2))
     return [(0, 0, x, y), (x, 0, side, y), (0, y, x, side), (x, y, side, side)]
 
 
-def _random_crop(image: Image.Image, box: Box, rng: random.Random) -> tuple[Image.Image, Box]:
-    """Return a random crop of an image with the proportions of a tile, and the tile."""
-    width, height = box[2] - box[0], box[3] - box[1]
-    largest = min(image.width / width, image.height / height)
+def _random_crop(image: Image.Image, proportions: tuple[int, int], rng: random.Random) -> Image.Image:
+    """Return a random crop of an image, with these proportions of width to height."""
+    largest = min(limit / part for limit, part in zip(image.size, proportions, strict=True))
     scale = largest * rng.uniform(SMALLEST_CROP, 1)
-    size = [
-        max(1, min(limit, round(length * scale))) for length, limit in zip((width, height), image.size, strict=True)
-    ]
-    left, top = (rng.randint(0, limit - length) for length, limit in zip(size, image.size, strict=True))
-    return image.crop((left, top, left + size[0], top + size[1])), box
+    width, height = (
+        max(1, min(limit, round(part * scale))) for limit, part in zip(image.size, proportions, strict=True)
+    )
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    return image.crop((left, top, left + width, top + height))
 
 
-def _pasted(crops: Sequence[tuple[Image.Image, Box]], side: int) -> Image.Image:
+def _collage(side: int, images: Sequence[Image.Image], boxes: Sequence[Box]) -> Image.Image:
     picture = Image.new("RGB", (side, side))
-    for crop, (left, top, right, bottom) in crops:
-        picture.paste(crop.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
+    for image, (left, top, right, bottom) in zip(images, boxes, strict=True):
+        picture.paste(image.resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
     return picture
 
 
@@ -304,7 +302,7 @@ def mixed_preferences(task: Any, images: Dataset | None, share: float) -> MixedP
 
     Args:
         task: The preferences of the trainer.
-        images: Generic images in a column `image`; None for collages of the task's own images.
+        images: Generic images in a column `image`; None for the task's own images.
         share: Share of the generic images among all rows, in (0, 1).
 
     Returns:
@@ -320,7 +318,8 @@ def mixed_preferences(task: Any, images: Dataset | None, share: float) -> MixedP
             f"TypographicPreferences, got {type(task).__name__}. Set reg_share=0: the images of reg_dataset are then "
             "only regularized."
         )
+    if images is None:
+        own = task.images
+        images = own if task.image_column == "image" else own.rename_column(task.image_column, "image")
     count = max(1, round(share / (1 - share) * len(task)))
-    own = task.images if task.image_column == "image" else task.images.rename_column(task.image_column, "image")
-    source, tiles = (own, COLLAGE) if images is None else (images, 1)
-    return MixedPreferences(task, GenericImages(source, task.attack, count, task.candidate_texts, len(task), tiles))
+    return MixedPreferences(task, GenericImages(images, task.attack, count, task.candidate_texts, len(task)))
