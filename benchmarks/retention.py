@@ -1,11 +1,11 @@
-"""What a model keeps while it is aligned on one task: other classes, people, other words. The tables of docs/results.md.
+"""What a model keeps while it is aligned on one task: other classes, people, other words; a table of docs/results.md.
 
     python benchmarks/retention.py --model path/to/clip --task path/to/photographs --others path/to/forty_things \
         --people path/to/faces --generic path/to/thousand_things --words words.txt --output_dir /tmp/retention
 
 Each method is `clip-po train` with the flags of its row. By default, models are measured on images of the train splits
-that the methods do not see, so that methods can be chosen; `--part test` measures on the test splits. Results are kept in
-the output folder, and a method with a result is not run again.
+that the methods do not see, so that methods can be chosen; `--part test` measures on the test splits. Results are kept
+in the output folder, and a method with a result is not run again.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers import CLIPModel, CLIPProcessor, TrainerCallback
 from transformers.utils import logging
 

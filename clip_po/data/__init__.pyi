@@ -9,3 +9,4 @@ from .loading import load_split as load_split
 from .rows import PreferenceRows as PreferenceRows
 from .typographic_preferences import TypographicPreferences as TypographicPreferences
 from .typographic_preferences import TypographicStream as TypographicStream
+from .vocabulary import open_vocabulary as open_vocabulary

@@ -9,30 +9,14 @@ from datasets import Dataset, IterableDataset, List
 from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.attacks.words import EVERYDAY_WORDS
 from clip_po.data.row_texts import own_texts
 from clip_po.data.rows import PreferenceRows
 from clip_po.data.typographic_preferences import AttackedClasses
+from clip_po.data.vocabulary import open_vocabulary
 
 logger = logging.get_logger(__name__)
 
 ROWS_TO_LOOK_AT = 100
-
-
-DEFAULT_TEMPLATE = "a photo of a {}"
-
-
-def open_vocabulary(template: str = DEFAULT_TEMPLATE, extra: Sequence[str] = ()) -> list[str]:
-    """Return texts about everyday things.
-
-    Args:
-        template: Prompt of a noun, with one `{}`.
-        extra: Texts to add.
-
-    Returns:
-        The prompts of `EVERYDAY_WORDS`, then the other texts, each once.
-    """
-    return list(dict.fromkeys([*(template.replace("{}", word) for word in EVERYDAY_WORDS), *extra]))
 
 
 def regularization_texts(
@@ -53,8 +37,8 @@ def regularization_texts(
     if args.reg_candidate_texts is not None:
         return list(args.reg_candidate_texts)
     if isinstance(preferences, AttackedClasses):
-        return open_vocabulary(preferences.template, preferences.candidate_texts)
-    return open_vocabulary(extra=candidate_texts or ())
+        return open_vocabulary(preferences.template, preferences.class_names)
+    return list(dict.fromkeys([*open_vocabulary("a photo of a {}"), *(candidate_texts or ())]))
 
 
 def warn_of_few_texts(

@@ -2,7 +2,6 @@ from .bootstrap import Estimate as Estimate
 from .bootstrap import bootstrap_interval as bootstrap_interval
 from .bounds import Bounds as Bounds
 from .drift import DriftEvaluator as DriftEvaluator
-from .drift import open_vocabulary as open_vocabulary
 from .evaluator import Evaluator as Evaluator
 from .evaluator import RetrievalEvaluator as RetrievalEvaluator
 from .evaluator import RobustnessEvaluator as RobustnessEvaluator

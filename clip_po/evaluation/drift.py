@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
-from clip_po.data.attacks.words import EVERYDAY_WORDS, spelling
 from clip_po.data.bad_images import OnBadImage
 from clip_po.data.images import read_images
 from clip_po.encoding import encode_images, encode_texts, evaluating
@@ -23,27 +22,8 @@ from clip_po.evaluation.robustness import read_clusters
 from clip_po.evaluation.zero_shot import CleanImages, collect_answers
 from clip_po.models import check_processor, dual_encoder
 from clip_po.text_identity import TextTokens, TokenIds
-from clip_po.validation import check_templates
 
 _CELLS_AT_ONCE = 2_000_000  # Number of log-probabilities held in memory at a time: 16 MB.
-
-
-def open_vocabulary(template: str, extra: Sequence[str] = ()) -> list[str]:
-    """Return prompts for everyday nouns and for words of your own.
-
-    Args:
-        template: A prompt with one `{}` for the word, such as "a photo of a {}".
-        extra: Words to add, such as class names. Each replaces the everyday noun that is a spelling of it.
-
-    Returns:
-        One prompt per word. No two words are spellings of one another.
-
-    Raises:
-        ValueError: If the template does not contain exactly one `{}`.
-    """
-    check_templates([template], "template")
-    words = {spelling(word): word for word in (*EVERYDAY_WORDS, *extra)}
-    return [template.replace("{}", word) for word in words.values()]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from datasets import Image
 from scenes import make_model
 
 from clip_po.data.attacks.words import EVERYDAY_WORDS
-from clip_po.evaluation.drift import DriftEvaluator, open_vocabulary
+from clip_po.data.vocabulary import open_vocabulary
+from clip_po.evaluation.drift import DriftEvaluator
 from clip_po.evaluation.interpolation import interpolate
 
 TEXTS = ["a photo of a cat", "a photo of a tree", "the sea", "a dog"]
