@@ -29,8 +29,8 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_TEMPLATE = "a photo of a {}"
 
-EVERYDAY = "everyday"
-"""Value of --attack_words for class names and everyday nouns together."""
+CLASSES, EVERYDAY = "classes", "everyday"
+"""Values of --attack_words: the class names, and the class names and everyday nouns together."""
 
 EVERYDAY_SHARE = 0.5
 """Share of the everyday nouns then, unless --attack_other_share sets another."""
@@ -76,16 +76,20 @@ class TaskArguments(ScriptArguments):
     attack_words: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Words to write on images, or everyday: the class names and 173 everyday nouns, half of the time "
-            "each. Default: the class names."
+            "help": "Words to write on images. classes: the class names; everyday: these and 173 everyday nouns. "
+            "Default: classes."
         },
     )
     attack_other_words: list[str] | None = field(
         default=None,
         metadata={"help": "Words that are not classes, for attack_other_share. Default: 173 everyday nouns."},
     )
-    attack_other_share: float = field(
-        default=0.0, metadata={"help": "Share of the written words to draw from attack_other_words, 0 to 1."}
+    attack_other_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the written words to draw from attack_other_words, 0 to 1. Default: 0.5 with everyday, "
+            "else 0."
+        },
     )
     attack_count: list[int] = field(
         default_factory=lambda: list(TypographicAttack.count),
@@ -233,11 +237,12 @@ class TaskArguments(ScriptArguments):
 
     def _attack(self, words: Sequence[str], fonts: Sequence[str], **fitted: Any) -> TypographicAttack:
         low, high = self.attack_size
-        everyday = self.attack_words == [EVERYDAY]
+        named = self.attack_words in (None, [CLASSES], [EVERYDAY])
+        share = EVERYDAY_SHARE if self.attack_words == [EVERYDAY] else 0.0
         return TypographicAttack(
-            words=list(words) if everyday or self.attack_words is None else self.attack_words,
+            words=list(words) if named else self.attack_words or (),
             other_words=self.attack_other_words or EVERYDAY_WORDS,
-            other_share=self.attack_other_share or (EVERYDAY_SHARE if everyday else 0.0),
+            other_share=share if self.attack_other_share is None else self.attack_other_share,
             count=(self.attack_count[0], self.attack_count[1]),
             fonts=self.attack_fonts or list(fonts),
             size=(low, high),

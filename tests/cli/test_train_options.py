@@ -15,6 +15,7 @@ from clip_po import BetaMovingAverageCallback, ContrastivePOTrainer, interpolate
 from clip_po.cli import train
 from clip_po.cli.main import main
 from clip_po.cli.outcome import UNCHANGED
+from clip_po.cli.train_arguments import parse
 from clip_po.data.attacks.words import EVERYDAY_WORDS
 from clip_po.data.loading import load_split
 from clip_po.evaluation.interpolation import Choice
@@ -90,7 +91,7 @@ def test_own_answers_go_with_validation_and_half_precision(command, unlabelled):
     trainer = aligned(command(*more, "--eval_steps", "3", data=unlabelled))
     (measured,) = [log for log in trainer.state.log_history if "eval_typographic_accuracy" in log]
     assert 0 <= measured["eval_typographic_accuracy"] <= 1
-    assert len(trainer.train_dataset) == 10
+    assert len(trainer.train_dataset.preferences.task) == 10
     assert len(trainer.eval_dataset) == 2
 
 
@@ -104,7 +105,9 @@ def test_own_answers_need_class_names(command, unlabelled, capsys):
 
 def test_a_tenth_of_the_rows_is_kept_out_for_validation(command, labelled):
     trainer = aligned(command("--eval_strategy", "steps", "--eval_steps", "3"))
-    kept, trained = (images(pairs.preferences.dataset) for pairs in (trainer.eval_dataset, trainer.train_dataset))
+    kept, trained = (
+        images(rows.dataset) for rows in (trainer.eval_dataset.preferences, trainer.train_dataset.preferences.task)
+    )
     assert (len(kept), len(trained)) == (3, 21)
     assert kept.isdisjoint(trained)
     assert kept | trained == images(load_split(str(labelled), "train"))
@@ -114,12 +117,12 @@ def test_a_validation_split_leaves_all_rows_to_training(command, labelled):
     more = ["--eval_strategy", "steps", "--eval_steps", "3", "--dataset_validation_split", "validation"]
     trainer = aligned(command(*more))
     assert images(trainer.eval_dataset.preferences.dataset) == images(load_split(str(labelled), "validation"))
-    assert len(trainer.train_dataset) == 24
+    assert len(trainer.train_dataset.preferences.task) == 24
 
 
 def test_without_anything_to_validate_all_rows_train(command):
     trainer = aligned(command())
-    assert len(trainer.train_dataset) == 24
+    assert len(trainer.train_dataset.preferences.task) == 24
     assert trainer.eval_dataset is None
 
 
@@ -208,7 +211,7 @@ def test_the_moving_average_is_that_of_the_callback(command, tmp_path):
 def aligned_again(argv, callback):
     """The same training once more by the trainer itself, with a callback."""
     once = aligned(argv)
-    preferences = once.train_dataset.preferences
+    preferences = once.train_dataset.preferences.task
     trainer = ContrastivePOTrainer(
         argv[argv.index("--model_name_or_path") + 1],
         args=once.args,
@@ -286,21 +289,40 @@ def test_what_cannot_stop_early_is_refused_before_training(command, capsys, monk
 def test_other_words_and_several_words_reach_training_and_validation(command):
     more = ["--attack_other_share", "0.5", "--attack_count", "1", "2", "--eval_strategy", "steps", "--eval_steps", "3"]
     trainer = aligned(command(*more))
-    for pairs in (trainer.train_dataset, trainer.eval_dataset):
-        attack = pairs.preferences.attack
+    task = trainer.train_dataset.preferences.task
+    for preferences in (task, trainer.eval_dataset.preferences):
+        attack = preferences.attack
         assert (attack.other_share, tuple(attack.count)) == (0.5, (1, 2))
         assert set(attack.vocabulary) > {*CLASSES, *EVERYDAY_WORDS[:3]}
-    rows = [trainer.train_dataset.preferences.row(index, 0) for index in range(21)]
+    rows = [task.row(index, 0) for index in range(21)]
     rejected = [text.removeprefix("a photo of a ") for row in rows for text in row["rejected"]]
     assert {len(row["rejected"]) for row in rows} == {1, 2}
     assert set(rejected) & set(CLASSES)
     assert set(rejected) & set(EVERYDAY_WORDS)
-    assert list(trainer.candidates.texts) == trainer.train_dataset.preferences.all_texts
+    assert list(trainer.candidates.texts) == task.all_texts
+
+
+@pytest.mark.parametrize(
+    ("more", "vocabulary", "share"),
+    [
+        ([], {*CLASSES, *EVERYDAY_WORDS}, 0.5),
+        (["--attack_words", "everyday", "--attack_other_share", "0.9"], {*CLASSES, *EVERYDAY_WORDS}, 0.9),
+        (["--attack_words", "classes"], {*CLASSES}, 0.0),
+        (["--attack_words", "fog", "moon"], {"fog", "moon"}, 0.0),
+        (["--loss_type", "sigmoid"], {*CLASSES}, 0.0),
+        (["--preset", "dpo"], {*CLASSES}, 0.0),
+    ],
+)
+def test_words_by_name(tmp_path, more, vocabulary, share):
+    task_args, _, _ = parse(["--dataset_name", "d", "--output_dir", str(tmp_path), *more])
+    attack = task_args._attack(CLASSES, ["pillow"])
+    assert set(attack.vocabulary) == vocabulary
+    assert attack.other_share == share
 
 
 def test_words_of_the_users_own(command):
     trainer = aligned(command("--attack_other_words", "moon", "sugar", "--attack_other_share", "1"))
-    written = {word for index in range(24) for word in trainer.train_dataset.preferences.attack.written(index)}
+    written = {word for index in range(24) for word in trainer.train_dataset.preferences.task.attack.written(index)}
     assert written == {"moon", "sugar"}
 
 
@@ -320,7 +342,7 @@ def wordnet(tmp_path):
 
 def test_a_file_renames_the_classes_of_folders(command, wordnet):
     trainer = aligned(command("--class_name_map", str(wordnet / "names.yaml"), data=wordnet / "photos"))
-    assert trainer.train_dataset.preferences.class_names == ["goldfish", "golden retriever", "polar bear"]
+    assert trainer.train_dataset.preferences.task.class_names == ["goldfish", "golden retriever", "polar bear"]
 
 
 def test_a_table_of_paths_and_words_trains(command, wordnet):
@@ -328,7 +350,7 @@ def test_a_table_of_paths_and_words_trains(command, wordnet):
     lines = [f"{file},{'sea_lion' if 'n02' in file else 'cat'}" for file in files]
     (wordnet / "rows.csv").write_text("\n".join(["file_name,label", *lines]))
     trainer = aligned(command("--save_strategy", "no", data=wordnet / "rows.csv"))
-    assert trainer.train_dataset.preferences.class_names == ["cat", "sea lion"]
+    assert trainer.train_dataset.preferences.task.class_names == ["cat", "sea lion"]
 
 
 # ---- What trains ----------------------------------------------------------------------------------------
