@@ -10,7 +10,8 @@ from datasets import Dataset
 from clip_po.cli.arguments import Task
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.typographic_preferences import TypographicPreferences
-from clip_po.evaluation.drift import DriftEvaluator, open_vocabulary
+from clip_po.data.vocabulary import open_vocabulary
+from clip_po.evaluation.drift import DriftEvaluator
 from clip_po.evaluation.training_drift import TrainingDrift
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.random_state import unchanged_random_state

@@ -98,7 +98,7 @@ def test_training_is_the_same_as_without_it(command, tmp_path, monkeypatch):
 
 def test_a_broken_image_does_not_lose_the_trained_model(command, tmp_path):
     trainer, task = train.align(*train.parse(command()[1:]))
-    rows = trainer.train_dataset.preferences
+    rows = trainer.train_dataset.preferences.task
     broken = rows.dataset.to_list()
     broken[3]["image"]["bytes"] = b"no image"
     rows.dataset = rows.dataset.from_list(broken, features=rows.dataset.features)
