@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,12 @@ from clip_po.cli.arguments import Task
 from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.cli.evaluate_common import Measurement, Models, default_folder, load_models, measurable_rows
 from clip_po.cli.evaluate_fairness import attribute_suite, measure_fairness
+from clip_po.cli.evaluate_retention import RetentionMeasurement, measure_retention
 from clip_po.cli.evaluate_suite import chosen_suite, measure_suite
 from clip_po.cli.flags import FlagParser, parse_flags
+from clip_po.cli.retention_sets import LoadedSet, load_retention_sets
 from clip_po.data.attacks.fonts import unseen_fonts
+from clip_po.evaluation.drift import open_vocabulary
 from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.report.before_after import before_after_grid, changes_line, choose_examples
 from clip_po.evaluation.report.page import report_page, write_page
@@ -65,7 +68,9 @@ def parse(argv: Sequence[str]) -> EvaluateArguments:
 def load(args: EvaluateArguments) -> Callable[[Models], Measurement]:
     """Load what is measured, before any model, and return its measurement as a function of the models."""
     if args.fairness is None and args.suite is None:
-        return partial(measure_robustness, args, *load_task(args))
+        dataset, names, templates = load_task(args)
+        sets = load_retention_sets(args.retention or [], templates, args.suite_folder)
+        return partial(measure_robustness, args, dataset, names, templates, sets)
     suite = chosen_suite(args) if args.fairness is None else attribute_suite(args)
     return partial(measure_fairness if suite.measures == "fairness" else measure_suite, args, suite)
 
@@ -86,16 +91,20 @@ class RobustnessMeasurement(Measurement):
         card_folder: Folder whose model card gets the table, if it has a card.
         base: Name of the model before alignment; None if there is none.
         seed: Seed that chooses the examples.
+        others: What the models keep of other tasks; None if none were measured.
     """
 
     images: RobustnessImages
     card_folder: Path
     base: str | None
     seed: int
+    others: RetentionMeasurement | None
 
     def write(self, folder: Path, seconds: float) -> dict[str, Path]:
-        """Write report.json, the answers, the model card, report.html and the picture."""
+        """Write report.json, the answers, the model card, report.html and the pictures."""
         files = super().write(folder, seconds)
+        pictures = {} if self.others is None else self.others.write(folder)
+        galleries = [] if self.others is None else [*self.others.galleries.values()]
         report = read_report(files["Report"])
         update_card(self.card_folder, markdown_summary(report))
         (answers,) = self.answers.values()
@@ -107,24 +116,32 @@ class RobustnessMeasurement(Measurement):
             plot = trade_off_plot(accuracies, base=self.base)
             figures["Clean against typographic accuracy, with 95% intervals"] = plot
         picture = self.images.picture
-        page = report_page(report, examples=examples, picture=picture, changes=changes, figures=figures)
+        page = report_page(
+            report, examples=examples, picture=picture, changes=changes, figures=figures, galleries=galleries
+        )
         files["Page"] = write_page(folder / "report.html", page)
         if examples:
             files["Picture"] = folder / "before_after.png"
             before_after_grid(examples, files["Picture"], picture=picture, subtitle=changes)
-        return files
+        return files | pictures
 
 
 def measure_robustness(
-    args: EvaluateArguments, dataset: Dataset, names: Sequence[str], templates: Sequence[str], models: Models
+    args: EvaluateArguments,
+    dataset: Dataset,
+    names: Sequence[str],
+    templates: Sequence[str],
+    sets: Mapping[str, LoadedSet],
+    models: Models,
 ) -> RobustnessMeasurement:
-    """Measure the robustness of models to attacks with fonts that no training uses.
+    """Measure the robustness of models to attacks with fonts that no training uses, and what they keep of other tasks.
 
     Args:
         args: Arguments of the command.
         dataset: The images.
         names: Their class names, in the order of the labels.
         templates: Prompts with one `{}`. The embeddings of several are averaged.
+        sets: Images of other tasks by name; empty to measure none.
         models: The models.
 
     Returns:
@@ -147,10 +164,11 @@ def measure_robustness(
     evaluator = RobustnessEvaluator(images, templates, batch_size=args.batch_size, num_workers=args.num_workers)
     measured = evaluator.measure(models.by_name, accelerator=models.accelerator)
     metrics = models.report(evaluator, measured)
+    others = measure_retention(args, sets, open_vocabulary(templates[0], names), models) if sets else None
     prompts = templates[0] if len(templates) == 1 else templates
     return RobustnessMeasurement(
         metrics=metrics,
-        table=robustness_table(metrics),
+        table="\n\n".join([robustness_table(metrics), *([] if others is None else [others.table])]),
         data={
             "name": args.dataset_name,
             "split": args.dataset_test_split,
@@ -165,4 +183,6 @@ def measure_robustness(
         card_folder=Path(args.output_dir or str(args.model_name_or_path)),
         base=models.base,
         seed=args.seed,
+        others=others,
+        retention=None if others is None else others.section,
     )

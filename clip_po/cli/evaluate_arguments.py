@@ -78,6 +78,14 @@ class EvaluateArguments(FairnessArguments, TaskArguments):
         default=None,
         metadata={"help": "Folder of local copies of a suite's datasets, each in a folder of its name."},
     )
+    retention: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Also measure what the model keeps of other tasks, in another table: sets of images, each a "
+            "folder, a file or a Hub id with an optional :split, a name of the suite retention, or a YAML file of a "
+            "suite. Labelled sets give accuracy, all sets give drift."
+        },
+    )
     caption_column: str = field(default="caption", metadata={"help": "Column of captions, for --suite retrieval."})
 
     def __post_init__(self) -> None:
@@ -86,6 +94,12 @@ class EvaluateArguments(FairnessArguments, TaskArguments):
             check_number(f"--{name}", getattr(self, name), COUNT)
         for name in ("resamples", "num_workers"):
             check_number(f"--{name}", getattr(self, name), COUNT_OR_NONE)
+        if self.retention is not None and (self.suite is not None or self.fairness is not None):
+            other = "--suite" if self.suite is not None else "--fairness"
+            raise ValueError(
+                f"--retention has no effect next to {other}, which is another measurement. Leave one of them out. "
+                "--suite retention measures the suite's sets alone."
+            )
         if self.suite is None:
             super().__post_init__()
         else:

@@ -137,6 +137,7 @@ class Measurement:
         settings: The settings as report.json lists them.
         name: Name of the data or suite, for the default folder of the report.
         answers: Answers of the models, by the beginning of the names of their files; "" for the only ones.
+        retention: The section of report.json on other tasks; None if none were measured.
         failure: Why nothing could be measured; "" if something was.
     """
 
@@ -146,6 +147,7 @@ class Measurement:
     settings: Mapping[str, Any]
     name: str
     answers: Mapping[str, Answers] = field(default_factory=dict)
+    retention: Mapping[str, Any] | None = None
     failure: str = ""
 
     def write(self, folder: Path, seconds: float) -> dict[str, Path]:
@@ -164,6 +166,7 @@ class Measurement:
             models=self.metrics,
             settings=self.settings,
             data=self.data,
+            retention=self.retention,
             seconds=seconds,
         )
         for prefix, answers in self.answers.items():

@@ -6,13 +6,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import PIL.Image
 from datasets import ClassLabel, Dataset, Image
 from transformers.utils import logging
 
 from clip_po.data.class_labels import encode_labels, read_labels
+from clip_po.data.images import read_image, read_images
 from clip_po.data.loading import load_split
 from clip_po.evaluation.retention import RetentionSet
+from clip_po.evaluation.robustness import Answers
 from clip_po.evaluation.suites.suite import Entry, entry_source, load_entry, load_suite
 
 logger = logging.get_logger(__name__)
@@ -67,6 +72,48 @@ class LoadedSet:
         """
         labelled = None if self.labelled is None else replace(self.labelled, dataset=rows)
         return replace(self, dataset=rows, labelled=labelled)
+
+    def answers(self, predicted: Mapping[str, np.ndarray]) -> Answers:
+        """Return predictions on the images together with their labels.
+
+        Args:
+            predicted: Predicted classes by model, arrays [N].
+
+        Returns:
+            The answers, to the variant "clean".
+
+        Raises:
+            ValueError: If the images have no labels.
+        """
+        known = self.labelled
+        if known is None:
+            raise ValueError(f"The images of {self.source!r} have no labels.")
+        names, label = read_labels(known.dataset, known.label_column, known.class_names)
+        return Answers.about_clean(names, label, predicted)
+
+    def picture(self, index: int) -> PIL.Image.Image:
+        """Return an image.
+
+        Args:
+            index: Number of its row.
+
+        Returns:
+            The image, RGB.
+        """
+        return read_image(read_images(self.dataset, self.image_column), self.image_column, index)
+
+    def about(self) -> dict[str, Any]:
+        """Return what the set is, for a report.
+
+        Returns:
+            Source, split and number of images; with labels also the number of classes and the prompts.
+        """
+        known = self.labelled
+        about: dict[str, Any] = {"source": self.source, "split": self.split, "rows": len(self.dataset)}
+        if known is not None:
+            names, _ = read_labels(known.dataset, known.label_column, known.class_names)
+            about |= {"classes": len(names), "prompt_template": list(known.templates)}
+        return about
 
 
 def load_retention_sets(

@@ -14,11 +14,11 @@ from .interpolation import choose_alpha as choose_alpha
 from .interpolation import interpolate as interpolate
 from .interpolation import interpolation_table as interpolation_table
 from .interpolation import sweep_interpolation as sweep_interpolation
+from .per_class import class_changes as class_changes
 from .pseudo_labelling import pseudo_labels as pseudo_labels
 from .readable import readable_rows as readable_rows
 from .retention import RetentionEvaluator as RetentionEvaluator
 from .retention import RetentionSet as RetentionSet
-from .retention import class_changes as class_changes
 from .retrieval import evaluate_retrieval as evaluate_retrieval
 from .retrieval import retrieval_report as retrieval_report
 from .robustness import RobustnessImages as RobustnessImages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -104,6 +104,38 @@ def bootstrap_interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(defined, [tail, 1 - tail])
     return Estimate(float(value), float(low), float(high))
+
+
+def mean_over_sets(
+    columns: Sequence[np.ndarray], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> Estimate:
+    """Compute the mean over datasets of the mean over their rows, with its interval.
+
+    Each dataset counts once, whatever its size. The interval is over rows; the datasets are held fixed.
+
+    Args:
+        columns: For each dataset, array [N] of numbers or booleans. Datasets may differ in N.
+        confidence: As for `bootstrap_interval`.
+        resamples: As for `bootstrap_interval`.
+        seed: As for `bootstrap_interval`.
+
+    Returns:
+        The value and its interval.
+
+    Raises:
+        ValueError: If there are no datasets, or as for `bootstrap_interval`.
+    """
+    if not columns:
+        raise ValueError("columns is empty. Give the numbers of at least one dataset.")
+    member = np.repeat(np.arange(len(columns)), list(map(len, columns)))
+    joined = np.concatenate(columns).astype(np.float64)
+    table = {f"member {number}": member == number for number in range(len(columns))}
+    table |= {f"sum {number}": (member == number) * joined for number in range(len(columns))}
+
+    def mean(means: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.mean([means[f"sum {n}"] / means[f"member {n}"] for n in range(len(columns))], axis=0)
+
+    return bootstrap_interval(mean, table, None, confidence, resamples, seed)
 
 
 def _cluster_sums(columns: Mapping[str, np.ndarray], clusters: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

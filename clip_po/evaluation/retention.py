@@ -12,12 +12,9 @@ from datasets import Dataset
 
 from clip_po.data.bad_images import OnBadImage
 from clip_po.data.class_labels import read_labels
-from clip_po.evaluation.bootstrap import Estimate, bootstrap_interval
-from clip_po.evaluation.class_doubles import unique_keys
+from clip_po.evaluation.bootstrap import Estimate, mean_over_sets
 from clip_po.evaluation.evaluator import Evaluator, Metrics, result_of
 from clip_po.evaluation.readable import readable_rows
-from clip_po.evaluation.robustness import Answers
-from clip_po.evaluation.suites.photographs import accuracy_report, mean_report
 from clip_po.evaluation.zero_shot import predict_classes
 
 PROMPTS = ("a photo of a {}",)
@@ -132,20 +129,6 @@ class RetentionEvaluator(Evaluator[Mapping[str, np.ndarray]]):
         }
         return {model: {name: predicted[model] for name, predicted in by_set.items()} for model in models}
 
-    def answers(self, measured: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Answers]:
-        """Return the answers of the models with the labels of the images.
-
-        Args:
-            measured: Results by model, as from `measure`.
-
-        Returns:
-            Answers by set, to the variant "clean".
-        """
-        return {
-            name: _answers(self.class_names[name], label, {model: got[name] for model, got in measured.items()})
-            for name, label in self.label.items()
-        }
-
     def report(
         self,
         measured: Mapping[str, Mapping[str, np.ndarray]],
@@ -168,96 +151,62 @@ class RetentionEvaluator(Evaluator[Mapping[str, np.ndarray]]):
         Raises:
             ValueError: If `base` is not among `measured`, or as for `bootstrap_interval`.
         """
-        result_of(base, measured)
-        answers = self.answers(measured)
-        how: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": self.seed}
+        before = result_of(base, measured)
         found: Metrics = {}
-        for model in measured:
-            mean = mean_report([*answers.values()], model, base, "clean", **how)
-            found[model] = _named("", mean["mean_accuracy"], mean.get("mean_difference"))
-            for name, said in answers.items():
-                alone = accuracy_report(said, model, base, "clean", **how)
-                found[model] |= _named(f"{name}: ", alone["clean_accuracy"], alone.get("difference"))
+        for model, got in measured.items():
+            compared = None if model == base else before
+            scores = {
+                name: answer_scores(label, got[name], None if compared is None else compared[name])
+                for name, label in self.label.items()
+            }
+            found[model] = scores_report(scores, confidence=confidence, resamples=resamples, seed=self.seed)
         return found
 
 
-def _answers(class_names: tuple[str, ...], label: np.ndarray, predicted: Mapping[str, np.ndarray]) -> Answers:
-    """Return answers about clean images, on which no word is written."""
-    return Answers(
-        class_names,
-        label,
-        word=np.full(len(label), -1),
-        written=np.full(len(label), ""),
-        cluster=np.arange(len(label)),
-        predicted={model: {"clean": got} for model, got in predicted.items()},
+def answer_scores(
+    label: np.ndarray, predicted: np.ndarray, base_predicted: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Score the answers of a model to the images of one set.
+
+    Args:
+        label: Array [N] of true classes.
+        predicted: Array [N] of predicted classes.
+        base_predicted: Those of the base; None for the base itself, or without one.
+
+    Returns:
+        Arrays [N]: `accuracy`, 1 for a right answer, else 0; with a base `retention_cost`, 100 for an answer that only
+        the base has right, -100 for one that only the model has right, else 0.
+    """
+    right = (predicted == label).astype(np.float64)
+    return {"accuracy": right} | (
+        {} if base_predicted is None else {"retention_cost": 100 * ((base_predicted == label) - right)}
     )
 
 
-def _named(prefix: str, accuracy: Estimate, gain: Estimate | None) -> dict[str, Estimate]:
-    cost = {} if gain is None else {f"{prefix}retention_cost": Estimate(-gain.value, -gain.high, -gain.low)}
-    return {f"{prefix}accuracy": accuracy, **cost}
-
-
-@dataclass(frozen=True)
-class ClassChange:
-    """How the accuracy on one class has changed.
-
-    Attributes:
-        name: Name of the class; with its number if another class has the same name.
-        images: Number of its images.
-        before: Share of its images that the base classifies correctly, 0..1.
-        after: The same for the other model.
-        lost: Number of images that only the base classifies correctly.
-        won: Number of images that only the other model classifies correctly.
-        cost: 100 (before - after), in percentage points, with an interval over the images of the class.
-    """
-
-    name: str
-    images: int
-    before: float
-    after: float
-    lost: int
-    won: int
-    cost: Estimate
-
-
-def class_changes(
-    answers: Answers, before: str, after: str, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> list[ClassChange]:
-    """Compare two models on each class of clean images.
+def scores_report(
+    scores: Mapping[str, Mapping[str, np.ndarray]], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> dict[str, Estimate]:
+    """Compute means of scores over the images of each set, and their mean over the sets.
 
     Args:
-        answers: Answers to the variant "clean".
-        before: Name of the base.
-        after: Name of the other model.
+        scores: By set and metric, one number per image. A metric may be missing for some sets.
         confidence: As for `bootstrap_interval`.
         resamples: As for `bootstrap_interval`.
         seed: As for `bootstrap_interval`.
 
     Returns:
-        One change per class that has images, those that lost most first.
+        Estimates under the name of the metric for the mean over the sets that have it, and under "<set>: <metric>" for
+        each set.
 
     Raises:
-        ValueError: If there are no answers of one of the models.
+        ValueError: As for `bootstrap_interval`.
     """
-    was, now = (answers.predictions_of(model)["clean"] == answers.label for model in (before, after))
-    names = unique_keys(answers.class_names)
-    found = []
-    for number in np.unique(answers.label):
-        rows = answers.label == number
-        columns = {"before": was[rows], "after": now[rows]}
-        cost = bootstrap_interval(
-            lambda means: 100 * (means["before"] - means["after"]), columns, None, confidence, resamples, seed
-        )
-        found.append(
-            ClassChange(
-                names[number],
-                int(rows.sum()),
-                float(was[rows].mean()),
-                float(now[rows].mean()),
-                int((rows & was & ~now).sum()),
-                int((rows & now & ~was).sum()),
-                cost,
-            )
-        )
-    return sorted(found, key=lambda change: (-change.cost.value, change.name))
+    how: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    metrics = dict.fromkeys(metric for columns in scores.values() for metric in columns)
+    found = {
+        metric: mean_over_sets([columns[metric] for columns in scores.values() if metric in columns], **how)
+        for metric in metrics
+    }
+    for name, columns in scores.items():
+        found |= {f"{name}: {metric}": mean_over_sets([column], **how) for metric, column in columns.items()}
+    return found

@@ -230,6 +230,24 @@ class Answers:
         """
         return cls(images.class_names, images.label, images.word, images.written, images.cluster, predicted)
 
+    @classmethod
+    def about_clean(
+        cls, class_names: tuple[str, ...], label: np.ndarray, predicted: Mapping[str, np.ndarray]
+    ) -> Answers:
+        """Return predictions on clean images, on which no word is written.
+
+        Args:
+            class_names: Names of the classes.
+            label: Array [N] of true classes.
+            predicted: Predicted classes by model, arrays [N].
+
+        Returns:
+            The answers, to the variant "clean".
+        """
+        nothing = np.full(len(label), -1), np.full(len(label), "")
+        variants = {model: {"clean": classes} for model, classes in predicted.items()}
+        return cls(class_names, label, *nothing, np.arange(len(label)), variants)
+
     def predictions_of(self, model: str) -> Mapping[str, np.ndarray]:
         """Return the predicted classes of one model by variant.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ _PAGE, _CARD, _EDGE, _FRAME = (244, 245, 248), (255, 255, 255), (222, 225, 231),
 _INK, _QUIET = (24, 28, 36), (106, 113, 126)
 _RIGHT, _WORD, _OTHER = (18, 128, 74), (200, 36, 46), (184, 104, 8)
 _LEGEND = {"right": _RIGHT, "the written word": _WORD, "wrong otherwise": _OTHER}
+_LEGEND_WITHOUT = {"right": _RIGHT, "wrong": _OTHER}
 _BADGES = {"fixed": _RIGHT, "still wrong": _OTHER, "newly broken": _WORD}
 _SIDE, _PAD, _GAP, _MARGIN, _LINE = 256, 16, 24, 48, 30
 _CARD_WIDTH = _SIDE + 2 * _PAD
@@ -39,7 +40,7 @@ class Example:
         index: Index of the item in the `RobustnessImages`.
         change: One of `CHANGES`.
         truth: Name of the true class.
-        word: The word written on the image.
+        word: The word written on the image; "" for an image without one.
         before: Name of the predicted class before alignment.
         after: Name of the predicted class after alignment.
     """
@@ -50,6 +51,23 @@ class Example:
     word: str
     before: str
     after: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Examples to show together.
+
+    Attributes:
+        title: Heading.
+        note: A line below it, such as `changes_line`.
+        examples: The examples.
+        picture: Function that returns the image of an example's index.
+    """
+
+    title: str
+    note: str
+    examples: Sequence[Example]
+    picture: Callable[[int], Image.Image]
 
 
 def changes(answers: Answers, before: str, after: str) -> dict[str, np.ndarray]:
@@ -114,16 +132,48 @@ def choose_examples(answers: Answers, before: str, after: str, count: int = 12, 
     Raises:
         ValueError: If `count` < 1; also as in `changes`.
     """
+    return draw_examples(answers, before, after, "typographic", changes(answers, before, after), count, seed)
+
+
+def draw_examples(
+    answers: Answers,
+    before: str,
+    after: str,
+    variant: str,
+    kinds: Mapping[str, np.ndarray],
+    count: int,
+    seed: int,
+) -> list[Example]:
+    """Draw examples at random: mostly of the first kind of change, and a few of the others.
+
+    About a sixth of `count` is reserved for each of the other kinds. Places that one kind cannot fill go to the
+    others.
+
+    Args:
+        answers: As in `changes`.
+        before: As in `changes`.
+        after: As in `changes`.
+        variant: The images in the answers.
+        kinds: Array of item indices for each kind of change.
+        count: Largest number of examples, >= 1.
+        seed: Seed of the draw.
+
+    Returns:
+        Up to `count` examples, one kind after the other.
+
+    Raises:
+        ValueError: If `count` < 1; also as in `changes`.
+    """
     check_number("count", count, COUNT)
     rng = np.random.default_rng(seed)
-    pools = {name: rng.permutation(found) for name, found in changes(answers, before, after).items()}
-    few = count // 6 or int(count > 2)
-    taken = {name: min(few, len(pools[name])) for name in CHANGES[1:]}
-    taken = {"fixed": min(count - sum(taken.values()), len(pools["fixed"])), **taken}
-    for name in CHANGES:
+    pools = {name: rng.permutation(found) for name, found in kinds.items()}
+    few, (main, *others) = count // 6 or int(count > 2), pools
+    taken = {name: min(few, len(pools[name])) for name in others}
+    taken = {main: min(count - sum(taken.values()), len(pools[main])), **taken}
+    for name in pools:
         taken[name] += min(count - sum(taken.values()), len(pools[name]) - taken[name])
     names = answers.class_names
-    predicted = {model: answers.predictions_of(model)["typographic"] for model in (before, after)}
+    predicted = {model: answers.predictions_of(model)[variant] for model in (before, after)}
     return [
         Example(
             index=int(index),
@@ -133,7 +183,7 @@ def choose_examples(answers: Answers, before: str, after: str, count: int = 12, 
             before=names[predicted[before][index]],
             after=names[predicted[after][index]],
         )
-        for name in CHANGES
+        for name in pools
         for index in pools[name][: taken[name]]
     ]
 
@@ -177,7 +227,7 @@ def before_after_grid(
     width = 2 * _MARGIN + max(2, across) * (_CARD_WIDTH + _GAP) - _GAP
     height = _HEADER + _MARGIN + down * (_CARD_HEIGHT + _GAP) - _GAP
     page = Image.new("RGB", (width, height), _PAGE)
-    _header(page, title, subtitle, font)
+    _header(page, title, subtitle, font, _LEGEND if any(example.word for example in examples) else _LEGEND_WITHOUT)
     for number, example in enumerate(examples):
         x = _MARGIN + number % across * (_CARD_WIDTH + _GAP)
         y = _HEADER + number // across * (_CARD_HEIGHT + _GAP)
@@ -188,7 +238,7 @@ def before_after_grid(
     return target
 
 
-def _header(page: Image.Image, title: str, subtitle: str, font: str) -> None:
+def _header(page: Image.Image, title: str, subtitle: str, font: str, legend: Mapping[str, Colour]) -> None:
     draw, room = ImageDraw.Draw(page), page.width - 2 * _MARGIN
     for text, sizes, y, colour, stroke in (
         (title, (34, 30, 26), 52, _INK, 0.4),
@@ -200,7 +250,7 @@ def _header(page: Image.Image, title: str, subtitle: str, font: str) -> None:
         draw.text((_MARGIN, y), _cut(text, fitting, room), colour, fitting, anchor="lm", stroke_width=stroke)
     small = load_font(font, 17)
     x, y = _MARGIN, 124
-    for name, colour in _LEGEND.items():
+    for name, colour in legend.items():
         _smooth(page, (x, y - 7, x + 14, y + 7), colour, lambda pen: pen.ellipse((0, 0, 55, 55), fill=255))
         draw.text((x + 22, y), name, _QUIET, small, anchor="lm")
         x += 22 + round(small.getlength(name)) + 26

@@ -34,6 +34,7 @@ def write_report(
     models: Mapping[str, Mapping[str, Estimate]],
     settings: Mapping[str, Any],
     data: Mapping[str, Any] | None = None,
+    retention: Mapping[str, Any] | None = None,
     seconds: float | None = None,
 ) -> Path:
     """Write report.json: the results, and everything needed to reproduce them.
@@ -47,6 +48,7 @@ def write_report(
         models: Estimates by model and metric.
         settings: Arguments of the command, of any types; values that JSON does not support become text.
         data: Names, sizes and fingerprints of the data.
+        retention: The section on other tasks, as from `retention_section`; None for none.
         seconds: Duration of the command.
 
     Returns:
@@ -73,6 +75,7 @@ def write_report(
             for model, metrics in models.items()
         },
         "data": publishable(data or {}),
+        **({} if retention is None else {"retention": publishable(retention)}),
         "settings": publishable(settings),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "hardware": _hardware(),
@@ -138,12 +141,21 @@ def report_estimates(report: Mapping[str, Any]) -> dict[str, dict[str, Estimate]
         Estimates by model and metric, in the order of the report.
     """
     return {
-        model: {
-            metric: Estimate(**{name: math.nan if part is None else part for name, part in numbers.items()})
-            for metric, numbers in metrics.items()
-        }
+        model: {metric: read_estimate(numbers) for metric, numbers in metrics.items()}
         for model, metrics in report["models"].items()
     }
+
+
+def read_estimate(numbers: Mapping[str, float | None]) -> Estimate:
+    """Return an estimate of a report.
+
+    Args:
+        numbers: value, low and high by name; null for an undefined number.
+
+    Returns:
+        The estimate; null becomes nan.
+    """
+    return Estimate(**{name: math.nan if part is None else part for name, part in numbers.items()})
 
 
 def _plain(value: Any) -> Any:

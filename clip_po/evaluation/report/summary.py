@@ -10,6 +10,7 @@ from typing import Any
 
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.report.report_file import read_report, report_estimates
+from clip_po.evaluation.report.retention_report import retention_summary
 from clip_po.evaluation.robustness import robustness_table
 from clip_po.evaluation.tables import format_estimate, format_number
 from clip_po.hub.markdown import escape_markdown
@@ -71,6 +72,8 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
         "",
         f"Measured by `clip-po {report['command']}`{on}; brackets hold 95% intervals.",
     ]
+    if "retention" in report:
+        lines += ["", retention_summary(report["retention"])]
     if shown:
         lines += ["", "| setting | value |", "| --- | --- |"]
         lines += [f"| {name} | {escape_markdown(_without_folders(name, value))} |" for name, value in shown.items()]

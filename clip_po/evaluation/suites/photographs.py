@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 from clip_po.data.class_labels import column_texts
 from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.encoding import evaluating
-from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
+from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval, mean_over_sets
 from clip_po.evaluation.class_doubles import first_alike
 from clip_po.evaluation.robustness import Answers
 from clip_po.evaluation.zero_shot import classify, collect_answers, embed_classes
@@ -253,22 +252,11 @@ def mean_report(
     """
     if not answers:
         raise ValueError("answers is empty. Give the answers on at least one dataset.")
-    sizes = [len(found.label) for found in answers]
-    member = np.repeat(np.arange(len(answers)), sizes)
-    columns = {f"member {number}": member == number for number in range(len(answers))}
-    compared = [model] if base is None or base == model else [model, base]
-    for name in compared:
-        right = np.concatenate([found.predictions_of(name)[variant] == found.label for found in answers])
-        columns |= {f"{name} {number}": (member == number) & right for number in range(len(answers))}
-    mean = partial(_mean_of_sets, sets=len(answers))
-    metrics: dict[str, Statistic] = {"mean_accuracy": partial(mean, model=model)}
-    if len(compared) > 1:
-        metrics["mean_difference"] = lambda means: 100 * (mean(means, model=model) - mean(means, model=str(base)))
-    return {
-        name: bootstrap_interval(statistic, columns, None, confidence, resamples, seed)
-        for name, statistic in metrics.items()
-    }
-
-
-def _mean_of_sets(means: Mapping[str, np.ndarray], model: str, sets: int) -> np.ndarray:
-    return np.mean([means[f"{model} {number}"] / means[f"member {number}"] for number in range(sets)], axis=0)
+    how: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    right = [found.predictions_of(model)[variant] == found.label for found in answers]
+    metrics = {"mean_accuracy": mean_over_sets(right, **how)}
+    if base is not None and base != model:
+        was = [found.predictions_of(base)[variant] == found.label for found in answers]
+        gains = [100.0 * now - 100.0 * before for now, before in zip(right, was, strict=True)]
+        metrics["mean_difference"] = mean_over_sets(gains, **how)
+    return metrics
