@@ -20,7 +20,7 @@ from clip_po.cli.evaluate_suite import chosen_suite, measure_suite
 from clip_po.cli.flags import FlagParser, parse_flags
 from clip_po.cli.retention_sets import LoadedSet, load_retention_sets
 from clip_po.data.attacks.fonts import unseen_fonts
-from clip_po.evaluation.drift import open_vocabulary
+from clip_po.data.vocabulary import open_vocabulary
 from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.report.before_after import before_after_grid, changes_line, choose_examples
 from clip_po.evaluation.report.page import report_page, write_page

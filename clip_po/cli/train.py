@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from accelerate import Accelerator
 from datasets import Dataset
@@ -21,6 +22,8 @@ from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.cli.train_drift import log_drift
 from clip_po.config import ContrastivePOConfig, check_precision
 from clip_po.data.attacks.fonts import training_fonts
+from clip_po.data.generic_images import MixedPreferences
+from clip_po.data.pairs import PreferencePairs
 from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.evaluation.bounds import Bounds, describe_promise
 from clip_po.evaluation.evaluator import RobustnessEvaluator
@@ -105,12 +108,32 @@ def align(
         trainer.add_callback(EvaluatorCallback(trainer, evaluator))
     if images is not None and task_args.max_clean_cost is not None and trainer.is_world_process_zero():
         print(describe_promise(task_args.max_clean_cost, images.rows), flush=True)
+    if trainer.is_world_process_zero():
+        print(describe_training(trainer), flush=True)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if images is not None and task_args.max_clean_cost is not None:
         keep_clean_accuracy(trainer, images, templates, task_args.max_clean_cost)
     if args.eval_strategy != "no" and task_args.saves_other_weights(args):
         trainer.evaluate()
     return trainer, task
+
+
+def describe_training(trainer: ContrastivePOTrainer) -> str:
+    """Describe the rows and the precision of a training, which depend on defaults and on the machine.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        One line.
+    """
+    preferences = cast(PreferencePairs, trainer.train_dataset).preferences
+    shown = f"{len(preferences):,} images"
+    if isinstance(preferences, MixedPreferences):
+        whose = "them" if trainer.reg_dataset is None else f"{len(trainer.reg_dataset):,} photographs without labels"
+        shown = f"{len(preferences.task):,} images, and {len(preferences.generic):,} crops and collages of {whose}"
+    precision = {"bf16": "bfloat16 (--bf16 false for float32)", "fp16": "float16"}
+    return f"Training on {shown}, in {precision.get(str(trainer.args.mixed_precision), 'float32')}."
 
 
 def check_model_arguments(args: ContrastivePOConfig, model_args: ModelConfig) -> None:

@@ -32,10 +32,11 @@ METHODS = {
     "kto_pair": "KTO",
     "sft": "cross-entropy",
     "distillation": "distillation of clean answers",
+    "embedding_distillation": "distillation of clean embeddings",
 }
 """Name of the method in the card, by loss type."""
 
-WITHOUT_PAIRS = frozenset({"sft", "distillation"})
+WITHOUT_PAIRS = frozenset({"sft", "distillation", "embedding_distillation"})
 """Loss types that prefer no text to another."""
 
 CARD_SETTINGS = (
@@ -44,6 +45,8 @@ CARD_SETTINGS = (
     "beta",
     "label_smoothing",
     "reg_weight",
+    "reg_type",
+    "reg_share",
     "penalty_weight",
     "train_vision_model",
     "train_text_model",
@@ -116,8 +119,9 @@ def _what_was_done(base: str, loss_types: Sequence[str], settings: Mapping[str, 
     method = escape_markdown(" + ".join(METHODS.get(name, name) for name in loss_types))
     prefers = "for an image, the preferred text rather than another" if set(loss_types) - WITHOUT_PAIRS else ""
     weight = settings.get("reg_weight")
+    held = "the reference's image embeddings" if settings.get("reg_type") == "embedding" else "KL(reference || policy)"
     kept = {None: "", 0: "without regularization on ordinary images"}.get(
-        weight, "while KL(reference || policy) on ordinary images keeps the rest"
+        weight, f"while {held} on ordinary images keeps the rest"
     )
     what = ", ".join(filter(None, (prefers, kept)))
     return (

@@ -10,7 +10,8 @@ from samples import CLASSES, make_labelled, picture, tiny_config, write_parquet
 from transformers import CLIPModel
 
 from clip_po.cli.main import main
-from clip_po.evaluation.drift import DriftEvaluator, open_vocabulary
+from clip_po.data.vocabulary import open_vocabulary
+from clip_po.evaluation.drift import DriftEvaluator
 from clip_po.evaluation.zero_shot import zero_shot_accuracy
 from clip_po.hub.card import MEASURED
 
