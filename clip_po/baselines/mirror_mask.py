@@ -74,4 +74,4 @@ def _add_mirror_images(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _keep_visual_features(module: nn.Module, args: tuple[Any, ...], features: Tensor) -> Tensor:
-    return visual_features(*unit_norm(features).chunk(2))
+    return visual_features(*unit_norm(features).chunk(2)).to(features.dtype)

@@ -30,7 +30,7 @@ def contrastive_loss(first: Tensor, second: Tensor, group: Tensor) -> Tensor:
     Args:
         first: Tensor[B, K], unit-norm.
         second: Tensor[B, K], unit-norm. Row i belongs to row i of `first`.
-        group: Tensor[B], int64. Rows of one group are pairs too, with equal shares of the target.
+        group: Tensor[B], int64, on any device. Rows of one group are pairs too, with equal shares of the target.
 
     Returns:
         Tensor[], mean over the rows and both directions, in nats.
@@ -38,7 +38,7 @@ def contrastive_loss(first: Tensor, second: Tensor, group: Tensor) -> Tensor:
     Source: Materzynska et al. 2022, arXiv 2206.07835. Cosines are not scaled, as in the code of the authors. The code
     has no groups: it counts other rows of the same class as wrong.
     """
-    same = (group[:, None] == group).to(first.dtype)
+    same = (group[:, None] == group).to(first)
     target = same / same.sum(dim=1, keepdim=True)
     cosines = first @ second.T
     return (F.cross_entropy(cosines, target) + F.cross_entropy(cosines.T, target)) / 2

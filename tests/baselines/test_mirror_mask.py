@@ -53,6 +53,13 @@ def test_the_copy_embeds_images_by_both_views_and_texts_as_before(model, process
     assert len(rows) == 10
 
 
+def test_a_model_in_half_precision_keeps_its_dtype(model, processor, pixels):
+    half = mask_by_mirror(model.bfloat16())
+    tokens = processor.tokenizer(CLASSES, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert half(pixel_values=pixels.bfloat16(), **tokens).logits_per_image.dtype == torch.bfloat16
+
+
 def test_what_looks_the_same_in_a_mirror_is_not_changed(model, pixels):
     symmetric = pixels + pixels.flip(-1)
     torch.testing.assert_close(embed(mask_by_mirror(model), symmetric), embed(model, symmetric))
