@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ from clip_po.baselines.mirror_mask import mask_by_mirror
 from clip_po.baselines.spelling_projection import learn_spelling_projection
 from clip_po.baselines.text_removal import TextRemoval, processor_without_text
 from clip_po.cli import train
+from clip_po.cli.arguments import DEFAULT_TEMPLATE
 from clip_po.cli.flags import similar_names
+from clip_po.cli.promise import check_bounds, cost_measures, load_promised_sets
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.typographic_preferences import TypographicPreferences
+from clip_po.data.vocabulary import open_vocabulary
 from clip_po.evaluation.bounds import Bounds
 from clip_po.evaluation.interpolation import ALPHAS, choose_alpha, interpolate, sweep_interpolation
 from clip_po.evaluation.robustness import RobustnessImages
@@ -161,18 +164,41 @@ def _run_training(setup: ComparisonSetup, name: str, seed: int, **settings: Any)
 
 
 def _run_interpolation(
-    setup: ComparisonSetup, name: str, seed: int, of: str, max_clean_cost: float = 0.5
+    setup: ComparisonSetup,
+    name: str,
+    seed: int,
+    of: str,
+    max_clean_cost: float | None = 0.5,
+    max_drift: float | None = None,
+    max_retention_cost: float | None = None,
+    retention: Sequence[str] | None = None,
 ) -> MethodResult:
     """Interpolate between the base and the checkpoint of method `of`, with alpha selected on validation images.
 
     Source: Wortsman et al. 2022 (WiSE-FT), arXiv 2109.01903; Ilharco et al. 2022 (PAINT), arXiv 2208.05592.
     """
     base, aligned = setup.load_base(), load_any(str(setup.checkpoint(of, seed)))
-    images = setup.validation_images(seed)
-    points = sweep_interpolation(
-        base, aligned, images, [setup.template], ALPHAS, batch_size=setup.batch_size, disable_tqdm=True
+    bounds = Bounds(max_clean_cost, max_drift, max_retention_cost)
+    measures = cost_measures(
+        bounds,
+        setup.validation,
+        setup.image_column,
+        open_vocabulary(setup.template, setup.class_names),
+        load_promised_sets(retention, [setup.template]),
+        processor=setup.processor,
+        batch_size=setup.batch_size,
     )
-    choice = choose_alpha(points, Bounds(max_clean_cost))
+    points = sweep_interpolation(
+        base,
+        aligned,
+        setup.validation_images(seed),
+        [setup.template],
+        ALPHAS,
+        measures=measures,
+        batch_size=setup.batch_size,
+        disable_tqdm=True,
+    )
+    choice = choose_alpha(points, bounds)
     model = interpolate(base, aligned, choice.point.alpha)
     return MethodResult(model, setup.processor, details={"alpha": choice.point.alpha, "choice": choice.describe()})
 
@@ -270,7 +296,8 @@ def check_settings(shared: Mapping[str, Any], method: str = "train", **settings:
         **settings: Arguments of the method.
 
     Raises:
-        ValueError, TypeError: If a setting is unknown or, for `train`, its value is invalid.
+        ValueError, TypeError: If a setting is unknown or, for `train` and bounds, its value is invalid; if a retention
+            set can't be loaded.
     """
     if method == "train":
         train.parse(_to_flags({**shared, **settings}))
@@ -279,6 +306,10 @@ def check_settings(shared: Mapping[str, Any], method: str = "train", **settings:
         if name not in SETTINGS[method]:
             meant = " or ".join(similar_names(name, SETTINGS[method]))
             raise ValueError(f"{method} has no setting {name!r}." + (f" Did you mean {meant}?" if meant else ""))
+    if method == "interpolation":
+        retention = settings.get("retention")
+        check_bounds(Bounds(**{name: bound for name, bound in settings.items() if name.startswith("max_")}), retention)
+        load_promised_sets(retention, [DEFAULT_TEMPLATE])
 
 
 def run_method(setup: ComparisonSetup, name: str, seed: int, method: str = "train", **settings: Any) -> MethodResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +18,7 @@ from trl import ModelConfig, get_peft_config
 from clip_po.cli.arguments import Task
 from clip_po.cli.idle_flags import check_lora_flags
 from clip_po.cli.outcome import NothingChanged
+from clip_po.cli.promise import cost_measures, describe_promises, load_promised_sets
 from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.cli.train_drift import log_drift
 from clip_po.config import ContrastivePOConfig, check_precision
@@ -25,11 +26,19 @@ from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.generic_images import MixedPreferences
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.typographic_preferences import TypographicPreferences
-from clip_po.evaluation.bounds import Bounds, describe_promise
+from clip_po.data.vocabulary import open_vocabulary
+from clip_po.evaluation.bounds import Bounds
 from clip_po.evaluation.evaluator import RobustnessEvaluator
-from clip_po.evaluation.interpolation import choose_alpha, interpolate, interpolation_table, sweep_interpolation
+from clip_po.evaluation.interpolation import (
+    Measure,
+    choose_alpha,
+    interpolate,
+    interpolation_table,
+    sweep_interpolation,
+)
 from clip_po.evaluation.pseudo_labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.evaluation.readable import readable_rows
+from clip_po.evaluation.retention import RetentionSet
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import init_kwargs, load_model, load_processor
 from clip_po.trainable import trained_linear_layers
@@ -43,8 +52,8 @@ SAVED_FILES = ("model*.safetensors", SAFETENSORS_WEIGHTS_NAME)
 """Patterns of the files of a model or of adapters that the command saves."""
 
 UNCHANGED_REMEDY = (
-    "With --max_clean_cost, the table above shows what each interpolation costs: give more validation images or allow "
-    "a higher cost. Otherwise, train longer or with a higher --learning_rate."
+    "With a bound such as --max_clean_cost, the table above shows what each interpolation costs: give more validation "
+    "images or a higher bound. Otherwise, train longer or with a higher --learning_rate."
 )
 """What to do if training left the model as it was."""
 
@@ -80,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
 def align(
     task_args: TrainArguments, args: ContrastivePOConfig, model_args: ModelConfig
 ) -> tuple[ContrastivePOTrainer, Task]:
-    """Train, and apply --max_clean_cost.
+    """Train, and keep the bounds on what the model may lose.
 
     Returns:
         The trainer, which holds the model to save, and the task.
@@ -91,6 +100,7 @@ def align(
     dataset = task_args.load(task_args.dataset_train_split, args.seed)
     names, (template,) = task_args.names(dataset), task_args.templates()
     task = Task.of(names, template, task_args.dataset_names(dataset))
+    sets = load_promised_sets(task_args.retention, [task.prompt_template])
     model, processor = load_start(args, model_args)
     rows = load_preferences(dataset, task, model, processor, task_args, args)
     trainer = make_trainer(model, processor, rows, task_args, args, model_args)
@@ -106,13 +116,14 @@ def align(
             num_workers=args.dataloader_num_workers,
         )
         trainer.add_callback(EvaluatorCallback(trainer, evaluator))
-    if images is not None and task_args.max_clean_cost is not None and trainer.is_world_process_zero():
-        print(describe_promise(task_args.max_clean_cost, images.rows), flush=True)
+    bounds, measures = task_args.bounds, {}
+    if rows.validation is not None and bounds.given:
+        measures = promised(trainer, rows.validation, bounds, sets)
     if trainer.is_world_process_zero():
         print(describe_training(trainer), flush=True)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if images is not None and task_args.max_clean_cost is not None:
-        keep_clean_accuracy(trainer, images, templates, task_args.max_clean_cost)
+    if images is not None and bounds.given:
+        keep_bounds(trainer, images, templates, bounds, measures)
     if args.eval_strategy != "no" and task_args.saves_other_weights(args):
         trainer.evaluate()
     return trainer, task
@@ -223,7 +234,7 @@ def make_trainer(
     for name, value in fit_to_size(width, len(rows.train), bool(peft_config)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if peft_config is not None and task_args.max_clean_cost is not None:
+    if peft_config is not None and task_args.bounds.given:
         # The final model has its adapters merged. Adapters pushed by earlier saves would stay beside it on the Hub.
         args.hub_strategy = HubStrategy.END
     return ContrastivePOTrainer(
@@ -294,10 +305,53 @@ def validation_images(rows: TypographicPreferences, processor: CLIPProcessor) ->
     )
 
 
-def keep_clean_accuracy(
-    trainer: ContrastivePOTrainer, images: RobustnessImages, templates: Sequence[str], max_clean_cost: float
+def promised(
+    trainer: ContrastivePOTrainer, rows: TypographicPreferences, bounds: Bounds, sets: Mapping[str, RetentionSet]
+) -> dict[str, Measure]:
+    """Print how many images the bounds take, and return what must be measured for them.
+
+    Args:
+        trainer: The trainer before training.
+        rows: Validation preferences.
+        bounds: At least one bound.
+        sets: The retention sets.
+
+    Returns:
+        Measures by name of the cost.
+
+    Raises:
+        ValueError: If the weights are sharded, so that they can't be interpolated, or as for `cost_measures`.
+    """
+    if trainer.is_fsdp_enabled:
+        flags = " and ".join(f"--max_{name}" for name in bounds.given)
+        raise ValueError(
+            f"{flags}: the bound is kept by an interpolation of whole weights, but FSDP divides them among processes. "
+            "Train with DDP (examples/accelerate_configs/ddp.yaml), or leave the bound out."
+        )
+    if trainer.is_world_process_zero():
+        for line in describe_promises(bounds, len(rows), sets):
+            print(line, flush=True)
+    return cost_measures(
+        bounds,
+        rows.dataset,
+        rows.image_column,
+        open_vocabulary(rows.template, rows.class_names),
+        sets,
+        processor=trainer.processing_class,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        num_workers=trainer.args.dataloader_num_workers,
+        on_bad_image=trainer.args.on_bad_image,
+    )
+
+
+def keep_bounds(
+    trainer: ContrastivePOTrainer,
+    images: RobustnessImages,
+    templates: Sequence[str],
+    bounds: Bounds,
+    measures: Mapping[str, Measure],
 ) -> None:
-    """Replace the trainer's model by an interpolation from base to aligned model that keeps clean accuracy.
+    """Replace the trainer's model by the most robust interpolation from base to aligned model that keeps the bounds.
 
     Adapters are merged, because an interpolation of weights is a plain model.
 
@@ -305,19 +359,21 @@ def keep_clean_accuracy(
         trainer: The trainer after training.
         images: Validation images.
         templates: Prompt templates with one `{}`.
-        max_clean_cost: Clean accuracy that may be lost, in percentage points, >= 0.
+        bounds: The most that the model may lose.
+        measures: What must be measured for the bounds, beside the clean cost.
     """
     points = sweep_interpolation(
         trainer.reference.model,
         trainer.model,
         images,
         templates,
+        measures=measures,
         batch_size=trainer.args.per_device_eval_batch_size,
         num_workers=trainer.args.dataloader_num_workers,
         accelerator=trainer.accelerator,
         disable_tqdm=bool(trainer.args.disable_tqdm),
     )
-    choice = choose_alpha(points, Bounds(max_clean_cost))
+    choice = choose_alpha(points, bounds)
     if trainer.is_world_process_zero():
         print(f"{interpolation_table(points)}\n{choice.describe()}")
         if isinstance(trainer.model, PeftModel):

@@ -16,9 +16,10 @@ from trl import ModelConfig
 from clip_po.cli.arguments import TaskArguments
 from clip_po.cli.flags import FlagParser, flag_value, is_given, parse_flags, resumed_checkpoint
 from clip_po.cli.precision import precision_defaults
+from clip_po.cli.promise import check_bounds
 from clip_po.config import PRESETS, ContrastivePOConfig, preset, preset_batch_size
 from clip_po.data.unlabelled_images import load_images
-from clip_po.evaluation.bounds import check_bound
+from clip_po.evaluation.bounds import Bounds
 from clip_po.training.averaging import BetaMovingAverageCallback
 from clip_po.validation import COUNT, check_number
 
@@ -103,6 +104,27 @@ class TrainArguments(TaskArguments):
             "robust is saved.",
         },
     )
+    max_drift: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest KL(base || model), in nats, on clean validation images over everyday nouns and the "
+            "classes. It bounds the choice of an interpolation as max_clean_cost does, alone or beside it.",
+        },
+    )
+    max_retention_cost: float | None = field(
+        default=None,
+        metadata={
+            "help": "Accuracy that may be lost on the sets of retention, on average, in percentage points. It bounds "
+            "the choice of an interpolation as max_clean_cost does, alone or beside it.",
+        },
+    )
+    retention: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Sets of labelled images that training does not see, for max_retention_cost: folders, Parquet "
+            "files, Hub ids or names of the retention suite, as for clip-po evaluate.",
+        },
+    )
     moving_average: float | None = field(
         default=None,
         metadata={
@@ -125,8 +147,7 @@ class TrainArguments(TaskArguments):
         """Raise if arguments can't work, before anything is loaded."""
         super().__post_init__()
         self.check_single_prompt()
-        if self.max_clean_cost is not None:
-            check_bound(self.max_clean_cost)
+        check_bounds(self.bounds, self.retention)
         if self.moving_average is not None:
             BetaMovingAverageCallback(self.moving_average)  # checks the beta
         if self.early_stopping_patience is not None:
@@ -143,9 +164,14 @@ class TrainArguments(TaskArguments):
             return None
         return load_images(self.reg_dataset_name, self.reg_dataset_split, self.reg_max_samples, seed)
 
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds on what the saved model may lose."""
+        return Bounds(self.max_clean_cost, self.max_drift, self.max_retention_cost)
+
     def validates(self, args: ContrastivePOConfig) -> bool:
         """Return whether anything is measured on validation images."""
-        return args.eval_strategy != "no" or self.max_clean_cost is not None
+        return args.eval_strategy != "no" or bool(self.bounds.given)
 
     def with_validation(self, dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
         """Return training and validation rows. Without a validation split, a tenth of the training rows is held out.
@@ -190,7 +216,7 @@ class TrainArguments(TaskArguments):
 
     def saves_other_weights(self, args: ContrastivePOConfig) -> bool:
         """Return whether the saved weights differ from those of the last evaluation, and need one of their own."""
-        return args.load_best_model_at_end or self.moving_average is not None or self.max_clean_cost is not None
+        return args.load_best_model_at_end or self.moving_average is not None or bool(self.bounds.given)
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return the callbacks that the arguments ask for."""

@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from clip_po.cli.arguments import Task
+from clip_po.data.generic_images import MixedPreferences
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.data.vocabulary import open_vocabulary
@@ -65,7 +66,7 @@ def labelled_rows(trainer: ContrastivePOTrainer) -> TypographicPreferences:
         The rows.
     """
     preferences = cast(PreferencePairs, trainer.train_dataset).preferences
-    return cast(TypographicPreferences, getattr(preferences, "task", preferences))
+    return cast(TypographicPreferences, preferences.task if isinstance(preferences, MixedPreferences) else preferences)
 
 
 def sample(images: Dataset, seed: int) -> Dataset:

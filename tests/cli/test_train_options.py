@@ -241,7 +241,7 @@ def by_epochs(command):
 @pytest.mark.parametrize(("bound", "metric"), [([], "typographic_accuracy"), (["--max_clean_cost", "0"], "trade_off")])
 def test_the_best_checkpoint_is_kept(by_epochs, tmp_path, monkeypatch, bound, metric):
     kept = []
-    monkeypatch.setattr(train, "keep_clean_accuracy", lambda trainer, *args: kept.append(trainer))
+    monkeypatch.setattr(train, "keep_bounds", lambda trainer, *args: kept.append(trainer))
     more = ["--dataset_validation_split", "validation", "--learning_rate", "0.003", "--save_total_limit", "9"]
     trainer = aligned(by_epochs(*EARLY, *more, *bound))
     assert kept == ([trainer] if bound else [])
