@@ -1,4 +1,4 @@
-"""The promise about the saved model: bounds on what it may lose, and how a sweep measures them."""
+"""The promise about the saved model: bounds on what it may lose, how they are measured, and how they are kept."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 
 from clip_po.cli.retention_sets import labelled_sets, load_retention_sets
+from clip_po.data.typographic_preferences import TypographicPreferences
+from clip_po.data.vocabulary import open_vocabulary
 from clip_po.evaluation.bounds import Bounds, describe_promise, describe_retention_promise
 from clip_po.evaluation.drift import DriftEvaluator
-from clip_po.evaluation.interpolation import Measure
+from clip_po.evaluation.interpolation import (
+    Measure,
+    choose_alpha,
+    interpolate,
+    interpolation_table,
+    sweep_interpolation,
+)
 from clip_po.evaluation.retention import RetentionEvaluator, RetentionSet
+from clip_po.evaluation.robustness import RobustnessImages
+from clip_po.trainer import ContrastivePOTrainer
 
 
 def check_bounds(bounds: Bounds, retention: Sequence[str] | None) -> None:
@@ -111,3 +122,80 @@ def cost_measures(
         count = sum(len(known.dataset) for known in retention.sets.values())
         measures["retention_cost"] = Measure(retention, "retention_cost", count)
     return measures
+
+
+def promised(
+    trainer: ContrastivePOTrainer, rows: TypographicPreferences, bounds: Bounds, sets: Mapping[str, RetentionSet]
+) -> dict[str, Measure]:
+    """Print how many images the bounds take, and return what must be measured for them.
+
+    Args:
+        trainer: The trainer before training.
+        rows: Validation preferences.
+        bounds: At least one bound.
+        sets: The retention sets.
+
+    Returns:
+        Measures by name of the cost.
+
+    Raises:
+        ValueError: If the weights are sharded, so that they can't be interpolated, or as for `cost_measures`.
+    """
+    if trainer.is_fsdp_enabled:
+        flags = " and ".join(f"--max_{name}" for name in bounds.given)
+        raise ValueError(
+            f"{flags}: the bound is kept by an interpolation of whole weights, but FSDP divides them among processes. "
+            "Train with DDP (examples/accelerate_configs/ddp.yaml), or leave the bound out."
+        )
+    if trainer.is_world_process_zero():
+        for line in describe_promises(bounds, len(rows), sets):
+            print(line, flush=True)
+    return cost_measures(
+        bounds,
+        rows.dataset,
+        rows.image_column,
+        open_vocabulary(rows.template, rows.class_names),
+        sets,
+        processor=trainer.processing_class,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        num_workers=trainer.args.dataloader_num_workers,
+        on_bad_image=trainer.args.on_bad_image,
+    )
+
+
+def keep_bounds(
+    trainer: ContrastivePOTrainer,
+    images: RobustnessImages,
+    templates: Sequence[str],
+    bounds: Bounds,
+    measures: Mapping[str, Measure],
+) -> None:
+    """Replace the trainer's model by the most robust interpolation from base to aligned model that keeps the bounds.
+
+    Adapters are merged, because an interpolation of weights is a plain model.
+
+    Args:
+        trainer: The trainer after training.
+        images: Validation images.
+        templates: Prompt templates with one `{}`.
+        bounds: The most that the model may lose.
+        measures: What must be measured for the bounds, beside the clean cost.
+    """
+    points = sweep_interpolation(
+        trainer.reference.model,
+        trainer.model,
+        images,
+        templates,
+        measures=measures,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        num_workers=trainer.args.dataloader_num_workers,
+        accelerator=trainer.accelerator,
+        disable_tqdm=bool(trainer.args.disable_tqdm),
+    )
+    choice = choose_alpha(points, bounds)
+    if trainer.is_world_process_zero():
+        print(f"{interpolation_table(points)}\n{choice.describe()}")
+        if isinstance(trainer.model, PeftModel):
+            print("The adapters are merged into the model: an interpolation is a plain CLIPModel.")
+    chosen = interpolate(trainer.reference.model, trainer.model, choice.point.alpha)
+    trainer.replace_model(chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,7 +18,7 @@ from trl import ModelConfig, get_peft_config
 from clip_po.cli.arguments import Task
 from clip_po.cli.idle_flags import check_lora_flags
 from clip_po.cli.outcome import NothingChanged
-from clip_po.cli.promise import cost_measures, describe_promises, load_promised_sets
+from clip_po.cli.promise import keep_bounds, load_promised_sets, promised
 from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.cli.train_drift import log_drift
 from clip_po.config import ContrastivePOConfig, check_precision
@@ -26,19 +26,10 @@ from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.generic_images import MixedPreferences
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.typographic_preferences import TypographicPreferences
-from clip_po.data.vocabulary import open_vocabulary
-from clip_po.evaluation.bounds import Bounds
 from clip_po.evaluation.evaluator import RobustnessEvaluator
-from clip_po.evaluation.interpolation import (
-    Measure,
-    choose_alpha,
-    interpolate,
-    interpolation_table,
-    sweep_interpolation,
-)
+from clip_po.evaluation.interpolation import interpolate
 from clip_po.evaluation.pseudo_labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.evaluation.readable import readable_rows
-from clip_po.evaluation.retention import RetentionSet
 from clip_po.evaluation.robustness import RobustnessImages
 from clip_po.models import init_kwargs, load_model, load_processor
 from clip_po.trainable import trained_linear_layers
@@ -303,83 +294,6 @@ def validation_images(rows: TypographicPreferences, processor: CLIPProcessor) ->
         image_column=rows.image_column,
         label_column=rows.label_column,
     )
-
-
-def promised(
-    trainer: ContrastivePOTrainer, rows: TypographicPreferences, bounds: Bounds, sets: Mapping[str, RetentionSet]
-) -> dict[str, Measure]:
-    """Print how many images the bounds take, and return what must be measured for them.
-
-    Args:
-        trainer: The trainer before training.
-        rows: Validation preferences.
-        bounds: At least one bound.
-        sets: The retention sets.
-
-    Returns:
-        Measures by name of the cost.
-
-    Raises:
-        ValueError: If the weights are sharded, so that they can't be interpolated, or as for `cost_measures`.
-    """
-    if trainer.is_fsdp_enabled:
-        flags = " and ".join(f"--max_{name}" for name in bounds.given)
-        raise ValueError(
-            f"{flags}: the bound is kept by an interpolation of whole weights, but FSDP divides them among processes. "
-            "Train with DDP (examples/accelerate_configs/ddp.yaml), or leave the bound out."
-        )
-    if trainer.is_world_process_zero():
-        for line in describe_promises(bounds, len(rows), sets):
-            print(line, flush=True)
-    return cost_measures(
-        bounds,
-        rows.dataset,
-        rows.image_column,
-        open_vocabulary(rows.template, rows.class_names),
-        sets,
-        processor=trainer.processing_class,
-        batch_size=trainer.args.per_device_eval_batch_size,
-        num_workers=trainer.args.dataloader_num_workers,
-        on_bad_image=trainer.args.on_bad_image,
-    )
-
-
-def keep_bounds(
-    trainer: ContrastivePOTrainer,
-    images: RobustnessImages,
-    templates: Sequence[str],
-    bounds: Bounds,
-    measures: Mapping[str, Measure],
-) -> None:
-    """Replace the trainer's model by the most robust interpolation from base to aligned model that keeps the bounds.
-
-    Adapters are merged, because an interpolation of weights is a plain model.
-
-    Args:
-        trainer: The trainer after training.
-        images: Validation images.
-        templates: Prompt templates with one `{}`.
-        bounds: The most that the model may lose.
-        measures: What must be measured for the bounds, beside the clean cost.
-    """
-    points = sweep_interpolation(
-        trainer.reference.model,
-        trainer.model,
-        images,
-        templates,
-        measures=measures,
-        batch_size=trainer.args.per_device_eval_batch_size,
-        num_workers=trainer.args.dataloader_num_workers,
-        accelerator=trainer.accelerator,
-        disable_tqdm=bool(trainer.args.disable_tqdm),
-    )
-    choice = choose_alpha(points, bounds)
-    if trainer.is_world_process_zero():
-        print(f"{interpolation_table(points)}\n{choice.describe()}")
-        if isinstance(trainer.model, PeftModel):
-            print("The adapters are merged into the model: an interpolation is a plain CLIPModel.")
-    chosen = interpolate(trainer.reference.model, trainer.model, choice.point.alpha)
-    trainer.replace_model(chosen)
 
 
 def is_changed(trainer: ContrastivePOTrainer) -> bool:

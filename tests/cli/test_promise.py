@@ -10,7 +10,7 @@ from samples import CLASSES, TINY_RUN, make_labelled, picture, write_parquet
 from transformers import CLIPModel
 
 from clip_po import interpolate
-from clip_po.cli import train
+from clip_po.cli import promise, train
 from clip_po.cli.main import main
 from clip_po.data.attacks.words import EVERYDAY_WORDS
 from clip_po.evaluation.bounds import Bounds
@@ -58,7 +58,7 @@ def swept(monkeypatch):
         choice = choose_alpha(points, bounds)
         return Choice(points[3], bounds, choice.next_better, choice.unproven, choice.images_needed)
 
-    monkeypatch.setattr(train, "choose_alpha", fourth)
+    monkeypatch.setattr(promise, "choose_alpha", fourth)
     return found
 
 
@@ -129,7 +129,7 @@ def test_bounds_that_can_not_be_kept_are_refused_before_anything_is_loaded(comma
 
 def test_sharded_weights_are_refused_before_training(monkeypatch):
     with pytest.raises(ValueError, match=r"--max_drift: .* FSDP divides them"):
-        train.promised(SimpleNamespace(is_fsdp_enabled=True), None, Bounds(max_drift=1), {})
+        promise.promised(SimpleNamespace(is_fsdp_enabled=True), None, Bounds(max_drift=1), {})
 
 
 def test_a_single_row_to_measure_drift_on_is_refused_before_training(command, tmp_path, capsys, monkeypatch):
@@ -150,6 +150,23 @@ def test_a_single_row_to_measure_drift_on_is_refused_before_training(command, tm
         == 2
     )
     assert "--dataset_validation_split" in capsys.readouterr().err
+
+
+TWO_PROCESSES = """
+import sys
+from clip_po.cli.main import main
+assert main(sys.argv[1:]) in (0, 3)
+"""
+
+
+@pytest.mark.xdist_group("two processes")
+@pytest.mark.slow
+def test_two_processes_choose_one_model(command, clip_folder, tmp_path, two_processes):
+    bounds = ["--max_drift", "9", "--max_retention_cost", "90", "--retention", str(tmp_path / "others")]
+    wrote = two_processes.run(TWO_PROCESSES, *command(*bounds))
+    assert len(re.findall(r"^alpha [\d.]+: typographic accuracy", wrote, re.MULTILINE)) == 1
+    assert wrote.count("A retention cost of at most 90 points") == 1
+    load_any(str(tmp_path / "out"))
 
 
 # ---- compare --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from samples import CLASSES, TINY_RUN, make_labelled, picture, write_parquet
 from transformers import CLIPModel
 
-from clip_po.cli import train, train_drift
+from clip_po.cli import promise, train, train_drift
 from clip_po.cli.main import main
 from clip_po.data.attacks.words import EVERYDAY_WORDS
 from clip_po.evaluation.bootstrap import Estimate
@@ -77,7 +77,7 @@ def test_the_line_is_printed_and_kept_beside_the_model(command, clip_folder, pro
 def test_it_says_how_far_the_saved_model_moved_not_the_trained_one(
     command, clip_folder, processor, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "choose_alpha", lambda points, bounds: Choice(points[3], bounds))
+    monkeypatch.setattr(promise, "choose_alpha", lambda points, bounds: Choice(points[3], bounds))
     assert main(command("--max_clean_cost", "1", "--dataset_validation_split", "train")) == 0
     found = json.loads((tmp_path / "out" / DRIFT_FILE).read_text())
     assert_is_drift(found, CLIPModel.from_pretrained(clip_folder), load_any(str(tmp_path / "out")), processor)

@@ -12,7 +12,7 @@ from tolerances import LOGPS
 from transformers import CLIPModel
 
 from clip_po import BetaMovingAverageCallback, ContrastivePOTrainer, interpolate
-from clip_po.cli import train
+from clip_po.cli import promise, train
 from clip_po.cli.main import main
 from clip_po.cli.outcome import UNCHANGED
 from clip_po.cli.train_arguments import parse
@@ -132,7 +132,7 @@ def test_without_anything_to_validate_all_rows_train(command):
 @pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "4"]], ids=["full", "lora"])
 def test_the_bound_saves_the_interpolation_that_was_printed(command, clip_folder, tmp_path, capsys, monkeypatch, lora):
     # On a model that knows nothing chance would choose; choose has tests of its own.
-    monkeypatch.setattr(train, "choose_alpha", lambda points, bound: Choice(points[3], bound))
+    monkeypatch.setattr(promise, "choose_alpha", lambda points, bound: Choice(points[3], bound))
     out = tmp_path / "out"
     more = ["--dataset_validation_split", "validation", "--learning_rate", "0.003", *lora]
     assert main(["train", *command(*more)]) == 0
@@ -166,7 +166,7 @@ def test_what_is_reported_last_is_measured_on_what_is_saved(command, monkeypatch
         points.append(found[5])
         return Choice(found[5], bound)
 
-    monkeypatch.setattr(train, "choose_alpha", half_way)
+    monkeypatch.setattr(promise, "choose_alpha", half_way)
     more = ["--eval_strategy", "steps", "--eval_steps", "3", "--learning_rate", "0.01", "--max_clean_cost", "1"]
     trainer = aligned(command(*more, "--dataset_validation_split", "validation"))
     logs = [log for log in trainer.state.log_history if "eval_clean_cost" in log]
@@ -405,7 +405,7 @@ def test_what_the_command_line_tells_is_said_before_anything_is_loaded(command, 
 
 @pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "4"]], ids=["full", "lora"])
 def test_a_bound_that_ends_at_the_base_aligns_nothing(command, clip_folder, tmp_path, capsys, monkeypatch, lora):
-    monkeypatch.setattr(train, "choose_alpha", lambda points, bound: Choice(points[0], bound))
+    monkeypatch.setattr(promise, "choose_alpha", lambda points, bound: Choice(points[0], bound))
     more = ["--dataset_validation_split", "validation", "--learning_rate", "0.003", "--max_clean_cost", "0.5", *lora]
     assert main(["train", *command(*more)]) == UNCHANGED
     printed = capsys.readouterr()
