@@ -10,6 +10,7 @@ from .evaluator import trade_off as trade_off
 from .fairness.evaluator import evaluate_fairness as evaluate_fairness
 from .fairness.queries import load_queries as load_queries
 from .fairness.report import fairness_report as fairness_report
+from .interpolation import Measure as Measure
 from .interpolation import choose_alpha as choose_alpha
 from .interpolation import interpolate as interpolate
 from .interpolation import interpolation_table as interpolation_table
