@@ -1,5 +1,10 @@
+from .biased_prompts import project_out_biased_prompts as project_out_biased_prompts
 from .defense_prefix import learn_prefix as learn_prefix
+from .feature_clipping import drop_informative_features as drop_informative_features
+from .feature_clipping import mutual_information as mutual_information
 from .head_ablation import ablate_reading_heads as ablate_reading_heads
 from .mirror_mask import mask_by_mirror as mask_by_mirror
+from .orthogonal_projection import project_out_directions as project_out_directions
 from .spelling_projection import learn_spelling_projection as learn_spelling_projection
+from .subspace_projection import project_out_attribute as project_out_attribute
 from .text_removal import TextRemoval as TextRemoval
