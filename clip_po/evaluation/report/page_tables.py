@@ -92,14 +92,18 @@ def retention_page_tables(section: Mapping[str, Any]) -> list[Table]:
     headers = list(RETENTION_COLUMNS.values())
     digits = [2 if name == "retention_cost" else 3 for name in RETENTION_COLUMNS]
     lines = [
-        Row(name, [parts(cells[n], digits[n]) for n in kept], f"{model}, {images:,} images")
+        Row(f"{name}, {model}", [parts(cells[n], digits[n]) for n in kept], f"{images:,} images")
         for name, images, model, cells in rows
     ]
     tables = [Table("Other tasks, 95% intervals", ["set", *(headers[n] for n in kept)], lines)]
     for name, changes in class_rows(section).items():
         lines = [
-            Row(label, [(format_number(was), ""), (format_number(now), ""), parts(cost, 1)], f"{images:,} images")
-            for label, images, was, now, cost in changes
+            Row(
+                change.name,
+                [(format_number(change.before), ""), (format_number(change.after), ""), parts(change.cost, 1)],
+                f"{change.lost:,} lost and {change.won:,} won of {change.images:,} images",
+            )
+            for change in changes
         ]
         heading = f"Classes of {name} that lost or won most"
         tables.append(Table(heading, ["class", "before", "after", "cost (points)"], lines))

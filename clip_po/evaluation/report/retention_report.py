@@ -80,19 +80,18 @@ def retention_rows(
     ]
 
 
-def class_rows(section: Mapping[str, Any]) -> dict[str, list[tuple[str, int, float, float, Estimate]]]:
+def class_rows(section: Mapping[str, Any]) -> dict[str, list[ClassChange]]:
     """Return the classes of each set that lost most, followed by those that won most.
 
     Args:
         section: The section of a report as from `read_report`.
 
     Returns:
-        By set: name, number of images, accuracy before and after, and cost in percentage points.
+        Changes by set, without sets of which no class lost or won.
     """
     return {
         name: [
-            (row["name"], row["images"], row["before"], row["after"], read_estimate(row["cost"]))
-            for row in (*shown["lost"], *reversed(shown["won"]))
+            ClassChange(**{**row, "cost": read_estimate(row["cost"])}) for row in (*shown["lost"], *shown["won"][::-1])
         ]
         for name, shown in section["classes"].items()
         if shown["lost"] or shown["won"]
@@ -125,8 +124,9 @@ def retention_summary(section: Mapping[str, Any]) -> str:
         Markdown without headings: the table, and the classes of each set that lost or won most.
     """
     lines = [retention_table(report_estimates(section), section["sets"]), "", describe_vocabulary(section["texts"])]
-    for name, rows in class_rows(section).items():
-        table = format_table(["class", "images", "before", "after", "cost (points)"], rows)
+    for name, changes in class_rows(section).items():
+        rows = [(c.name, c.images, c.lost, c.won, c.before, c.after, c.cost) for c in changes]
+        table = format_table(["class", "images", "lost", "won", "before", "after", "cost (points)"], rows)
         lines += ["", f"Classes of {name} that lost or won most:", "", table]
     return "\n".join(lines)
 

@@ -74,7 +74,7 @@ def test_the_card_has_the_table_and_the_classes(report):
     rows = [line for line in card.splitlines() if line.startswith(("| lost", "| won", "| same"))]
     assert len(rows) == 20
     first = [cell.strip() for cell in rows[0].strip("|").split("|")]
-    assert first == ["lost 0", "20", ".500", "-.100", "60.000 [55.000, 65.000]"]
+    assert first == ["lost 0", "20", "3", "1", ".500", "-.100", "60.000 [55.000, 65.000]"]
     assert rows[-1].startswith("| won 1 ")
     assert not any(line.startswith("#") for line in card.splitlines())
     assert "/home/me" not in card
@@ -87,7 +87,16 @@ def test_the_page_has_the_tables_and_says_what_the_columns_mean(report, tmp_path
         "Classes of things that lost or won most",
     ]
     text = re.sub("<[^>]*>", "", write_page(tmp_path / "page.html", page).read_text(encoding="utf-8"))
-    for part in ("10.00 [8.00, 12.00]", "aligned, 80 images", "lost 0", "won 1", "KL(base || model)", "183"):
+    for part in (
+        "10.00 [8.00, 12.00]",
+        "views, aligned",
+        "80 images",
+        "3 lost and 1 won of 20 images",
+        "lost 0",
+        "won 1",
+        "KL(base || model)",
+        "183",
+    ):
         assert part in text
     assert "things.rows" in dict(page.details["What the numbers about other tasks mean"])
 
