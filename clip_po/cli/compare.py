@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ import torch
 from matplotlib.figure import Figure
 from transformers.utils import logging
 
-from clip_po.cli.compare_arguments import CompareArguments, Recipe, parse
-from clip_po.cli.compare_methods import DETERMINISTIC_METHODS, ComparisonSetup, MethodResult, run_method
-from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
+from clip_po.cli.compare_arguments import parse
+from clip_po.cli.compare_methods import MethodResult, run_method
+from clip_po.cli.comparison_setup import BASE, Comparison, load
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.comparison import (
-    ComparisonResults,
     best_method,
     cheapest_method,
     comparison_table,
@@ -30,105 +29,20 @@ from clip_po.evaluation.comparison import (
 from clip_po.evaluation.report.before_after import changes_line, choose_examples
 from clip_po.evaluation.report.figures import save_figure
 from clip_po.evaluation.report.page import report_page, write_page
-from clip_po.evaluation.report.plots import cost_plot, format_seconds, trade_off_plot
+from clip_po.evaluation.report.plots import cost_plot, format_seconds, retention_plot, trade_off_plot
 from clip_po.evaluation.report.report_file import read_report, write_report
 from clip_po.evaluation.robustness import (
-    BLANK,
-    VARIANTS,
-    RobustnessImages,
     evaluate_robustness,
     robustness_report,
 )
-from clip_po.models import read_processor
 from clip_po.validation import check_writable
-
-BASE = "before"
-"""Name of the model before alignment, in tables and folders."""
-
-SHARED_FLAGS = (
-    "dataset_name",
-    "dataset_config",
-    "dataset_train_split",
-    "dataset_validation_split",
-    "image_column",
-    "label_column",
-    "max_samples",
-    "attack_words",
-    "attack_other_words",
-    "attack_other_share",
-    "attack_count",
-    "name_until",
-    "attack_size",
-    "attack_places",
-    "attack_rotation",
-    "attack_sticker",
-)
-"""Flags that are passed on to `clip-po train`."""
 
 CAPTIONS: Mapping[str, str] = {
     "trade_off": "Clean against typographic accuracy, with 95% intervals",
     "seconds": "Recovery against what each method takes",
+    "retention": "Recovery against what other tasks lose, with 95% intervals",
 }
 """Caption of each plot, by the name of its file."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Everything that a comparison needs.
-
-    Attributes:
-        args: The flags.
-        recipe: The methods and attacks.
-        setup: The model and data that every method starts from.
-        images: The test images, by attack.
-        results: The stored answers.
-    """
-
-    args: CompareArguments
-    recipe: Recipe
-    setup: ComparisonSetup
-    images: Mapping[str, RobustnessImages]
-    results: ComparisonResults
-
-    @property
-    def main_attack(self) -> str:
-        """Return the first attack, which gives recovery and the choice of the best method."""
-        return next(iter(self.images))
-
-    def runs(self) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-        """Yield every run, one seed after another.
-
-        Yields:
-            Name, seed and settings of a method.
-        """
-        for seed in self.args.seeds:
-            for name, settings in self.recipe.methods.items():
-                if settings.get("method") not in DETERMINISTIC_METHODS or seed == self.args.seeds[0]:
-                    yield name, seed, settings
-
-    def seeds(self, method: str) -> list[int]:
-        """Return the seeds that a method runs with.
-
-        Args:
-            method: Name of the method in the recipe.
-
-        Returns:
-            The seeds, in the order of the flag.
-        """
-        return [seed for name, seed, _ in self.runs() if name == method]
-
-    def answers(self, method: str, attack: str) -> list[dict[str, np.ndarray]]:
-        """Return the stored answers of a method under an attack.
-
-        Args:
-            method: Name of the method in the recipe, or `BASE`.
-            attack: Name of the attack.
-
-        Returns:
-            For each seed, array [N] of predicted classes by variant.
-        """
-        seeds = [0] if method == BASE else self.seeds(method)
-        return [self.results.answers(method, seed, attack) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -140,12 +54,14 @@ class Summary:
         seconds: Mean duration of each method over its seeds.
         best: As from `best_method`.
         table: The comparison as a Markdown table.
+        kept: Estimates of what is kept of other tasks, by method; empty without retention sets.
     """
 
     metrics: Mapping[str, Mapping[str, Estimate]]
     seconds: Mapping[str, float]
     best: str | None
     table: str
+    kept: Mapping[str, Mapping[str, Estimate]]
 
     @property
     def methods(self) -> dict[str, Mapping[str, Estimate]]:
@@ -177,68 +93,6 @@ def main(argv: Sequence[str]) -> None:
     print(f"Report: {report}\nPage:   {page}")
 
 
-def load(args: CompareArguments, recipe: Recipe) -> Comparison:
-    """Load the processor and the data, and open the folder of results.
-
-    Args:
-        args: The flags.
-        recipe: The methods and attacks.
-
-    Returns:
-        The comparison.
-    """
-    setup = _load_setup(args, recipe)
-    images = _load_test_images(args, recipe, setup)
-    settings = {"training": recipe.training, "attacks": recipe.attacks, **args.measurement_settings()}
-    return Comparison(args, recipe, setup, images, ComparisonResults(setup.folder, settings))
-
-
-def _load_setup(args: CompareArguments, recipe: Recipe) -> ComparisonSetup:
-    """Load the processor, the training split and the validation split."""
-    processor = read_processor(str(args.model_name_or_path))
-    dataset = args.load(args.dataset_train_split, 0)
-    names = args.names(dataset)
-    (template,) = args.templates()
-    shared = {name: getattr(args, name) for name in SHARED_FLAGS}
-    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-    quiet["overwrite_output_dir"] = True  # of a run that was stopped: a finished one is not run again
-    own = {"model_name_or_path": args.model_name_or_path, "class_names": names, "prompt_template": template}
-    return ComparisonSetup(
-        model=str(args.model_name_or_path),
-        processor=processor,
-        train=dataset,
-        validation=args.load(str(args.dataset_validation_split), 0, like=dataset),
-        class_names=names,
-        template=template,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        attack=lambda seed: args.attack(names, training_fonts(), processor, seed),
-        training={**shared, **own, **quiet, **recipe.training},
-        folder=Path(str(args.output_dir)),
-        batch_size=args.batch_size,
-    )
-
-
-def _load_test_images(args: CompareArguments, recipe: Recipe, setup: ComparisonSetup) -> dict[str, RobustnessImages]:
-    """Load the test images for each attack, in fonts unseen in training; the main attack adds the blank box."""
-    dataset = replace(args, max_samples=args.max_test_samples).load(args.dataset_test_split, 0, like=setup.train)
-    attack = args.attack(setup.class_names, unseen_fonts(), setup.processor, args.test_seed)
-    images: dict[str, RobustnessImages] = {}
-    for name, settings in recipe.attacks.items():
-        images[name] = RobustnessImages(
-            dataset,
-            replace(attack, **settings),
-            setup.processor,
-            setup.class_names,
-            image_column=args.image_column,
-            label_column=args.label_column,
-            renderings=args.renderings,
-            variants=VARIANTS if images else (*VARIANTS, BLANK),
-            keep_bytes=2**30,
-        )
-    return images
-
-
 def measure(comparison: Comparison) -> None:
     """Run and evaluate the base and every method without a stored result.
 
@@ -247,7 +101,8 @@ def measure(comparison: Comparison) -> None:
     """
     setup, results = comparison.setup, comparison.results
     if results.find(BASE, 0, {}) is None:
-        results.add(BASE, 0, {}, _predict(comparison, MethodResult(setup.load_base(), setup.processor)), 0.0, {})
+        answers = _predict(comparison, MethodResult(setup.load_base(), setup.processor))
+        results.add(BASE, 0, {}, answers, 0.0, {}, comparison.tasks.measure_base())
     runs = list(comparison.runs())
     for number, (name, seed, settings) in enumerate(runs, 1):
         if results.find(name, seed, settings) is None:
@@ -264,7 +119,8 @@ def _run_and_store(comparison: Comparison, name: str, seed: int, settings: Mappi
     with log.open("a") as stream, contextlib.redirect_stdout(stream):
         result = run_method(comparison.setup, name, seed, **settings)
     seconds = time.time() - start
-    comparison.results.add(name, seed, settings, _predict(comparison, result), seconds, result.details)
+    answers, tasks = _predict(comparison, result), comparison.tasks.measure(result)
+    comparison.results.add(name, seed, settings, answers, seconds, result.details, tasks)
     return seconds
 
 
@@ -304,12 +160,26 @@ def summarize(comparison: Comparison) -> Summary:
         for name, found in metrics.items():
             measured = _metrics_under(comparison, attack, name)
             found.update({f"{prefix}{metric}": estimate for metric, estimate in measured.items()})
+    kept = _kept(comparison)
+    for name, found in kept.items():
+        metrics[name] |= {metric: found[metric] for metric in ("retention_cost", "kl") if metric in found}
     seconds = {
         name: float(np.mean([(results.find(name, s, methods[name]) or {})["seconds"] for s in comparison.seeds(name)]))
         for name in methods
     }
     best = best_method({name: metrics[name] for name in methods}, comparison.args.max_clean_cost)
-    return Summary(metrics, seconds, best, comparison_table(metrics, seconds, list(comparison.images)))
+    return Summary(metrics, seconds, best, comparison_table(metrics, seconds, list(comparison.images)), kept)
+
+
+def _kept(comparison: Comparison) -> dict[str, dict[str, Estimate]]:
+    """Return what each method keeps of other tasks; empty without retention sets."""
+    if not comparison.tasks.sets:
+        return {}
+    (base,) = comparison.other_tasks(BASE)
+    kept = {BASE: comparison.tasks.metrics([base], None)}
+    return kept | {
+        name: comparison.tasks.metrics(comparison.other_tasks(name), base) for name in comparison.recipe.methods
+    }
 
 
 def _metrics_under(comparison: Comparison, attack: str, name: str) -> dict[str, Estimate]:
@@ -333,6 +203,8 @@ def print_summary(comparison: Comparison, summary: Summary) -> None:
     """
     args, images = comparison.args, comparison.images[comparison.main_attack]
     print(f"\n{summary.table}\n\n{len(images)} test images, {len(args.seeds)} seeds; in brackets 95% intervals.")
+    if comparison.tasks.sets:
+        print(f"Retention cost (points) and drift (nats): mean over {comparison.tasks.describe()}.")
     print(describe_best(summary.methods, args.max_clean_cost))
 
 
@@ -351,6 +223,8 @@ def write(comparison: Comparison, summary: Summary, seconds: float) -> tuple[Pat
     shown = summary.shown
     images = comparison.images[attack]
     (folder / "table.md").write_text(summary.table + "\n")
+    runs = {name: comparison.other_tasks(name)[0] for name in (BASE, shown)} if summary.kept else {}
+    kept = comparison.tasks.answers(runs) if runs else {}
     report = write_report(
         folder / "report.json",
         command="compare",
@@ -363,6 +237,7 @@ def write(comparison: Comparison, summary: Summary, seconds: float) -> tuple[Pat
             "class_names": images.class_names,
             "seconds": summary.seconds,
         },
+        retention=comparison.tasks.section(summary.kept, kept, BASE, shown) if runs else None,
         seconds=seconds,
     )
     figures = _draw_plots(summary, args.max_clean_cost)
@@ -376,16 +251,19 @@ def write(comparison: Comparison, summary: Summary, seconds: float) -> tuple[Pat
         picture=images.picture,
         changes=changes_line(answers, BASE, shown),
         figures={CAPTIONS[name]: figure for name, figure in figures.items()},
+        galleries=comparison.tasks.galleries(kept, BASE, shown),
     )
     return report, write_page(folder / "report.html", page)
 
 
 def _draw_plots(summary: Summary, max_clean_cost: float) -> dict[str, Figure]:
-    """Draw the plots, by the name of their file; without the plot of seconds if no method has a defined recovery."""
+    """Draw the plots, by the name of their file; those of recovery only if a method has a defined one."""
     metrics, seconds = summary.metrics, summary.seconds
     accuracies = {name: (found["clean_accuracy"], found["typographic_accuracy"]) for name, found in metrics.items()}
     figures = {"trade_off": trade_off_plot(accuracies, base=BASE, allowed_cost=max_clean_cost)}
     recoveries = {name: metrics[name]["recovery"] for name in seconds}
     if defined := {name: recovery for name, recovery in recoveries.items() if math.isfinite(recovery.value)}:
         figures["seconds"] = cost_plot({name: seconds[name] for name in defined}, defined)
+    if costs := {name: metrics[name]["retention_cost"] for name in defined if "retention_cost" in metrics[name]}:
+        figures["retention"] = retention_plot(costs, defined)
     return figures

@@ -38,6 +38,13 @@ class CompareArguments(TaskArguments):
     max_clean_cost: float = field(
         default=0.5, metadata={"help": "Largest clean cost of the best method, in percentage points."}
     )
+    retention: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Also measure what each method keeps of other tasks: sets of images, as for clip-po evaluate. "
+            "They give the columns retention cost and drift, and a plot of recovery against retention cost."
+        },
+    )
     renderings: int = field(default=1, metadata={"help": "Number of attacked copies of each test image."})
     batch_size: int = field(default=256, metadata={"help": "Number of images in a forward pass."})
     test_seed: int = field(default=1000, metadata={"help": "Seed of the attacks on the test images."})
@@ -47,6 +54,8 @@ class CompareArguments(TaskArguments):
         super().__post_init__()
         self.check_single_prompt()
         check_bound(self.max_clean_cost)
+        if isinstance(self.retention, str):  # in a recipe
+            self.retention = [self.retention]
         if self.attack_fonts is not None:
             raise ValueError(
                 "--attack_fonts would set the same fonts for training and test images, but test images use fonts that "

@@ -18,7 +18,7 @@ from clip_po.evaluation.robustness import Answers, RobustnessImages
 from clip_po.evaluation.tables import format_estimate, format_table
 from clip_po.hub.redaction import redacted
 
-RESULT, ANSWERS = "result.json", "answers.npz"
+RESULT, ANSWERS, OTHER_TASKS = "result.json", "answers.npz", "other_tasks.npz"
 
 
 class ComparisonResults:
@@ -79,6 +79,7 @@ class ComparisonResults:
         answers: Mapping[str, Mapping[str, np.ndarray]],
         seconds: float,
         details: Mapping[str, Any],
+        other_tasks: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     ) -> None:
         """Store the result of a method and seed.
 
@@ -89,12 +90,12 @@ class ComparisonResults:
             answers: By attack and variant, array [N] of predicted classes.
             seconds: Duration of the method.
             details: What the method selected or learned.
+            other_tasks: By retention set and name, arrays of one number per image.
         """
         folder = self.path(name, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {f"{attack}/{v}": array for attack, by_variant in answers.items() for v, array in by_variant.items()}
-        with (folder / ANSWERS).open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+        _save(folder / ANSWERS, answers)
+        _save(folder / OTHER_TASKS, other_tasks or {})
         kept = {**self.settings, "method": settings}
         # Written last: a folder with this file is complete.
         write_json(folder / RESULT, {"settings": kept, "seconds": seconds, "details": details})
@@ -112,6 +113,29 @@ class ComparisonResults:
         """
         with np.load(self.path(name, seed) / ANSWERS, allow_pickle=False) as arrays:
             return {key.rpartition("/")[2]: arrays[key] for key in arrays if key.rpartition("/")[0] == attack}
+
+    def other_tasks(self, name: str, seed: int) -> dict[str, dict[str, np.ndarray]]:
+        """Return what is stored of a method and seed about other tasks.
+
+        Args:
+            name: Name of the method.
+            seed: Its seed.
+
+        Returns:
+            By retention set and name, arrays of one number per image.
+        """
+        found: dict[str, dict[str, np.ndarray]] = {}
+        with np.load(self.path(name, seed) / OTHER_TASKS, allow_pickle=False) as arrays:
+            for key in arrays:
+                above, _, array = key.rpartition("/")
+                found.setdefault(above, {})[array] = arrays[key]
+        return found
+
+
+def _save(path: Path, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    flat = {f"{above}/{name}": array for above, by_name in arrays.items() for name, array in by_name.items()}
+    with path.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **flat)
 
 
 def pool_seeds(images: RobustnessImages, predicted: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> Answers:
@@ -200,6 +224,7 @@ def comparison_table(
         metrics: By method, estimates by metric. Metrics of all attacks but the first have the prefix "ATTACK: ".
         seconds: Mean duration of each method; methods without one get an empty cell.
         attacks: Names of the attacks. The first one gives clean cost, recovery, fooled and blank sticker.
+            Retention cost and drift have columns if they were measured.
 
     Returns:
         The table.
@@ -218,6 +243,8 @@ def comparison_table(
             f"reading, {attack}": f"{attack}: reading_effect",
             f"kept, {attack}": f"{attack}: kept_answers",
         }
+    kept = {"retention cost": "retention_cost", "drift": "kl"}
+    columns |= {header: metric for header, metric in kept.items() if any(metric in m for m in metrics.values())}
     rows = [
         [
             name,

@@ -5,12 +5,17 @@ import json
 import numpy as np
 import pytest
 import yaml
-from samples import write_parquet
+from samples import CLASSES, make_labelled, write_parquet
+from transformers import CLIPModel
 
 from clip_po.cli import compare
 from clip_po.cli.main import main
+from clip_po.data.vocabulary import open_vocabulary
 from clip_po.evaluation.bootstrap import Estimate
+from clip_po.evaluation.drift import DriftEvaluator
 from clip_po.evaluation.report.report_file import read_report, report_estimates
+from clip_po.evaluation.retention import RetentionEvaluator, RetentionSet
+from clip_po.evaluation.tables import format_number
 
 METHODS = {
     "CE": {"loss_type": "sft"},
@@ -169,3 +174,55 @@ def test_no_winner_is_named_where_no_method_is_within_the_bound(recipe, tmp_path
 def test_a_bound_that_nothing_can_hold_is_refused_before_anything_is_loaded(recipe, capsys):
     assert main(recipe(max_clean_cost=-1)) == 2
     assert "max_clean_cost" in capsys.readouterr().err
+
+
+def test_what_the_methods_keep_of_other_tasks(recipe, tmp_path, clip_folder, processor, capsys):
+    """Over two seeds, against the evaluators on the checkpoints; a comparison that continues measures nothing."""
+    things = write_parquet(new_folder(tmp_path, "things"), test=16)
+    views = new_folder(tmp_path, "views")
+    make_labelled(5).select_columns("image").to_parquet(views / "test.parquet")
+    methods = {"CE": {**METHODS["CE"], "learning_rate": 0.01}, "mirror": METHODS["mirror"]}
+    command = recipe(methods=methods, retention=[str(things), str(views)], attacks={"class words": {}})
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "mean over things (test, 16 images), views (test, 5 images)." in printed
+    report = read_report(tmp_path / "out" / "report.json")
+    found = report_estimates(report["retention"])
+
+    base = CLIPModel.from_pretrained(clip_folder)
+    texts = open_vocabulary("a photo of a {}", CLASSES)
+    costs, drifts = [], []
+    for seed in (0, 1):
+        models = {
+            "base": base,
+            "CE": CLIPModel.from_pretrained(tmp_path / "out" / "CE" / f"seed-{seed}" / "checkpoint"),
+        }
+        retention = RetentionEvaluator({"things": RetentionSet(make_labelled(16))}, processor)
+        costs.append(retention(models, "base", disable_tqdm=True)["CE"]["retention_cost"].value)
+        sets = (make_labelled(16), make_labelled(5))
+        kl = [
+            DriftEvaluator(rows, processor, texts)(models, "base", disable_tqdm=True)["CE"]["kl"].value
+            for rows in sets
+        ]
+        drifts.append(np.mean(kl))
+    assert max(map(abs, costs)) > 0
+    assert found["CE"]["retention_cost"].value == pytest.approx(np.mean(costs))
+    assert found["CE"]["kl"].value == pytest.approx(np.mean(drifts), abs=1e-5)
+    assert "retention_cost" not in found["before"]
+    assert report_estimates(report)["CE"]["kl"] == found["CE"]["kl"]
+    header, _, _, row, *_ = (tmp_path / "out" / "table.md").read_text().splitlines()
+    cells = dict(zip(map(str.strip, header.split("|")), map(str.strip, row.split("|")), strict=True))
+    assert cells["retention cost"].startswith(format_number(np.mean(costs)))
+    assert cells["drift"].startswith(format_number(np.mean(drifts)))
+    assert "Other tasks, 95% intervals" in (tmp_path / "out" / "report.html").read_text()
+
+    assert main(command) == 0
+    again = report_estimates(read_report(tmp_path / "out" / "report.json")["retention"])
+    assert repr(again) == repr(found)
+    assert main(recipe(methods=methods, retention=str(things), attacks={"class words": {}})) != 0
+    assert "with other settings (retention)" in capsys.readouterr().err
+
+
+def new_folder(folder, name):
+    (folder / name).mkdir()
+    return folder / name

@@ -128,6 +128,43 @@ def cost_plot(seconds: Mapping[str, float], recovery: Mapping[str, Estimate]) ->
     return figure
 
 
+def retention_plot(
+    costs: Mapping[str, Estimate], recovery: Mapping[str, Estimate], *, allowed_cost: float = 1.0
+) -> Figure:
+    """Plot the retention cost of each method (x) against its recovery (y), with intervals as crosses.
+
+    Args:
+        costs: Accuracy lost on other tasks, in percentage points, by method. A line marks `allowed_cost`.
+        recovery: Recovery of each of these methods.
+        allowed_cost: Largest allowed retention cost, in percentage points.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If there are no methods, or a cost or recovery is missing or undefined.
+    """
+    missing = [name for name in costs if name not in recovery]
+    if missing:
+        raise ValueError(f"The methods {missing} have no recovery. Methods with a recovery: {list(recovery)}.")
+    _check({f"retention cost of {name}": cost for name, cost in costs.items()})
+    _check({f"recovery of {name}": recovery[name] for name in costs})
+    looks = _looks({name: (name, "") for name in costs})
+    crosses = {name: (cost, recovery[name]) for name, cost in costs.items()}
+    with styled():
+        figure, axes = _axes(len(costs))
+        axes.set(xlabel="retention cost (points)", ylabel="recovery")
+        axes.set_xlim(_limits([*costs.values(), Estimate(0.0), Estimate(allowed_cost)]))
+        axes.set_ylim(_limits(recovery[name] for name in costs))
+        axes.axvspan(allowed_cost, axes.get_xlim()[1] + 100, color=RULE, alpha=0.45, linewidth=0, zorder=0)
+        axes.axvline(allowed_cost, color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        _above(axes, allowed_cost, f"{allowed_cost:g} point{'' if allowed_cost == 1 else 's'}")
+        for name, cross in crosses.items():
+            _cross(axes, *cross, *looks[name])
+        _label_crosses(axes, {name: (x.value, y.value) for name, (x, y) in crosses.items()}, crosses.values())
+    return figure
+
+
 def sweep_plot(
     positions: Sequence[float],
     curves: Mapping[str, Sequence[Estimate]],

@@ -9,7 +9,7 @@ from PIL import Image
 
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.report.figures import figure_svg, save_figure
-from clip_po.evaluation.report.plots import cost_plot, format_seconds, sweep_plot, trade_off_plot
+from clip_po.evaluation.report.plots import cost_plot, format_seconds, retention_plot, sweep_plot, trade_off_plot
 
 
 def around(value, width=0.01):
@@ -80,6 +80,23 @@ def test_costs_are_shown_in_units_of_time():
     )
     assert {"DPO", "IPO", "recovery", "1 min", "10 min"} <= set(shown)
     assert "other" not in shown
+
+
+def test_recovery_against_what_other_tasks_lose():
+    costs = {"DPO": around(5.4, 2.5), "embedding": around(-0.5, 1.6)}
+    recovery = {"DPO": around(0.86), "embedding": around(0.84), "unmeasured": around(0.9)}
+    figure = retention_plot(costs, recovery)
+    assert {"DPO", "embedding", "retention cost (points)", "recovery", "1 point"} <= set(texts(figure))
+    assert "unmeasured" not in texts(figure)
+    low, high = figure.axes[0].get_xlim()
+    assert low < -2.1
+    assert high > 7.9
+    drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    assert [[5.4, 0.86]] in drawn
+    with pytest.raises(ValueError, match=r"'IPO'.*no recovery"):
+        retention_plot({"IPO": around(1.0)}, recovery)
+    with pytest.raises(ValueError, match="retention cost of DPO"):
+        retention_plot({"DPO": Estimate(math.nan)}, recovery)
 
 
 def test_a_sweep_names_its_curves_and_the_chosen_position():
