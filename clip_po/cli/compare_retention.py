@@ -43,9 +43,10 @@ class OtherTasks:
     texts: Sequence[str]
 
     def describe(self) -> str:
-        """Return the names of the sets, each with its split and number of images."""
+        """Return the names of the sets, each with its split, its number of images, and whether it has no labels."""
         return ", ".join(
-            f"{name} ({loaded.split}, {len(loaded.dataset):,} images)" for name, loaded in self.sets.items()
+            f"{name} ({loaded.split}, {len(loaded.dataset):,} images{'' if loaded.labelled else ', drift only'})"
+            for name, loaded in self.sets.items()
         )
 
     @cached_property

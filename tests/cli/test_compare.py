@@ -185,7 +185,7 @@ def test_what_the_methods_keep_of_other_tasks(recipe, tmp_path, clip_folder, pro
     command = recipe(methods=methods, retention=[str(things), str(views)], attacks={"class words": {}})
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "mean over things (test, 16 images), views (test, 5 images)." in printed
+    assert "mean over things (test, 16 images), views (test, 5 images, drift only)." in printed
     report = read_report(tmp_path / "out" / "report.json")
     found = report_estimates(report["retention"])
 
