@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.attacks.words import EVERYDAY_WORDS
 from clip_po.data.generic_images import GenericImages
 from clip_po.data.images import to_pixels
+from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.losses import LossSettings, PreferenceLogps, embedding_distillation_loss, preference_loss
 
 RUN = {"learning_rate": 1e-3, "max_steps": 3, "logging_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
@@ -191,6 +193,17 @@ def test_mixed_rows_train_with_candidates_of_their_own(make_trainer, in_batch):
     )
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+def test_words_that_are_no_classes_are_candidates_of_their_rows(make_trainer):
+    attack = TypographicAttack(words=["moon", "sugar", "tree"], min_side=32)
+    trainer = make_trainer(TypographicPreferences(make_labelled(12), attack), candidate_texts=None, **MIXED)
+    rows = [trainer.train_dataset[number] for number in range(16)]
+    assert all(row["candidates"] == [*PROMPTS, *row["rejected"]] for row in rows)
+    batch = trainer.data_collator(rows)
+    for row, own, rejected in zip(rows, batch["candidates"], batch["rejected"][:, 0], strict=True):
+        assert row["rejected"] == ([batch["texts"][own[rejected]]] if rejected >= 0 else [])
+    trainer.train()
 
 
 def test_metrics_of_preferences_leave_generic_images_out(make_trainer):

@@ -251,7 +251,8 @@ class MixedPreferences:
         return self._completed(source.texts(number, epoch))
 
     def _completed(self, row: Row) -> Row:
-        return {"candidates": self.generic.candidates, **row}
+        # An attack word may be no class: the policy chooses among the classes and the words of the row.
+        return {"candidates": list(dict.fromkeys([*self.generic.candidates, *row["rejected"]])), **row}
 
     def image(self, name: str, index: int) -> Image.Image:
         """Return one image of a row of epoch 0.
