@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, load_dataset
 from datasets import Image as ImageFeature
+from datasets.table import embed_table_storage
 
 from clip_po.data.image_folder import find_images, find_split, has_images
 from clip_po.data.loading import load_split, loading_explained
@@ -55,7 +56,10 @@ def _first_images(name: str, split: str, most: int) -> Dataset:
         stream = load_dataset(name, split=split, streaming=True)
         column = _image_column(stream.features or {}, name)
         encoded = stream.select_columns([column]).cast_column(column, ImageFeature(decode=False))
-        return Dataset.from_dict({"image": [row[column] for row in encoded.take(most)]}, features=IMAGES)
+        images = Dataset.from_dict({"image": [row[column] for row in encoded.take(most)]}, features=IMAGES)
+        # Of a folder of images on the Hub, a row is an address, which each read would download again.
+        arrow = images.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100, desc="Images")
+        return arrow.with_format(None)
 
 
 def _image_column(features: Features | dict[str, object], name: str) -> str:

@@ -5,6 +5,7 @@ import pytest
 from samples import make_labelled, picture, write_parquet
 
 from clip_po.data import unlabelled_images
+from clip_po.data.embedding_cache import image_digest
 from clip_po.data.unlabelled_images import load_images
 
 
@@ -65,6 +66,25 @@ def test_of_a_dataset_on_the_hub_only_the_first_images_are_read(monkeypatch):
     images = load_images("someone/things", "train", 3)
     assert shown(images) == shown(make_labelled(3))
     assert max(read) < 7
+
+
+def test_images_that_the_hub_names_by_their_address_are_kept(tmp_path, monkeypatch):
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for number, file in enumerate(files):
+        picture(number).save(file)
+
+    def rows():
+        for file in files:
+            yield {"image": {"path": str(file), "bytes": None}}
+
+    features = datasets.Features({"image": datasets.Image()})
+    stream = datasets.IterableDataset.from_generator(rows, features=features)
+    monkeypatch.setattr(unlabelled_images, "load_dataset", lambda name, split, streaming: stream)
+    images = load_images("someone/folder", "train", 5)
+    for file in files:
+        file.unlink()
+    assert shown(images) == [picture(number).tobytes() for number in range(2)]
+    assert image_digest(images, "image")
 
 
 def test_nothing_there_is_said():
