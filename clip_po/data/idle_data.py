@@ -32,7 +32,8 @@ def warn_of_idle_data(
             "The column 'candidates' of train_dataset has no effect, because candidate_texts sets the candidates of "
             "every row. Leave one of the two out."
         )
-    if regularization is not None and args.reg_weight == 0 and "kto_pair" not in args.loss_type:
+    read = args.reg_weight > 0 or args.reg_share > 0 or "kto_pair" in args.loss_type
+    if regularization is not None and not read:
         logger.warning("reg_dataset has no effect, because reg_weight is 0. Set reg_weight, or leave reg_dataset out.")
     if args.embeddings_cache and args.precompute_ref_log_probs is False:
         logger.warning(

@@ -320,6 +320,35 @@ def test_words_by_name(tmp_path, more, vocabulary, share):
     assert attack.other_share == share
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], (["sft", "embedding_distillation"], [1.0, 40.0], "embedding", 40.0, 0.5)),
+        (["--labels", "reference"], (["embedding_distillation"], [40.0], "embedding", 40.0, 0.5)),
+        (["--reg_type", "kl_open"], (["sft", "embedding_distillation"], [1.0, 40.0], "kl_open", 1.0, 0.5)),
+        (["--train_text_model", "true"], (["sft", "distillation"], None, "kl", 1.0, 0.0)),
+        (
+            ["--train_vision_model", "false", "--train_logit_scale", "true"],
+            (["sft", "distillation"], None, "kl", 1.0, 0.0),
+        ),
+        (["--loss_type", "sigmoid"], (["sigmoid"], None, "kl", 1.0, 0.0)),
+        (["--preset", "ipo"], (["ipo"], None, "kl", 0.01, 0.0)),
+    ],
+)
+def test_the_method_follows_from_what_is_asked_for(tmp_path, more, expected):
+    _, args, _ = parse(["--dataset_name", "d", "--output_dir", str(tmp_path), *more])
+    assert (args.loss_type, args.loss_weights, args.reg_type, args.reg_weight, args.reg_share) == expected
+
+
+def test_photographs_are_mixed_into_the_rows(command, unlabelled, capsys):
+    trainer = aligned(command("--reg_dataset_name", str(unlabelled), "--reg_max_samples", "7"))
+    assert len(trainer.reg_dataset) == 7
+    assert len(trainer.train_dataset) == 48
+    assert "Training on 24 images, and 24 crops and collages of 7 photographs without labels, in float32." in (
+        capsys.readouterr().out
+    )
+
+
 def test_words_of_the_users_own(command):
     trainer = aligned(command("--attack_other_words", "moon", "sugar", "--attack_other_share", "1"))
     written = {word for index in range(24) for word in trainer.train_dataset.preferences.task.attack.written(index)}
