@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers import CLIPModel, CLIPProcessor, TrainerCallback
 from transformers.utils import logging
 
@@ -178,7 +178,7 @@ def judge(args: argparse.Namespace, base: CLIPModel, processor: CLIPProcessor) -
     kept = {
         "man or woman": RetentionSet(grown, prompts, gender, label_column="gender"),
         "groups": RetentionSet(people, prompts, group, label_column="group"),
-        "all words": RetentionSet(others, prompts, words),
+        "all words": RetentionSet(others.cast_column("label", Value("int64")), prompts, words),
     }
     texts = [DEFAULT_TEMPLATE.replace("{}", word) for word in words]
     return Judge(
@@ -252,7 +252,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--train_split", default="train[:4000]")
     parser.add_argument("--part", choices=("dev", "test"), default="dev", help="images to measure on")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="rows of the table")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *INTERPOLATED, *PULLED], help="rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--max_steps", type=int, help="stop each training early, to try the script")
     args = parser.parse_args()
