@@ -12,6 +12,9 @@ from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.random_state import unchanged_random_state
 from clip_po.training.sharding import whole_weights
 
+TRAINER_METRICS = frozenset({"loss", "kl"})
+"""Metrics of every evaluation of the trainer, which an evaluator must not replace."""
+
 
 class EvaluatorCallback(TrainerCallback):
     """Runs an evaluator with every evaluation of a trainer.
@@ -33,10 +36,14 @@ class EvaluatorCallback(TrainerCallback):
         trainer: The trainer.
         evaluator: What to measure, such as a `RobustnessEvaluator` of validation images.
         prefix: Prefix of the metrics. The callback runs with evaluations that have this `metric_key_prefix`.
+        name: Name of the evaluator, for metrics such as "eval_drift/kl" with the name "drift". It is needed if the
+            trainer, or another evaluator, has metrics of the same names. The default "" adds no name.
     """
 
-    def __init__(self, trainer: ContrastivePOTrainer, evaluator: Evaluator[Any], prefix: str = "eval") -> None:
-        self.trainer, self.evaluator, self.prefix = trainer, evaluator, prefix
+    def __init__(
+        self, trainer: ContrastivePOTrainer, evaluator: Evaluator[Any], prefix: str = "eval", name: str = ""
+    ) -> None:
+        self.trainer, self.evaluator, self.prefix, self.name = trainer, evaluator, prefix, name
         self._base: dict[str, Any] = {}
 
     def on_train_begin(
@@ -51,9 +58,10 @@ class EvaluatorCallback(TrainerCallback):
             **kwargs: Not used.
 
         Raises:
-            ValueError, TypeError: As for `measure` of the evaluator.
+            ValueError: If a metric has the name of one of the trainer's.
+            ValueError, TypeError: As for `measure` and `report` of the evaluator.
         """
-        self._measured_base()
+        self._check_names(self._measured_base())
         handler = self.trainer.callback_handler
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
 
@@ -82,8 +90,10 @@ class EvaluatorCallback(TrainerCallback):
         measured = {**self._measured_base(), **self._measure("policy", self.trainer.encoder)}
         with unchanged_random_state(self.trainer.accelerator.device):
             found = self.evaluator.report(measured, base="reference", resamples=1)["policy"]
-        values = {name: estimate.value for name, estimate in found.items()}
-        named = {f"{self.prefix}_{name}": value for name, value in values.items() if math.isfinite(value)}
+        values = {metric: estimate.value for metric, estimate in found.items()}
+        named = {
+            f"{self.prefix}_{self._named(metric)}": value for metric, value in values.items() if math.isfinite(value)
+        }
         metrics.update(named)
         self.trainer.log(named)
 
@@ -92,6 +102,19 @@ class EvaluatorCallback(TrainerCallback):
         sets = self.trainer.eval_dataset
         names = [self.prefix, *(f"{self.prefix}_{name}" for name in (sets if isinstance(sets, dict) else ()))]
         return any(f"{name}_loss" in metrics for name in names[:2])
+
+    def _named(self, metric: str) -> str:
+        return f"{self.name}/{metric}" if self.name else metric
+
+    def _check_names(self, base: dict[str, Any]) -> None:
+        """Raise if a metric of the evaluator would replace one of the trainer's. The base stands in for the policy."""
+        with unchanged_random_state(self.trainer.accelerator.device):
+            metrics = self.evaluator.report({**base, "policy": base["reference"]}, "reference", 1)["policy"]
+        if taken := sorted(TRAINER_METRICS & set(map(self._named, metrics))):
+            raise ValueError(
+                f"The evaluator and the trainer both have a metric {', '.join(taken)}. Give the callback a name: "
+                f"EvaluatorCallback(trainer, evaluator, name='drift') logs {self.prefix}_drift/{taken[0]}."
+            )
 
     def _measured_base(self) -> dict[str, Any]:
         # The reference, not the model at the start of training: a resumed run starts with a trained model.

@@ -5,12 +5,14 @@ import json
 import pytest
 import transformers
 from packaging.version import Version
-from samples import CLASSES, StopAt, logged, make_labelled, make_preferences
+from samples import CLASSES, PROMPTS, StopAt, logged, make_labelled, make_preferences
 from transformers import CLIPModel, EarlyStoppingCallback, TrainerCallback
 
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.typographic_preferences import TypographicPreferences
+from clip_po.evaluation.drift import DriftEvaluator
 from clip_po.evaluation.evaluator import RobustnessEvaluator, ZeroShotEvaluator, trade_off
+from clip_po.evaluation.retention import RetentionEvaluator, RetentionSet
 from clip_po.evaluation.robustness import RobustnessImages, evaluate_robustness, robustness_report
 from clip_po.evaluation.zero_shot import zero_shot_accuracy
 from clip_po.training.callbacks import EvaluatorCallback
@@ -132,6 +134,56 @@ def test_any_evaluator_plugs_in_and_the_reference_is_measured_once(make_trainer,
     assert result["eval_difference"] == pytest.approx(100 * (after - before))
 
 
+def drift_callback(trainer, processor, **arguments):
+    return EvaluatorCallback(trainer, DriftEvaluator(make_labelled(16), processor, PROMPTS), **arguments)
+
+
+def test_drift_chooses_the_checkpoint_that_has_moved_least(make_trainer, processor, clip_folder):
+    trainer = make_trainer(
+        metric_for_best_model="drift/kl",
+        greater_is_better=DriftEvaluator.greater_is_better,
+        load_best_model_at_end=True,
+    )
+    trainer.add_callback(drift_callback(trainer, processor, name="drift"))
+    trainer.train()
+    drifts = logged(trainer, "eval_drift/kl")
+    assert len(drifts) == 4
+    assert trainer.state.best_metric == min(drifts) > 0
+    assert trainer.state.best_global_step == 2 * (1 + drifts.index(min(drifts)))
+    assert max(drifts) > min(drifts)
+    models = {"reference": CLIPModel.from_pretrained(clip_folder), "policy": trainer.model}
+    evaluator = DriftEvaluator(make_labelled(16), processor, PROMPTS)
+    loaded = evaluator(models, "reference", disable_tqdm=True)["policy"]
+    assert loaded["kl"].value == pytest.approx(min(drifts), abs=1e-5)
+    assert len(logged(trainer, "eval_kl")) == 4  # of the trainer, over the candidates
+    assert {"eval_drift/agreement", "eval_drift/cosine"} <= trainer.evaluate().keys()
+
+
+def test_retention_chooses_the_checkpoint_that_has_lost_least(make_trainer, processor):
+    trainer = make_trainer(
+        learning_rate=0.05,
+        metric_for_best_model=RetentionEvaluator.primary_metric,
+        greater_is_better=RetentionEvaluator.greater_is_better,
+        load_best_model_at_end=True,
+    )
+    evaluator = RetentionEvaluator({"things": RetentionSet(make_labelled(16))}, processor)
+    trainer.add_callback(EvaluatorCallback(trainer, evaluator))
+    trainer.train()
+    costs = logged(trainer, "eval_retention_cost")
+    assert costs == logged(trainer, "eval_things: retention_cost")
+    assert len(set(costs)) > 1
+    assert trainer.state.best_metric == min(costs)
+    assert trainer.evaluate()["eval_retention_cost"] == min(costs)
+
+
+def test_a_metric_that_would_replace_one_of_the_trainers_is_refused_before_training(make_trainer, processor):
+    trainer = make_trainer()
+    trainer.add_callback(drift_callback(trainer, processor))
+    with pytest.raises(ValueError, match=r"both have a metric kl.*name='drift'.*eval_drift/kl"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_an_evaluation_of_another_prefix_is_left_alone(make_trainer, images):
     trainer = with_robustness(make_trainer(), images)
     assert "eval_clean_accuracy" in trainer.evaluate()
@@ -188,7 +240,9 @@ from clip_po.training.averaging import BetaMovingAverageCallback
 from clip_po.training.callbacks import EvaluatorCallback
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.attack import TypographicAttack
+from clip_po.evaluation.drift import DriftEvaluator
 from clip_po.evaluation.evaluator import RobustnessEvaluator
+from clip_po.evaluation.retention import RetentionEvaluator, RetentionSet
 from clip_po.evaluation.robustness import RobustnessImages
 
 clip, folder, stop = sys.argv[1:]
