@@ -54,8 +54,6 @@ class CompareArguments(TaskArguments):
         super().__post_init__()
         self.check_single_prompt()
         check_bound(self.max_clean_cost)
-        if isinstance(self.retention, str):  # in a recipe
-            self.retention = [self.retention]
         if self.attack_fonts is not None:
             raise ValueError(
                 "--attack_fonts would set the same fonts for training and test images, but test images use fonts that "

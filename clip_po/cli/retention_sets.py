@@ -117,14 +117,14 @@ class LoadedSet:
 
 
 def load_retention_sets(
-    names: Sequence[str], templates: Sequence[str], suite_folder: str | Path | None = None
+    names: Sequence[str] | str, templates: Sequence[str], suite_folder: str | Path | None = None
 ) -> dict[str, LoadedSet]:
     """Load the sets that --retention names, before anything is measured.
 
     Args:
         names: Each the suite `retention` or one of its entries, a YAML file of a suite of your own, or a folder, a
             file or a Hub id, each optionally followed by ":" and a split. Without a split it is "test", else
-            "validation", else "train".
+            "validation", else "train". A single name, as a recipe may have it, is a list of one.
         templates: Prompts with one `{}` for the sets that are not of a suite.
         suite_folder: Folder of local copies of a suite's datasets, as for `load_entry`.
 
@@ -136,7 +136,7 @@ def load_retention_sets(
             message says which set and what to do.
     """
     found: dict[str, LoadedSet] = {}
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         for key, loaded in _load(name, templates, suite_folder).items():
             if key in found:
                 raise ValueError(

@@ -25,6 +25,15 @@ def test_a_folder_with_and_without_a_split(parquet, end, split, rows):
     assert found.labelled.dataset is found.dataset
 
 
+def test_a_folder_of_classes_without_splits_and_a_single_name(tmp_path):
+    for number, name in enumerate(["polar_bear", "dog", "dog"]):
+        (tmp_path / name).mkdir(exist_ok=True)
+        picture(number).save(tmp_path / name / f"{number}.png")
+    found = load_retention_sets(str(tmp_path), TEMPLATES)[tmp_path.name]
+    assert (found.split, len(found.dataset)) == ("train", 3)
+    assert found.answers({}).class_names == ("dog", "polar bear")
+
+
 @pytest.mark.parametrize(("splits", "expected"), [(["train", "validation"], "validation"), (["train"], "train")])
 def test_the_split_that_there_is(tmp_path, splits, expected):
     write_parquet(tmp_path, **dict.fromkeys(splits, 4))
