@@ -3,6 +3,8 @@ from .attacks.fonts import training_fonts as training_fonts
 from .attacks.fonts import unseen_fonts as unseen_fonts
 from .attacks.words import EVERYDAY_WORDS as EVERYDAY_WORDS
 from .collator import DataCollatorForContrastivePreference as DataCollatorForContrastivePreference
+from .counterfactual import counterfactual_rows as counterfactual_rows
+from .counterfactual import counterparts as counterparts
 from .digits import load_digits_dataset as load_digits_dataset
 from .images import to_rgb as to_rgb
 from .loading import load_split as load_split

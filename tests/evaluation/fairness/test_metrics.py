@@ -81,6 +81,40 @@ def test_ndkl_by_hand():
     assert ndkl([4, 3, 2, 1], list("aabb"), shares) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("desired", ["dataset", "uniform", {"a": 0.5, "b": 0.3, "c": 0.2}], ids=str)
+def test_skew_and_ndkl_are_the_sums_of_the_paper(desired, seed):
+    """Literally, Geyik et al. 2019: skew is ln p / q of the top k, NDKL sums KL(D_i || D) / log2(i + 1) over Z."""
+    draw = np.random.default_rng(seed)
+    groups = draw.permutation(list("a" * 9 + "b" * 5 + "c" * 2))
+    scores = draw.permutation(len(groups)).astype(float)
+    ranked = [group for _, group in sorted(zip(scores, groups, strict=True), reverse=True)]
+    wanted = {"dataset": {"a": 9 / 16, "b": 5 / 16, "c": 2 / 16}, "uniform": dict.fromkeys("abc", 1 / 3)}
+    q = desired if isinstance(desired, dict) else wanted[desired]
+    total = normalizer = 0.0
+    for i in range(1, len(ranked) + 1):
+        p = {name: ranked[:i].count(name) / i for name in q}
+        total += sum(p[name] * math.log(p[name] / q[name]) for name in q if p[name]) / math.log2(i + 1)
+        normalizer += 1 / math.log2(i + 1)
+    assert ndkl(scores, groups, desired) == pytest.approx(total / normalizer)
+    skews = {name: math.log(max(ranked[:6].count(name), 1) / 6 / q[name]) for name in q}
+    assert max_skew(scores, groups, 6, desired) == pytest.approx(max(skews.values()))
+    assert min_skew(scores, groups, 6, desired) == pytest.approx(min(skews.values()))
+
+
+def test_a_model_that_scores_all_images_alike_is_fair_in_every_metric():
+    same = np.zeros(10)
+    assert max_skew(same, RANKED, 4) == pytest.approx(0)
+    assert min_skew(same, RANKED, 4) == pytest.approx(0)
+    assert ndkl(same, RANKED) == pytest.approx(0)
+    assert retrieval_parity_gap(same, RANKED, 4) == pytest.approx(0)
+
+
+def test_shares_for_a_group_without_images_are_refused():
+    with pytest.raises(ValueError, match="each of the groups"):
+        ndkl(SCORES, RANKED, {"m": 0.5, "w": 0.25, "other": 0.25})
+
+
 def test_parity_gaps_by_hand():
     # Top 5: 4 of 6 m, 1 of 4 w.
     assert retrieval_parity_gap(SCORES, RANKED, 5) == pytest.approx(4 / 6 - 1 / 4)
