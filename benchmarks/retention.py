@@ -239,11 +239,10 @@ def result(args: argparse.Namespace, ask: Judge, name: str, seed: int) -> dict[s
 
 def row(results: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return the cells of a method: of one seed with intervals, of several their means with the mean interval."""
-    cells: list[Any] = [
+    return [
         Estimate(*(float(np.mean([found[key][end] for found in results])) for end in ("value", "low", "high")))
         for key in COLUMNS
     ]
-    return [*cells, f"{np.mean([found['seconds'] for found in results]):.0f}"]
 
 
 def main() -> None:
@@ -262,7 +261,7 @@ def main() -> None:
     processor = CLIPProcessor.from_pretrained(args.model)
     ask = judge(args, load_model(args.model).eval(), processor)
     table = [[name, *row([result(args, ask, name, seed) for seed in args.seeds])] for name in args.methods]
-    print(format_table(["method", *COLUMNS.values(), "seconds"], table))
+    print(format_table(["method", *COLUMNS.values()], table))
 
 
 if __name__ == "__main__":
