@@ -166,6 +166,7 @@ def photographs(args: argparse.Namespace) -> Case:
             **demo.TRAINING,  # logging arguments
             **{name: value for name, value in DEFAULTS.items() if value is not None and name != "lora_dropout"},
             **fit_to_size(width, len(train), False),
+            "learning_rate": 3e-4 * (128 / width) ** 2,  # that of the results in docs/bias.md
             "per_device_train_batch_size": BATCH_SIZE,
             "save_strategy": "no",
             "bf16": args.bf16,

@@ -42,17 +42,15 @@ from clip_po.evaluation.tables import format_table
 from clip_po.models import image_size, load_model
 
 KL = ["--reg_type", "kl", "--reg_weight", "2", "--reg_share", "0"]
-CLASSES = ["--attack_words"]  # followed by the class names
 EMBEDDING = ["--reg_type", "embedding", "--reg_weight", "40"]
 CE = ["--loss_type", "sft"]
 SOFT = ["--loss_type", "sft", "distillation"]
-DISTILLED = ["--loss_type", "sft", "embedding_distillation", "--loss_weights", "1", "40"]
+DISTILLED = ["--loss_type", "sft", "embedding_distillation", "--loss_weights", "3", "40"]
 EVERYDAY = ["--attack_words", "everyday"]
 COLLAGES = ["--reg_share", "0.5"]
 
 METHODS: Mapping[str, Sequence[str]] = {
     "default": [],
-    "default, 3 epochs": ["--num_train_epochs", "3"],
     "default, photographs": ["--reg_dataset_name", "GENERIC"],
     "default, label-free": ["--labels", "reference"],
     "default, label-free, photographs": ["--labels", "reference", "--reg_dataset_name", "GENERIC"],
@@ -74,10 +72,10 @@ METHODS: Mapping[str, Sequence[str]] = {
         *("--loss_type", "sigmoid", "embedding_distillation", "--loss_weights", "1", "40"),
         *(*EMBEDDING, *COLLAGES, *EVERYDAY),
     ],
-    "strength 10": ["--loss_weights", "1", "10", "--reg_weight", "10"],
-    "strength 160": ["--loss_weights", "1", "160", "--reg_weight", "160"],
-    "half the learning rate": ["--learning_rate", "1.5e-4"],
-    "twice the learning rate": ["--learning_rate", "6e-4"],
+    "strength 10": ["--loss_weights", "3", "10", "--reg_weight", "10"],
+    "strength 160": ["--loss_weights", "3", "160", "--reg_weight", "160"],
+    "half the learning rate": ["--learning_rate", "1e-4"],
+    "twice the learning rate": ["--learning_rate", "4e-4"],
 }
 """Flags of `clip-po train` by method. GENERIC stands for --generic."""
 

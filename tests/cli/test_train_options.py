@@ -323,9 +323,9 @@ def test_words_by_name(tmp_path, more, vocabulary, share):
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ([], (["sft", "embedding_distillation"], [1.0, 40.0], "embedding", 40.0, 0.5)),
+        ([], (["sft", "embedding_distillation"], [3.0, 40.0], "embedding", 40.0, 0.5)),
         (["--labels", "reference"], (["embedding_distillation"], [40.0], "embedding", 40.0, 0.5)),
-        (["--reg_type", "kl_open"], (["sft", "embedding_distillation"], [1.0, 40.0], "kl_open", 1.0, 0.5)),
+        (["--reg_type", "kl_open"], (["sft", "embedding_distillation"], [3.0, 40.0], "kl_open", 1.0, 0.5)),
         (["--train_text_model", "true"], (["sft", "distillation"], None, "kl", 1.0, 0.0)),
         (
             ["--train_vision_model", "false", "--train_logit_scale", "true"],
