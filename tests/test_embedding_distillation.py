@@ -233,13 +233,13 @@ def test_without_a_reg_dataset_generic_images_are_made_of_the_training_images(ma
 
 
 def test_each_generic_image_comes_up_equally_often(monkeypatch):
-    """Four rows, two of them collages, show ten images: each of the five twice."""
+    """Five rows, three of them collages, show 14 images; the first ten are each of the five twice."""
     read = []
-    rows = GenericImages(generic(5), typographic(4).attack, 4, PROMPTS)
+    rows = GenericImages(generic(5), typographic(4).attack, 5, PROMPTS)
     monkeypatch.setattr(rows, "_image", lambda turn: read.append(turn) or picture(turn))
-    for index in range(4):
+    for index in range(5):
         rows.image("clean_image", index)
-    assert read == list(range(10))
+    assert read == list(range(14))
     monkeypatch.undo()
     images = [rows._image(turn).tobytes() for turn in range(10)]
     expected = sorted(image.convert("RGB").tobytes() for image in generic(5)["image"])

@@ -29,12 +29,15 @@ SMALLEST_CROP = 0.4
 COLLAGE = 4
 """Number of images in a collage, in two rows."""
 
+ROWS_PER_CROP = 4
+"""Of so many rows, one shows a crop of a single image, and the others show collages."""
+
 
 class GenericImages:
     """Unlabelled images as rows with an attack word and without a chosen text, which losses without labels read.
 
-    Rows alternate between a random crop of one image, which shows its things at other sizes, and a collage of random
-    crops of four, which shows them in other company. Each image comes up equally often. The pictures are the same in
+    Three rows of four show a collage of random crops of four images, which shows their things in other company, and one
+    a random crop of a single image, which shows them at other sizes. Each image comes up equally often. The pictures are the same in
     every epoch, so that the reference embeds them once. Words are drawn by the attack, with the number of the row +
     `offset` as the index.
 
@@ -129,9 +132,9 @@ class GenericImages:
         if name == "image":
             return self.row(index, 0)[name]
         rng = random.Random(f"crop/{self.attack.seed}/{index}")
-        pair, is_collage = divmod(index, 2)
-        turn = pair * (1 + COLLAGE) + is_collage  # the images of all rows before
-        if not is_collage:
+        group, place = divmod(index, ROWS_PER_CROP)
+        turn = (group * ROWS_PER_CROP + place) * COLLAGE - (COLLAGE - 1) * (group + (place > 0))  # images before this
+        if place == 0:
             return _random_crop(self._image(turn), (1, 1), rng)
         side = self.attack.crop or self.attack.min_side
         boxes = _tiles(side, rng)
