@@ -37,9 +37,9 @@ class GenericImages:
     """Unlabelled images as rows with an attack word and without a chosen text, which losses without labels read.
 
     Three rows of four show a collage of random crops of four images, which shows their things in other company, and one
-    a random crop of a single image, which shows them at other sizes. Each image comes up equally often. The pictures are the same in
-    every epoch, so that the reference embeds them once. Words are drawn by the attack, with the number of the row +
-    `offset` as the index.
+    a random crop of a single image, which shows them at other sizes. Each image comes up equally often. The pictures
+    are the same in every epoch, so that the reference embeds them once. Words are drawn by the attack, with the number
+    of the row + `offset` as the index.
 
     Args:
         images: Images of any kind in a column `image`.
@@ -132,9 +132,9 @@ class GenericImages:
         if name == "image":
             return self.row(index, 0)[name]
         rng = random.Random(f"crop/{self.attack.seed}/{index}")
-        group, place = divmod(index, ROWS_PER_CROP)
-        turn = (group * ROWS_PER_CROP + place) * COLLAGE - (COLLAGE - 1) * (group + (place > 0))  # images before this
-        if place == 0:
+        crops_before = -(-index // ROWS_PER_CROP)
+        turn = crops_before + COLLAGE * (index - crops_before)
+        if index % ROWS_PER_CROP == 0:
             return _random_crop(self._image(turn), (1, 1), rng)
         side = self.attack.crop or self.attack.min_side
         boxes = _tiles(side, rng)
