@@ -36,10 +36,10 @@ ROWS_PER_CROP = 4
 class GenericImages:
     """Unlabelled images as rows with an attack word and without a chosen text, which losses without labels read.
 
-    Three rows of four show a collage of random crops of four images, which shows their things in other company, and one
-    a random crop of a single image, which shows them at other sizes. Each image comes up equally often. The pictures
-    are the same in every epoch, so that the reference embeds them once. Words are drawn by the attack, with the number
-    of the row + `offset` as the index.
+    Three rows of four show a collage of random crops of four images, with their things in other company. The fourth
+    shows a random crop of a single image, with its things at another size. Each image comes up equally often. The
+    pictures are the same in every epoch, so that the reference embeds them once. Words are drawn by the attack, with
+    the number of the row + `offset` as the index.
 
     Args:
         images: Images of any kind in a column `image`.
