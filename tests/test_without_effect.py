@@ -54,7 +54,10 @@ def test_losses_that_all_weigh_nothing_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--attack_other_words", "moon", "sun"], "--attack_other_words has no effect without --attack_other_share"),
+        (
+            ["--attack_words", "classes", "--attack_other_words", "moon", "sun"],
+            "--attack_other_words has no effect without --attack_other_share",
+        ),
         (["--name_until", ",", "--class_names", "a", "b"], "--name_until has no effect next to --class_names"),
         (["--class_name_map", "x.yaml", "--class_names", "a"], "--class_name_map has no effect next to --class_names"),
         (["--lora_r", "4"], "--lora_r would have no effect: .*Add --use_peft"),
