@@ -162,7 +162,10 @@ class TrainArguments(TaskArguments):
         """
         if self.reg_dataset_name is None:
             return None
-        return load_images(self.reg_dataset_name, self.reg_dataset_split, self.reg_max_samples, seed)
+        try:
+            return load_images(self.reg_dataset_name, self.reg_dataset_split, self.reg_max_samples, seed)
+        except ValueError as error:
+            raise ValueError(f"--reg_dataset_name: {error} Its split is --reg_dataset_split.") from error
 
     @property
     def bounds(self) -> Bounds:

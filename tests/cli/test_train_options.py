@@ -349,6 +349,13 @@ def test_photographs_are_mixed_into_the_rows(command, unlabelled, capsys):
     )
 
 
+def test_photographs_that_are_not_there_are_named_with_their_flags(command, capsys):
+    assert main(["train", *command("--reg_dataset_name", "no/such-photographs")]) == 2
+    said = capsys.readouterr().err
+    assert "--reg_dataset_name" in said
+    assert "--reg_dataset_split" in said
+
+
 def test_words_of_the_users_own(command):
     trainer = aligned(command("--attack_other_words", "moon", "sugar", "--attack_other_share", "1"))
     written = {word for index in range(24) for word in trainer.train_dataset.preferences.task.attack.written(index)}
