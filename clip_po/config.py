@@ -48,6 +48,8 @@ PRESET_TRAINING: Mapping[str, Any] = {
 
 ADAMAX = "adamax"
 
+SHARE = Allowed("lie in [0, 1)", lambda number: 0 <= number < 1)
+
 NUMBERS: Mapping[str, Allowed] = {
     "learning_rate": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
@@ -65,6 +67,7 @@ NUMBERS: Mapping[str, Allowed] = {
     "save_steps": POSITIVE,
     "seed": SEED,
     "reg_weight": NOT_NEGATIVE,
+    "reg_share": SHARE,
     "desirable_weight": NOT_NEGATIVE,
     "undesirable_weight": NOT_NEGATIVE,
 }
@@ -74,8 +77,6 @@ STEPPED: Mapping[str, str] = {"logging_steps": "logging_strategy", "save_steps":
 """Arguments that are only used with the strategy "steps", and the argument that sets the strategy."""
 
 SMOOTHING = Allowed("lie in [0, 0.5)", lambda number: 0 <= number < 0.5)
-
-SHARE = Allowed("lie in [0, 1)", lambda number: 0 <= number < 1)
 
 REG_TYPES = ("kl", "kl_open", "embedding")
 """What holds the policy to the reference on ordinary images: see `reg_type` of `ContrastivePOConfig`."""
@@ -367,7 +368,6 @@ class ContrastivePOConfig(TrainingArguments):
             "To train without a pull to the reference, use loss_type='sft' or reference_free=True.",
         )
         check_number("label_smoothing", self.label_smoothing, SMOOTHING)
-        self._check_regularization()
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor!r} is Trainer's argument for classifiers. It "
@@ -389,6 +389,7 @@ class ContrastivePOConfig(TrainingArguments):
         for name, allowed in self._numbers().items():
             if (value := getattr(self, name)) is not None:  # clip-po train chooses some of them from the data later
                 check_number(name, value, allowed)
+        self._check_regularization()
         if self.data_seed is not None:
             check_number("data_seed", self.data_seed, SEED)
         if self.trainable_layers is not None:
@@ -432,7 +433,6 @@ class ContrastivePOConfig(TrainingArguments):
                 f"{' and '.join(needs_vision)} compares image embeddings, which train_vision_model=False does not "
                 "change. Use the losses and reg_type='kl' of log-probabilities."
             )
-        check_number("reg_share", self.reg_share, SHARE)
         if self.reg_share > 0 and not LABEL_FREE & set(self.loss_type):
             raise ValueError(
                 f"reg_share={self.reg_share!r} trains on images without labels, but none of loss_type="

@@ -235,14 +235,20 @@ class TaskArguments(ScriptArguments):
         """Return the typographic attack that the arguments describe, on the part of an image that the model sees."""
         return self._attack(words, fonts, min_side=image_size(processor) or 224, crop=crop_side(processor), seed=seed)
 
+    @property
+    def other_share(self) -> float:
+        """The share of the written words that are not classes."""
+        if self.attack_other_share is not None:
+            return self.attack_other_share
+        return EVERYDAY_SHARE if self.attack_words == [EVERYDAY] else 0.0
+
     def _attack(self, words: Sequence[str], fonts: Sequence[str], **fitted: Any) -> TypographicAttack:
         low, high = self.attack_size
         named = self.attack_words in (None, [CLASSES], [EVERYDAY])
-        share = EVERYDAY_SHARE if self.attack_words == [EVERYDAY] else 0.0
         return TypographicAttack(
             words=list(words) if named else self.attack_words or (),
             other_words=self.attack_other_words or EVERYDAY_WORDS,
-            other_share=share if self.attack_other_share is None else self.attack_other_share,
+            other_share=self.other_share,
             count=(self.attack_count[0], self.attack_count[1]),
             fonts=self.attack_fonts or list(fonts),
             size=(low, high),

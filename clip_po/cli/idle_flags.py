@@ -7,11 +7,6 @@ from typing import Any
 
 from trl import ModelConfig
 
-NEEDS: dict[str, tuple[str, str]] = {
-    "attack_other_words": ("attack_other_share", "above 0"),
-}
-"""Flags, with the flag that must be set for them to have an effect, and its values."""
-
 REPLACED_BY_NAMES = ("name_until", "class_name_map")
 """Flags that change the class names of the dataset."""
 
@@ -28,9 +23,11 @@ def check_task_flags(args: Any) -> None:
     Raises:
         ValueError: If one has none; the message names both flags.
     """
-    for name, (other, value) in NEEDS.items():
-        if getattr(args, name) is not None and not getattr(args, other) and args.attack_words != ["everyday"]:
-            raise ValueError(f"--{name} has no effect without --{other} {value}. Set it, or leave --{name} out.")
+    if args.attack_other_words is not None and not args.other_share:
+        raise ValueError(
+            "--attack_other_words has no effect without --attack_other_share above 0. Set it, or leave "
+            "--attack_other_words out."
+        )
     for name in REPLACED_BY_NAMES:
         if getattr(args, name) is not None and args.class_names is not None:
             raise ValueError(f"--{name} has no effect next to --class_names, which names every class. Leave one out.")

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from clip_po.hub.markdown import code_span, escape_markdown
 from clip_po.hub.redaction import publishable, without_folders
+from clip_po.losses import WITHOUT_REJECTED
 
 CheckpointKind = Literal["model", "adapter", "concept"]
 """What a checkpoint holds: a model, adapters of the base model, or a transformation of its embeddings."""
@@ -35,9 +36,6 @@ METHODS = {
     "embedding_distillation": "distillation of clean embeddings",
 }
 """Name of the method in the card, by loss type."""
-
-WITHOUT_PAIRS = frozenset({"sft", "distillation", "embedding_distillation"})
-"""Loss types that prefer no text to another."""
 
 CARD_SETTINGS = (
     "loss_type",
@@ -117,7 +115,7 @@ def model_card(
 def _what_was_done(base: str, loss_types: Sequence[str], settings: Mapping[str, Any]) -> str:
     """Say how the model was trained. What a loss prefers, or the KL keeps, is claimed only where it was trained."""
     method = escape_markdown(" + ".join(METHODS.get(name, name) for name in loss_types))
-    prefers = "for an image, the preferred text rather than another" if set(loss_types) - WITHOUT_PAIRS else ""
+    prefers = "for an image, the preferred text rather than another" if set(loss_types) - WITHOUT_REJECTED else ""
     weight = settings.get("reg_weight")
     held = "the reference's image embeddings" if settings.get("reg_type") == "embedding" else "KL(reference || policy)"
     kept = {None: "", 0: "without regularization on ordinary images"}.get(
