@@ -23,6 +23,7 @@ from clip_po.cli.compare_arguments import CompareArguments
 from clip_po.cli.demo import DemoArguments
 from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.cli.main import COMMANDS
+from clip_po.cli.score_arguments import ScoreArguments
 from clip_po.cli.steer_arguments import DEFAULTS as STEER_DEFAULTS
 from clip_po.cli.steer_arguments import SteerArguments
 from clip_po.cli.train_arguments import DEFAULTS as TRAIN_DEFAULTS
@@ -53,6 +54,10 @@ accelerate launch --no-python clip-po train ...   (several processes)""",
 clip-po evaluate --model_name_or_path aligned --base_model_name_or_path openai/clip-vit-base-patch32 \\
     --dataset_name cifar10 --image_column img
 clip-po evaluate --model_name_or_path aligned --suite typographic --suite_folder sets""",
+    "score": """\
+clip-po score --model_name_or_path aligned --dataset_name path/to/images --text "a photo of a cat" --top_k 10
+clip-po score --model_name_or_path aligned --dataset_name rows.jsonl --output_file scores.parquet
+accelerate launch --no-python clip-po score ...   (several processes)""",
     "compare": """\
 clip-po compare --config examples/compare.yaml --output_dir comparison""",
     "steer": """\
@@ -189,6 +194,8 @@ def sections(command: str) -> dict[str, list[dataclasses.Field[Any]]]:
     """
     if command == "demo":
         return {"The demo": own_fields(DemoArguments)}
+    if command == "score":
+        return {"Data and output": own_fields(ScoreArguments)}
     found = {"Data and attack": own_fields(ARGUMENTS[command])}
     if command in DEFAULTS:
         config = ConceptConfig if command == "steer" else ContrastivePOConfig

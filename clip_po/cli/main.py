@@ -15,6 +15,7 @@ from clip_po.worker_errors import raised_message
 COMMANDS = {
     "train": "Align a CLIP model on labelled images with words written on them.",
     "evaluate": "Measure how words on images affect a checkpoint, before and after alignment.",
+    "score": "Rank texts for images, or images for texts, with any checkpoint.",
     "compare": "Run several methods and seeds on one model and dataset, and compare them in one table.",
     "steer": "Turn the concept of written words up, off or around by one number, without training the model.",
     "demo": "Align the embedded model by several methods and show the gains and costs of each.",
