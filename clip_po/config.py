@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from clip_po.hub.redaction import redacted
-from clip_po.losses import LABEL_FREE, LOSSES, REFERENCED
+from clip_po.loss_arguments import LOSS_NUMBERS, LossArguments
+from clip_po.losses import LABEL_FREE
 from clip_po.validation import (
     BELOW_ONE,
     COUNT,
@@ -68,26 +69,15 @@ NUMBERS: Mapping[str, Allowed] = {
     "seed": SEED,
     "reg_weight": NOT_NEGATIVE,
     "reg_share": SHARE,
-    "desirable_weight": NOT_NEGATIVE,
-    "undesirable_weight": NOT_NEGATIVE,
+    **LOSS_NUMBERS,
 }
 """Values that numeric arguments may have. Trainer accepts any value and fails, or learns nothing, later."""
 
 STEPPED: Mapping[str, str] = {"logging_steps": "logging_strategy", "save_steps": "save_strategy"}
 """Arguments that are only used with the strategy "steps", and the argument that sets the strategy."""
 
-SMOOTHING = Allowed("lie in [0, 0.5)", lambda number: 0 <= number < 0.5)
-
 REG_TYPES = ("kl", "kl_open", "embedding")
 """What holds the policy to the reference on ordinary images: see `reg_type` of `ContrastivePOConfig`."""
-
-READ_BY: Mapping[str, frozenset[str]] = {
-    "label_smoothing": frozenset({"sigmoid"}),
-    "desirable_weight": frozenset({"kto_pair"}),
-    "undesirable_weight": frozenset({"kto_pair"}),
-    "reference_free": REFERENCED,
-}
-"""Arguments that only some losses read, with these losses."""
 
 BOOLEAN_ARGUMENTS = (
     "reference_free",
@@ -138,25 +128,14 @@ def preset_batch_size(gradient_accumulation_steps: int) -> int:
 
 
 @dataclass
-class ContrastivePOConfig(TrainingArguments):
-    """Configuration of the [`ContrastivePOTrainer`], beyond the arguments of [`~transformers.TrainingArguments`].
+class ContrastivePOConfig(LossArguments, TrainingArguments):
+    """Configuration of the [`ContrastivePOTrainer`].
+
+    It has the arguments below, those of [`LossArguments`] and those of [`~transformers.TrainingArguments`].
 
     Args:
-        > The losses (`optim` also accepts `"adamax"`)
+        > The regularization and the candidates (`optim` also accepts `"adamax"`)
 
-        loss_type (`list[str]`, defaults to `["sigmoid"]`): `"sigmoid"` (DPO, and S-DPO with several rejected
-            texts), `"ipo"`, `"kto_pair"`, `"sft"` (cross-entropy on the chosen text), `"distillation"` (the
-            reference's answer on the clean image as a soft target, without labels), `"embedding_distillation"` (1 -
-            cosine to the reference's embedding of the clean image, without labels). Several losses are summed.
-        loss_weights (`list[float]`, *optional*): Weight of each loss type. Defaults to 1 each.
-        beta (`float`, defaults to `0.1`): Strength of the pull to the reference policy, > 0. It is tau in IPO.
-        label_smoothing (`float`, defaults to `0.0`): Probability in [0, 0.5) that a preference is wrong. Only
-            `sigmoid` reads it; without this loss, another value than the default is refused.
-        reference_free (`bool`, defaults to `False`): Use 0 for the reference's log-ratios of the preferences. The
-            regularization still compares with the reference. Refused if no loss compares with the reference.
-        desirable_weight (`float`, defaults to `1.0`): Weight of chosen texts in `kto_pair`, >= 0. Refused without it.
-        undesirable_weight (`float`, defaults to `1.0`): Weight of rejected texts in `kto_pair`, >= 0. Refused without
-            it.
         reg_weight (`float`, defaults to `1.0`): Weight of the regularization on ordinary images, >= 0; lambda in the
             paper. 0 leaves the images out.
         reg_type (`str`, defaults to `"kl"`): What the regularization measures. `"kl"` is KL(reference || policy) over
@@ -245,28 +224,6 @@ class ContrastivePOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Resume although data or settings differ from the run of the checkpoint; default: refuse."},
     )
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={
-            "help": "Losses to sum: sigmoid (DPO, S-DPO), ipo, kto_pair, sft (cross-entropy), distillation, "
-            "embedding_distillation."
-        },
-    )
-    loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each loss type; default: 1 each."}
-    )
-    beta: float = field(
-        default=0.1, metadata={"help": "Strength of the pull to the reference policy, > 0; tau in IPO."}
-    )
-    label_smoothing: float = field(
-        default=0.0,
-        metadata={"help": "Probability in [0, 0.5) that a preference is wrong (sigmoid)."},
-    )
-    reference_free: bool = field(
-        default=False, metadata={"help": "Use 0 for the reference's log-ratios of the preferences."}
-    )
-    desirable_weight: float = field(default=1.0, metadata={"help": "Weight of chosen texts in kto_pair."})
-    undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of rejected texts in kto_pair."})
     reg_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the regularization on ordinary images, >= 0; lambda in the paper."},
@@ -337,37 +294,7 @@ class ContrastivePOConfig(TrainingArguments):
             self.optim = ADAMAX
 
     def _check(self) -> None:
-        if not isinstance(self.loss_type, (list, tuple)):
-            raise TypeError(
-                f"loss_type must be the name of a loss or a list of names, got {self.loss_type!r} "
-                f"({type(self.loss_type).__name__}). Choose from {sorted(LOSSES)}."
-            )
-        unknown = [name for name in self.loss_type if name not in LOSSES]
-        if unknown or not self.loss_type:
-            raise ValueError(
-                f"loss_type must name one or more of {sorted(LOSSES)}, got {self.loss_type!r}. "
-                "DPO is 'sigmoid', KTO on pairs 'kto_pair', cross-entropy 'sft'."
-            )
-        weights = self.loss_weights
-        if weights is not None and not (isinstance(weights, (list, tuple)) and len(weights) == len(self.loss_type)):
-            raise ValueError(
-                f"loss_weights must hold one weight for each of the {len(self.loss_type)} loss types "
-                f"{self.loss_type!r}, got {self.loss_weights!r}."
-            )
-        for position, weight in enumerate(weights or ()):
-            check_number(f"loss_weights[{position}]", weight, NOT_NEGATIVE)
-        if weights is not None and not any(weights):
-            raise ValueError(
-                f"loss_weights={weights!r} leaves only the regularization, which asks for no change: nothing would be "
-                "trained. Give a loss a weight above 0."
-            )
-        check_number(
-            "beta",
-            self.beta,
-            POSITIVE,
-            "To train without a pull to the reference, use loss_type='sft' or reference_free=True.",
-        )
-        check_number("label_smoothing", self.label_smoothing, SMOOTHING)
+        self._check_losses()
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor!r} is Trainer's argument for classifiers. It "
@@ -440,16 +367,6 @@ class ContrastivePOConfig(TrainingArguments):
                 "is then only regularized."
             )
 
-    def _check_read_by_a_loss(self) -> None:
-        """Raise if an argument was set that none of the losses reads."""
-        for name, readers in READ_BY.items():
-            value = getattr(self, name)
-            if value != getattr(type(self), name) and not readers & set(self.loss_type):
-                raise ValueError(
-                    f"{name}={value!r} has no effect with loss_type={self.loss_type!r}: only {sorted(readers)} reads "
-                    f"it. Leave {name} out, or add such a loss."
-                )
-
     def _numbers(self) -> dict[str, Allowed]:
         """Return the arguments in `NUMBERS` that are used, with their allowed values."""
         strategies = {name: getattr(self, strategy) for name, strategy in STEPPED.items()}
@@ -470,11 +387,6 @@ class ContrastivePOConfig(TrainingArguments):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown)})"
 
     __repr__ = __str__
-
-    @property
-    def weights(self) -> list[float]:
-        """The weight of each loss type."""
-        return self.loss_weights if self.loss_weights is not None else [1.0] * len(self.loss_type)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> ContrastivePOConfig:

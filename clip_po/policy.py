@@ -74,7 +74,7 @@ def preference_logps(policy: CandidateLogps, reference: CandidateLogps, batch: M
         policy: Log-probabilities under the policy.
         reference: Log-probabilities under the reference.
         batch: `chosen` (Tensor[B], -1 for a row without a label) and `rejected` (Tensor[B, R], -1 for none): positions
-            among the candidates.
+            among the candidates. Optionally `weight`.
 
     Returns:
         Log-probabilities of the chosen [B] and rejected [B, R] texts under both, log-probabilities over all candidates
@@ -98,6 +98,7 @@ def preference_logps(policy: CandidateLogps, reference: CandidateLogps, batch: M
         policy.embeds.get("image"),
         reference.embeds.get("target_image", reference.embeds.get("reg_image")),
         labelled,
+        batch["weight"] > 0 if "weight" in batch else None,
     )
 
 

@@ -35,7 +35,7 @@ from clip_po.evaluation.training_drift import TrainingDrift
 from clip_po.hub.card import CARD_FILE, CheckpointKind, card_of_run
 from clip_po.hub.publishing import creating_repository, push_model, save_pretrained
 from clip_po.hub.stale_files import check_not_base, remove_stale_files
-from clip_po.losses import REFERENCED, LossSettings, PreferenceLogps, preference_loss
+from clip_po.losses import ANCHORED, REFERENCED, LossSettings, PreferenceLogps, preference_loss
 from clip_po.metrics import RunningMeans, loss_of_parts, preference_metrics
 from clip_po.models import check_processor, default_output_dir, dual_encoder, load_policy, load_processor
 from clip_po.policy import Policy, preference_logps, regularization_kl, regularization_loss
@@ -212,8 +212,7 @@ class ContrastivePOTrainer(Trainer):
     @property
     def loss_settings(self) -> LossSettings:
         """The settings of the losses, as the arguments are now: a hyperparameter search sets them for each trial."""
-        args = self.args
-        return LossSettings(args.beta, args.label_smoothing, args.desirable_weight, args.undesirable_weight)
+        return self.args.loss_settings
 
     # ---- Steps of __init__, for subclasses to replace --------------------------------------------------------
 
@@ -403,7 +402,7 @@ class ContrastivePOTrainer(Trainer):
 
     def _reference_point(self, kl: Tensor, weight: Tensor) -> Tensor | None:
         """Return KTO's z0: the KL of the micro-batch of all processes, because it is inside a sigmoid."""
-        if "kto_pair" not in self.args.loss_type:
+        if not ANCHORED & set(self.args.loss_type):
             return None
         sums = self._sum_over_processes(torch.stack([(weight * kl.detach()).sum(), weight.sum()]))
         return sums[0] / sums[1].clamp(min=FEWEST_ROWS)

@@ -8,6 +8,7 @@ from transformers.training_args import OptimizerNames
 from trl import TrlParser
 
 from clip_po.config import ContrastivePOConfig, preset
+from clip_po.loss_arguments import LossArguments
 from clip_po.losses import LOSSES
 
 
@@ -22,7 +23,7 @@ def make(folder, **arguments):
 
 WRONG = {
     "unknown-loss": ({"loss_type": "dpo"}, "loss_type must name", "['dpo']", "DPO is 'sigmoid'"),
-    "one-unknown-loss": ({"loss_type": ["sigmoid", "kto"]}, "loss_type must name", "KTO on pairs 'kto_pair'"),
+    "one-unknown-loss": ({"loss_type": ["sigmoid", "ktopair"]}, "loss_type must name", "KTO on pairs 'kto_pair'"),
     "no-loss": (
         {"loss_type": []},
         f"loss_type must name one or more of {sorted(LOSSES)}",
@@ -147,10 +148,10 @@ def test_parser_reads_a_recipe_and_the_command_line_wins(tmp_path):
     assert (config.loss_type, config.optim, config.beta, config.learning_rate) == (["ipo"], "adamax", 0.5, 1e-3)
 
 
-def test_every_own_argument_is_documented_twice():
-    own = {f.name for f in dataclasses.fields(ContrastivePOConfig)} & set(ContrastivePOConfig.__annotations__)
+@pytest.mark.parametrize("part", [ContrastivePOConfig, LossArguments])
+def test_every_own_argument_is_documented_twice(part):
+    own = {f.name for f in dataclasses.fields(ContrastivePOConfig)} & set(part.__annotations__)
     fields = {f.name: f for f in dataclasses.fields(ContrastivePOConfig)}
-    said = ContrastivePOConfig.__doc__
     shared = {"optim", "learning_rate", "logging_steps"}
     assert {name for name in own if not fields[name].metadata.get("help")} == set()
-    assert {name for name in own - shared if f"        {name} (`" not in said} == set()
+    assert {name for name in own - shared if f"        {name} (`" not in part.__doc__} == set()

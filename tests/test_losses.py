@@ -143,8 +143,11 @@ def test_values_and_gradients_are_finite_however_far_the_policy_went(loss_type, 
         target=torch.tensor([[0.9, 0.1]]).log(),
         embeds=torch.cat([chosen.unsqueeze(-1), rejected], dim=-1),
         target_embeds=torch.tensor([[0.6, -0.8]]),
+        desirable=torch.tensor([1]),
+        mismatched_kl=torch.tensor(0.2),
     )
-    losses = preference_loss(logps, [loss_type], [1.0], LossSettings(beta=1.0), torch.tensor(0.1))
+    settings = LossSettings(beta=1.0, label_smoothing=1e-3)
+    losses = preference_loss(logps, [loss_type], [1.0], settings, torch.tensor(0.1))
     losses.sum().backward()
     assert losses.isfinite().all()
     assert chosen.grad.isfinite().all()

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.column_names import meant
 from clip_po.data.typographic_preferences import AttackedClasses
+from clip_po.losses import ANCHORED
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +33,7 @@ def warn_of_idle_data(
             "The column 'candidates' of train_dataset has no effect, because candidate_texts sets the candidates of "
             "every row. Leave one of the two out."
         )
-    read = args.reg_weight > 0 or args.reg_share > 0 or "kto_pair" in args.loss_type
+    read = args.reg_weight > 0 or args.reg_share > 0 or ANCHORED & set(args.loss_type)
     if regularization is not None and not read:
         logger.warning("reg_dataset has no effect, because reg_weight is 0. Set reg_weight, or leave reg_dataset out.")
     if args.embeddings_cache and args.precompute_ref_log_probs is False:

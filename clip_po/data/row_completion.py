@@ -13,7 +13,7 @@ from clip_po.config import ContrastivePOConfig
 from clip_po.data.bad_images import OnBadImage, read_or_blank
 from clip_po.data.formats import Row, check_regularization, read_row
 from clip_po.data.sampler import permutation
-from clip_po.losses import TARGETED
+from clip_po.losses import ANCHORED, TARGETED
 
 
 class RowCompletion:
@@ -138,7 +138,7 @@ def image_sources(
         ValueError, TypeError: If the losses need images that are missing, or `regularization` can't be used.
     """
     source: Dataset | Literal["clean_image"] | None = None
-    if args.reg_weight > 0 or "kto_pair" in args.loss_type:
+    if args.reg_weight > 0 or ANCHORED & set(args.loss_type):
         if regularization is None and "clean_image" not in columns:
             raise ValueError(
                 f"reg_weight={args.reg_weight} and loss_type={args.loss_type} need ordinary images, but there is no "

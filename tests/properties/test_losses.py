@@ -1,5 +1,6 @@
 """The losses for any log-probabilities: which way they push, their limits in beta, and what they don't depend on."""
 
+import dataclasses
 import math
 
 import pytest
@@ -53,14 +54,21 @@ def batches(draw, single=False):
 def as_losses_take_them(policy, reference, chosen, rejected):
     logps = [logits.log_softmax(dim=-1) for logits in (policy, reference)]
     batch = {"chosen": chosen, "rejected": rejected}
-    return preference_logps(CandidateLogps(logps[0], None), CandidateLogps(logps[1], logps[1]), batch)
+    found = preference_logps(CandidateLogps(logps[0], None), CandidateLogps(logps[1], logps[1]), batch)
+    return judged(found)
+
+
+def judged(logps):
+    """The same, where the chosen texts are also called right one by one, for the losses of unpaired feedback."""
+    desirable = torch.ones(len(logps.chosen), dtype=torch.long)
+    return dataclasses.replace(logps, desirable=desirable, mismatched_kl=torch.tensor(0.2, dtype=torch.float64))
 
 
 def every_loss(logps, beta):
     """Each loss that can be asked, by name, Tensor[B]."""
     names = [name for name in OF_LOGPS if logps.rejected.shape[1] == 1 or name not in SINGLE_REJECTED]
     settings, kl = LossSettings(beta=beta, label_smoothing=0.1), torch.tensor(0.3, dtype=torch.float64)
-    return {name: LOSSES[name](logps, kl, settings) for name in names}
+    return {name: LOSSES[name].compute(logps, kl, settings) for name in names}
 
 
 @given(LOGRATIOS, BETAS, st.floats(0, 0.49), st.floats(0, 5))
@@ -140,7 +148,7 @@ def test_a_constant_added_to_the_logits_changes_nothing(batch, beta, constant):
             CandidateLogps(reference.log_softmax(-1), reference.log_softmax(-1)),
             {"chosen": chosen, "rejected": rejected},
         )
-        found.append(every_loss(logps, beta))
+        found.append(every_loss(judged(logps), beta))
     for name, losses in found[0].items():
         torch.testing.assert_close(losses, found[1][name], rtol=1e-6, atol=1e-8)
 
