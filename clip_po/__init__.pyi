@@ -21,6 +21,7 @@ from .losses import kl_regularization as kl_regularization
 from .losses import kto_pair_loss as kto_pair_loss
 from .losses import sft_loss as sft_loss
 from .losses import sigmoid_loss as sigmoid_loss
+from .reward import RewardModel as RewardModel
 from .trainer import ContrastivePOTrainer as ContrastivePOTrainer
 from .training.averaging import BetaMovingAverageCallback as BetaMovingAverageCallback
 from .training.callbacks import EvaluatorCallback as EvaluatorCallback
