@@ -6,6 +6,9 @@ from .collator import DataCollatorForContrastivePreference as DataCollatorForCon
 from .counterfactual import counterfactual_rows as counterfactual_rows
 from .counterfactual import counterparts as counterparts
 from .digits import load_digits_dataset as load_digits_dataset
+from .feedback.answer_tables import read_answers as read_answers
+from .feedback.argilla import read_argilla as read_argilla
+from .feedback.label_studio import read_label_studio as read_label_studio
 from .images import to_rgb as to_rgb
 from .loading import load_split as load_split
 from .rows import PreferenceRows as PreferenceRows
