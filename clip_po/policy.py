@@ -74,7 +74,7 @@ def preference_logps(policy: CandidateLogps, reference: CandidateLogps, batch: M
         policy: Log-probabilities under the policy.
         reference: Log-probabilities under the reference.
         batch: `chosen` (Tensor[B], -1 for a row without a label) and `rejected` (Tensor[B, R], -1 for none): positions
-            among the candidates. Optionally `weight`.
+            among the candidates. Optionally `weight`, `margin` and `label_smoothing`, Tensor[B] each.
 
     Returns:
         Log-probabilities of the chosen [B] and rejected [B, R] texts under both, log-probabilities over all candidates
@@ -99,6 +99,8 @@ def preference_logps(policy: CandidateLogps, reference: CandidateLogps, batch: M
         reference.embeds.get("target_image", reference.embeds.get("reg_image")),
         labelled,
         batch["weight"] > 0 if "weight" in batch else None,
+        batch.get("margin"),
+        batch.get("label_smoothing"),
     )
 
 

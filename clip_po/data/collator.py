@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 
 from clip_po.candidates import CandidateTexts
 from clip_po.data.formats import Row
+from clip_po.data.grades import grades_of
 from clip_po.data.images import to_pixels
 
 METADATA_KEYS = ("skipped", "stream_mark")
@@ -35,6 +36,8 @@ class DataCollatorForContrastivePreference:
     chosen                Tensor[B]          position of the chosen text among the row's candidates, -1 for none
     rejected              Tensor[B, R]       positions of the rejected texts, -1 for none
     weight                Tensor[B]          weight of the preference; 0 for padding
+    margin                Tensor[B]          margin of each preference, where rows have one
+    label_smoothing       Tensor[B]          probability that each preference is wrong, where rows have one
     counted               Tensor[B]          1 for a row with an image (default), 0 for padding, skipped rows
     reg_row_weight        Tensor[B]          1 where a row comes with an ordinary image, 0 for padding
     texts                 list of M texts    the batch's texts, each once; absent where candidate_texts are given
@@ -62,6 +65,7 @@ class DataCollatorForContrastivePreference:
         for name in ("weight", "reg_row_weight"):
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         batch["counted"] = torch.tensor([row.get("counted", 1.0) for row in rows], dtype=torch.float32)
+        batch |= grades_of(rows)
         for name in ("ref_image_embeds", "ref_reg_image_embeds", "ref_target_image_embeds"):
             if name in rows[0]:
                 batch[name] = torch.stack([row[name] for row in rows])

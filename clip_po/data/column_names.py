@@ -9,7 +9,9 @@ from typing import Any
 
 from datasets import Image, List, Value
 
-COMMON = ("image", "clean_image", "weight")
+from clip_po.data.grades import GRADES
+
+COMMON = ("image", "clean_image", "weight", *GRADES)
 TEXTS = (*COMMON, "chosen", "rejected", "candidates")
 CLASSES = (*COMMON, "label", "rejected_label")
 

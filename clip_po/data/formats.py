@@ -8,7 +8,8 @@ class-preference  image, label, rejected_label (class or classes)     clean_imag
 regularization    image
 ================  ==================================================  =====================================
 
-`clean_image` is the image before an attack. `weight` >= 0 scales the preference loss of a row. Without
+`clean_image` is the image before an attack. `weight` >= 0 scales the preference loss of a row. Both kinds of
+preferences may also have the columns of `clip_po.data.grades`, such as `margin`. Without
 `candidate_texts` the policy of a row chooses among its `candidates`, or by default its chosen and rejected texts. The
 classes of a class-preference are positions in `candidate_texts`. `rejected` may be absent if every loss is `sft` or
 `distillation`.
@@ -27,6 +28,7 @@ from PIL import Image as PILImage
 from clip_po.data.attacks.words import spelling
 from clip_po.data.class_positions import check_candidate_positions
 from clip_po.data.column_names import check_column_names
+from clip_po.data.grades import GRADES, check_grades
 from clip_po.data.images import check_index, image_path, to_rgb, unformatted
 from clip_po.losses import WITHOUT_REJECTED
 from clip_po.other_kinds import dataset_remedy
@@ -148,7 +150,7 @@ def check_types(dataset: Dataset | IterableDataset, name: str) -> None:
         "candidates": ("a list of strings", lambda f: _is_list(f, _is_text)),
         "label": ("a ClassLabel or an integer", _is_class),
         "rejected_label": ("a class or a list of classes", lambda f: _is_class(f) or _is_list(f, _is_class)),
-        "weight": ("a number", lambda f: isinstance(f, Value) and f.dtype.startswith(("float", "int"))),
+        **dict.fromkeys(("weight", *GRADES), ("a number", _is_number)),
     }
     for column, feature in (dataset.features or {}).items():
         if column in expected and not expected[column][1](feature):
@@ -162,6 +164,10 @@ def check_types(dataset: Dataset | IterableDataset, name: str) -> None:
 
 def _is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "null")
+
+
+def _is_number(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype.startswith(("float", "int", "uint"))
 
 
 def _is_class(feature: Any) -> bool:
@@ -196,7 +202,7 @@ def check_preferences(
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; give it at least one row.")
     check_column_names(dataset.column_names, dataset.features, name)
-    used = [*check_columns(dataset.column_names, candidate_texts, loss_types, name), "candidates", "weight"]
+    used = [*check_columns(dataset.column_names, candidate_texts, loss_types, name), "candidates", "weight", *GRADES]
     check_types(dataset, name)
     if "chosen" not in dataset.column_names:
         check_candidate_positions(dataset.features, candidate_texts or (), name)
@@ -208,7 +214,7 @@ def check_preferences(
 def check_row(
     row: Mapping[str, Any], candidate_texts: Sequence[str] | None, loss_types: Collection[str], where: str
 ) -> None:
-    """Raise if the texts, labels or weight of a row can't be used.
+    """Raise if the texts, labels, weight or grades of a row can't be used.
 
     Args:
         row: The row, in either preference format.
@@ -218,9 +224,10 @@ def check_row(
 
     Raises:
         ValueError: If they can't; the message names the column.
-        TypeError: If an entry of `candidates` is not a string.
+        TypeError: If an entry of `candidates` is not a string, or a grade is not a number.
     """
     check_row_weight(row.get("weight", 1.0), f"{where}: column 'weight'")
+    check_grades(row, where)
     columns = ("chosen", "rejected") if "chosen" in row else ("label", "rejected_label")
     chosen, rejected = row[columns[0]], as_list(row.get(columns[1]))
     for column, values in zip(columns, ([chosen], rejected), strict=True):

@@ -16,6 +16,7 @@ from clip_po.config import ContrastivePOConfig
 from clip_po.data.bad_images import OnBadImage, read_or_blank
 from clip_po.data.embedding_cache import image_digest
 from clip_po.data.formats import IMAGE_COLUMNS, Row
+from clip_po.data.grades import check_grade_columns
 from clip_po.data.images import blank_image, is_transformed
 from clip_po.data.row_completion import RowCompletion, image_sources, regularization_image
 from clip_po.data.rows import as_rows
@@ -257,6 +258,7 @@ def checked_pairs(
     rows = as_rows(preferences, candidate_texts, name)
     if len(rows) == 0:
         raise ValueError(f"{name} is empty; give it at least one row.")
+    check_grade_columns(rows.column_names, args, name)
     rows.check(candidate_texts, args.loss_type, name)
     source, targets = image_sources(rows.column_names, regularization, args, name)
     seed = args.data_seed if args.data_seed is not None else args.seed

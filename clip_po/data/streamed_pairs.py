@@ -21,6 +21,7 @@ from clip_po.data.bad_images import OnBadImage, read_or_blank
 from clip_po.data.class_positions import check_candidate_positions
 from clip_po.data.column_names import check_column_names
 from clip_po.data.formats import IMAGE_COLUMNS, Row, check_columns, check_row, check_types, to_texts
+from clip_po.data.grades import check_grade_columns
 from clip_po.data.images import to_rgb
 from clip_po.data.row_completion import RowCompletion, image_sources
 from clip_po.data.row_texts import check_streamed_texts
@@ -240,6 +241,7 @@ def checked_stream(
         check_types(preferences, name)
         if "chosen" not in columns:
             check_candidate_positions(preferences.features, candidate_texts.texts or (), name)
+    check_grade_columns(columns, args, name)
     source, targets = image_sources(columns, regularization, args, name)
     return StreamedPairs(
         preferences,

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from clip_po.data.embedding_cache import fingerprint, model_digest
 from clip_po.data.generic_images import MixedPreferences
+from clip_po.data.grades import GRADES
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.row_completion import regularization_image
 from clip_po.data.rows import is_transformed
@@ -123,7 +124,10 @@ def _rows_of(pairs: PreferencePairs) -> dict[str, str]:
             row = pairs.preferences.row(index, 0)
         except UnreadableImage:
             row = pairs.preferences.texts(index, 0)
-        texts.append(repr([row.get(name) for name in ("chosen", "rejected", "candidates", "weight")]))
+        graded = [
+            row[name] for name in GRADES if name in row
+        ]  # a run without grades compares as before there were any
+        texts.append(repr([row.get(name) for name in ("chosen", "rejected", "candidates", "weight")] + graded))
         images += [_pixels(row[name]) if name in row else "" for name in ("image", "clean_image")]
     return {"texts of its rows": fingerprint(*texts), "images of its rows": fingerprint(*images)}
 
