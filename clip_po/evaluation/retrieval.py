@@ -1,4 +1,4 @@
-"""Retrieval between images and captions: recall@k in both directions."""
+"""Retrieval between images and captions: recall and NDCG at k in both directions."""
 
 from __future__ import annotations
 
@@ -22,27 +22,32 @@ from clip_po.text_identity import TextTokens
 
 KS = (1, 5, 10)
 _CELLS_AT_ONCE = 16_000_000  # similarities held in memory together: 64 MB
+_ABSENT = 2**31  # rank of an item that an image with fewer texts than others doesn't have
 
 
 @dataclass(frozen=True)
 class RetrievalHits:
-    """Hits among the k nearest, for N images and M texts.
+    """Hits and gains among the k nearest, for N images and M texts.
 
     Attributes:
         image_to_text: Arrays [N] of truth values by k: whether a text of the image is among the k nearest.
         text_to_image: Arrays [M] of truth values by k: whether the image of the text is among the k nearest.
         image_of_text: Array [M], the image of each text.
+        image_to_text_gain: Arrays [N] by k: NDCG at k of the texts of the image, in [0, 1].
+        text_to_image_gain: Arrays [M] by k: NDCG at k of the image of the text, in [0, 1].
     """
 
     image_to_text: Mapping[int, np.ndarray]
     text_to_image: Mapping[int, np.ndarray]
     image_of_text: np.ndarray
+    image_to_text_gain: Mapping[int, np.ndarray]
+    text_to_image_gain: Mapping[int, np.ndarray]
 
 
 def recall_at_k(
     image_embeds: Tensor, text_embeds: Tensor, image_of_text: Sequence[int] | np.ndarray, ks: Sequence[int] = KS
 ) -> RetrievalHits:
-    """Compute which images have a text of theirs among the k nearest, and which texts have their image.
+    """Compute which images have a text of theirs among the k nearest, which texts have their image, and the NDCG.
 
     Ties count against the model: an item of another image that is equally near is ranked first. The result therefore
     does not depend on the order of the rows, and embeddings that collapsed to one point have no hits. Similarities are
@@ -61,7 +66,8 @@ def recall_at_k(
         ValueError: If shapes do not match, an embedding is not finite, an image has no text, an image number is out of
             range, or a k is below 1.
 
-    Source: Karpathy and Fei-Fei 2015, arXiv 1412.2306, Sec. 4.1 (recall at K among all test images and texts).
+    Source: Karpathy and Fei-Fei 2015, arXiv 1412.2306, Sec. 4.1 (recall at K among all test images and texts);
+    Järvelin and Kekäläinen 2002, ACM TOIS 20(4) (discounted cumulative gain, with gains 0 and 1 and log2(1 + rank)).
     """
     owner = np.asarray(image_of_text)
     images, texts = len(image_embeds), len(text_embeds)
@@ -88,21 +94,41 @@ def recall_at_k(
 
     numbers = torch.as_tensor(owner, device=image_embeds.device)
     own = torch.arange(images, device=image_embeds.device)
-    of_images = _ranked_before_own(image_embeds, text_embeds, own, numbers)
-    of_texts = _ranked_before_own(text_embeds, image_embeds, numbers, own)
-    return RetrievalHits({k: of_images < k for k in ks}, {k: of_texts < k for k in ks}, owner)
+    of_images = _own_ranks(image_embeds, text_embeds, own, numbers, max(ks))
+    of_texts = _own_ranks(text_embeds, image_embeds, numbers, own, max(ks))
+    counts = np.bincount(owner, minlength=images)
+    return RetrievalHits(
+        {k: of_images[:, 0] <= k for k in ks},
+        {k: of_texts[:, 0] <= k for k in ks},
+        owner,
+        {k: _ndcg(of_images, counts, k) for k in ks},
+        {k: _ndcg(of_texts, np.ones_like(owner), k) for k in ks},
+    )
 
 
-def _ranked_before_own(queries: Tensor, gallery: Tensor, query_owner: Tensor, gallery_owner: Tensor) -> np.ndarray:
-    """Count for each query the items of others that are at least as near as the nearest of its own items."""
+def _own_ranks(queries: Tensor, gallery: Tensor, query_owner: Tensor, gallery_owner: Tensor, most: int) -> np.ndarray:
+    """Return the ranks from 1 of each query's own items, [N, S], the best first, with `_ABSENT` after the last one.
+
+    At most `most` items are ranked: the next one can't be among the `most` nearest.
+    """
+    wide = min(most, int(torch.bincount(gallery_owner).max()))
     parts = []
     at_once = max(1, _CELLS_AT_ONCE // len(gallery))
     for start in range(0, len(queries), at_once):
         similarity = queries[start : start + at_once] @ gallery.T
         own = query_owner[start : start + at_once, None] == gallery_owner
-        nearest = similarity.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        parts.append(((similarity >= nearest) & ~own).sum(dim=1).cpu())
+        nearest = similarity.masked_fill(~own, -torch.inf).topk(wide, dim=1).values
+        others = similarity.masked_fill_(own, -torch.inf)
+        ranks = [(others >= nearest[:, n : n + 1]).sum(dim=1) + n + 1 for n in range(wide)]
+        parts.append(torch.stack(ranks, dim=1).masked_fill(nearest == -torch.inf, _ABSENT).cpu())
     return torch.cat(parts).numpy()
+
+
+def _ndcg(ranks: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
+    """Return the normalized discounted cumulative gain at k of queries with `counts` own items at `ranks`, [N]."""
+    gains = np.where(ranks <= k, 1 / np.log2(ranks + 1.0), 0).sum(axis=1)
+    ideal = np.cumsum(1 / np.log2(np.arange(2, k + 2)))
+    return gains / ideal[np.minimum(counts, k) - 1]
 
 
 def retrieval_report(
@@ -113,11 +139,12 @@ def retrieval_report(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Compute recalls with intervals over images; an image is resampled with all its texts.
+    """Compute recalls and gains with intervals over images; an image is resampled with all its texts.
 
     - image_to_text_recall@k, text_to_image_recall@k: shares of hits, 0..1.
     - mean_recall: the mean of these recalls.
-    - <metric>_difference: 100 (recall - base recall), in percentage points, paired on the same images.
+    - image_to_text_ndcg@k, text_to_image_ndcg@k: means of the normalized discounted cumulative gain, 0..1.
+    - <metric>_difference: 100 (metric - base metric), in percentage points, paired on the same images.
 
     Args:
         hits: From `recall_at_k`.
@@ -138,9 +165,10 @@ def retrieval_report(
     ):
         raise ValueError("hits and base have other texts or other k. Measure both on the same dataset.")
     columns = _columns(hits, "")
-    recalls = [name for name in columns if name != "texts"]
+    recalls = [name for name in columns if "recall" in name]
     statistics: dict[str, Statistic] = {name: partial(_recall, name=name) for name in recalls}
     statistics["mean_recall"] = partial(_mean_recall, names=recalls)
+    statistics |= {name: partial(_recall, name=name) for name in columns if "ndcg" in name}
     if base is not None:
         columns |= _columns(base, "base_")
         statistics |= {f"{name}_difference": partial(_difference, statistic=s) for name, s in statistics.items()}
@@ -151,11 +179,16 @@ def retrieval_report(
 
 
 def _columns(hits: RetrievalHits, prefix: str) -> dict[str, np.ndarray]:
-    """Return one row per image: its hits, the sum of its texts' hits, and its number of texts."""
+    """Return one row per image: its hits and gains, the sums of those of its texts, and its number of texts."""
     images = len(next(iter(hits.image_to_text.values())))
-    found = {f"{prefix}image_to_text_recall@{k}": hit.astype(float) for k, hit in hits.image_to_text.items()}
-    for k, hit in hits.text_to_image.items():
-        found[f"{prefix}text_to_image_recall@{k}"] = np.bincount(hits.image_of_text, hit, images)
+    found: dict[str, np.ndarray] = {}
+    for metric, of_images, of_texts in (
+        ("recall", hits.image_to_text, hits.text_to_image),
+        ("ndcg", hits.image_to_text_gain, hits.text_to_image_gain),
+    ):
+        found |= {f"{prefix}image_to_text_{metric}@{k}": hit.astype(float) for k, hit in of_images.items()}
+        for k, hit in of_texts.items():
+            found[f"{prefix}text_to_image_{metric}@{k}"] = np.bincount(hits.image_of_text, hit, images)
     return {**found, f"{prefix}texts": np.bincount(hits.image_of_text, minlength=images)}
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.metrics import ndcg_score
 
 from clip_po.encoding import encode_images, encode_texts
 from clip_po.evaluation import retrieval
@@ -37,6 +38,22 @@ def test_recall_is_that_of_sorting_everything(monkeypatch, cells):
         assert hits.image_to_text[k].tolist() == by_image
         assert hits.text_to_image[k].tolist() == by_text
         assert 0 < sum(by_image) < len(image)
+
+
+@pytest.mark.parametrize("cells", [1, 500, 10**9])
+def test_ndcg_is_that_of_scikit_learn(monkeypatch, cells):
+    monkeypatch.setattr(retrieval, "_CELLS_AT_ONCE", cells)
+    image, text, owner = embeddings()
+    hits = recall_at_k(image, text, owner, (1, 3, 10))
+    similarity, relevant = (image @ text.T).numpy(), np.arange(len(image))[:, None] == owner
+    for k in (1, 3, 10):
+        by_image = [ndcg_score([r], [s], k=k) for r, s in zip(relevant, similarity, strict=True)]
+        by_text = [ndcg_score([r], [s], k=k) for r, s in zip(relevant.T, similarity.T, strict=True)]
+        assert hits.image_to_text_gain[k] == pytest.approx(by_image)
+        assert hits.text_to_image_gain[k] == pytest.approx(by_text)
+    report = retrieval_report(hits, resamples=2)
+    assert report["image_to_text_ndcg@10"].value == pytest.approx(np.mean(by_image))
+    assert report["text_to_image_ndcg@10"].value == pytest.approx(np.mean(by_text))
 
 
 def test_ties_count_against_the_model_in_any_order():
