@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from clip_po.hub.redaction import redacted
 from clip_po.loss_arguments import LOSS_NUMBERS, LossArguments
-from clip_po.losses import LABEL_FREE
+from clip_po.losses import LABEL_FREE, REFERENCED, TARGETED
 from clip_po.validation import (
     BELOW_ONE,
     COUNT,
@@ -81,6 +81,7 @@ REG_TYPES = ("kl", "kl_open", "embedding")
 
 BOOLEAN_ARGUMENTS = (
     "reference_free",
+    "sync_ref_model",
     "in_batch_candidates",
     "train_vision_model",
     "train_text_model",
@@ -338,6 +339,7 @@ class ContrastivePOConfig(LossArguments, TrainingArguments):
             if value is not None and (not isinstance(value, (str, os.PathLike)) or not str(value)):
                 raise TypeError(f"{name} must be the path of a folder, got {value!r}. Choose where files are written.")
         self._check_read_by_a_loss()
+        self._check_moving_reference()
 
     def _check_regularization(self) -> None:
         if self.reg_type not in REG_TYPES:
@@ -365,6 +367,25 @@ class ContrastivePOConfig(LossArguments, TrainingArguments):
                 f"reg_share={self.reg_share!r} trains on images without labels, but none of loss_type="
                 f"{self.loss_type!r} does without. Add one of {sorted(LABEL_FREE)}, or set reg_share=0: reg_dataset "
                 "is then only regularized."
+            )
+
+    def _check_moving_reference(self) -> None:
+        if not self.sync_ref_model:
+            for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name}={getattr(self, name)!r} has no effect without sync_ref_model=True.")
+            return
+        compared = TARGETED if self.reference_free else TARGETED | REFERENCED
+        if self.reg_weight == 0 and not compared & set(self.loss_type):
+            raise ValueError(
+                f"sync_ref_model=True has no effect with loss_type={self.loss_type!r} and reg_weight=0, which compare "
+                "with no reference. Leave it out."
+            )
+        kept = [name for name in ("precompute_ref_log_probs", "embeddings_cache") if getattr(self, name)]
+        if kept and self.train_vision_model:
+            raise ValueError(
+                "sync_ref_model=True moves the reference during training, so that embeddings computed before would be "
+                f"those of another model. Leave {' and '.join(kept)} out."
             )
 
     def _numbers(self) -> dict[str, Allowed]:

@@ -163,6 +163,11 @@ class CachedTextEmbeddings:
             self._last = (texts, torch.stack([self._known[text] for text in texts]))
         return self._last[1]
 
+    def forget(self) -> None:
+        """Forget all embeddings, because the text tower has changed."""
+        self._known.clear()
+        self._last = None
+
 
 def _at_least_float32(features: Tensor) -> Tensor:
     """Return features in float32, or in their own dtype if it is wider."""

@@ -1,4 +1,4 @@
-"""The arguments of the losses: a part of `ContrastivePOConfig`, with their checks."""
+"""The arguments of the losses and of a moving reference: a part of `ContrastivePOConfig`, with their checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from clip_po.losses import F_DIVERGENCES, LOSSES, REFERENCED, LossSettings, readers
-from clip_po.validation import FINITE, NOT_NEGATIVE, POSITIVE, Allowed, check_number
+from clip_po.validation import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, Allowed, check_number
 
 SMOOTHING = Allowed("lie in [0, 0.5)", lambda number: 0 <= number < 0.5)
 POSITIVE_SHARE = Allowed("lie in (0, 1]", lambda number: 0 < number <= 1)
@@ -18,6 +18,8 @@ LOSS_NUMBERS: Mapping[str, Allowed] = {
     "f_alpha_divergence_coef": FINITE,
     "discopop_tau": POSITIVE_SHARE,
     "simpo_gamma": NOT_NEGATIVE,
+    "ref_model_mixup_alpha": POSITIVE_SHARE,
+    "ref_model_sync_steps": COUNT,
 }
 """Values that numeric arguments may have, beside `beta` and `label_smoothing`."""
 
@@ -30,9 +32,11 @@ READ_BY: Mapping[str, frozenset[str]] = {
 
 @dataclass
 class LossArguments:
-    """Arguments of the losses.
+    """Arguments of the losses and of a moving reference.
 
     Args:
+        > The losses
+
         loss_type (`list[str]`, defaults to `["sigmoid"]`): `"sigmoid"` (DPO, and S-DPO with several rejected
             texts), `"sft"` (cross-entropy on the chosen text), `"kto_pair"` (the paper's KTO), `"distillation"` (the
             reference's answer on the clean image as a soft target, without labels), `"embedding_distillation"` (1 -
@@ -59,6 +63,16 @@ class LossArguments:
         discopop_tau (`float`, defaults to `0.05`): Width in (0, 1] of the blend in `discopop`. Refused without it.
         simpo_gamma (`float`, defaults to `0.5`): Margin of every preference in `simpo`, >= 0, after beta. Refused
             without it.
+
+        > A reference that follows the policy
+
+        sync_ref_model (`bool`, defaults to `False`): Move the reference towards the policy during training (TR-DPO).
+            The regularization and the distillations then compare with the moved reference too. Images are not embedded
+            before training, unless the vision tower is frozen. Refused with adapters, FSDP and DeepSpeed.
+        ref_model_mixup_alpha (`float`, defaults to `0.6`): Share in (0, 1] of the policy in the moved reference: each
+            weight becomes alpha * policy + (1 - alpha) * reference. Refused without `sync_ref_model`.
+        ref_model_sync_steps (`int`, defaults to `512`): Number of optimizer steps between two moves. Refused without
+            `sync_ref_model`.
     """
 
     loss_type: list[str] = field(
@@ -101,6 +115,16 @@ class LossArguments:
     f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "alpha of alpha_divergence."})
     discopop_tau: float = field(default=0.05, metadata={"help": "Width of the blend in discopop, in (0, 1]."})
     simpo_gamma: float = field(default=0.5, metadata={"help": "Margin of every preference in simpo, >= 0."})
+
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Move the reference towards the policy during training (TR-DPO)."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "Share of the policy in the moved reference, in (0, 1]."}
+    )
+    ref_model_sync_steps: int = field(
+        default=512, metadata={"help": "Number of optimizer steps between two moves of the reference."}
+    )
 
     @property
     def weights(self) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,23 @@ class ReferencePolicy:
         self.candidates = candidates
         self.text_embeddings = text_embeddings or CachedTextEmbeddings(model, processor)
         self.logit_scale = dual_encoder(model).logit_scale.detach().exp().item()
+
+    @functools.cached_property
+    def first_digest(self) -> str:
+        """Digest of the model when it was first asked for: before training, and before any `replace_weights`."""
+        return model_digest(self.model)
+
+    @torch.no_grad()
+    def replace_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace parameters. Embeddings that were computed before are those of another model: forget them.
+
+        Args:
+            weights: Names in `model.named_parameters()` with their new values, of the same shapes.
+        """
+        parameters = dict(self.model.named_parameters())
+        for name, value in weights:
+            parameters[name].copy_(value)
+        self.logit_scale = dual_encoder(self.model).logit_scale.detach().exp().item()
 
     @torch.no_grad()
     def image_embeds(self, pixel_values: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ from clip_po.training.logit_scale import LogitScaleCallback
 from clip_po.training.nan_guard import NanGuardCallback
 from clip_po.training.output_folder import OverwriteCallback, check_unused
 from clip_po.training.random_state import unchanged_random_state
+from clip_po.training.reference_sync import ReferenceSyncCallback
 from clip_po.training.resuming import check_resume
 from clip_po.training.run_identity import RunIdentityCallback
 from clip_po.training.sharding import allow_sharding
@@ -167,7 +168,8 @@ class ContrastivePOTrainer(Trainer):
         self._stream_position, self._checkpoints = StreamPositionCallback(), CheckpointCallback(self)
         self._nan_guard, self._identity = NanGuardCallback(self), RunIdentityCallback(self)
         watching = (NoInputGradientsCallback(), LogitScaleCallback(), self._nan_guard, self._stream_position)
-        for callback in (*watching, OverwriteCallback(), self._identity, self._checkpoints):
+        following = [ReferenceSyncCallback(self)] if args.sync_ref_model else []
+        for callback in (*watching, OverwriteCallback(), *following, self._identity, self._checkpoints):
             self.add_callback(callback)
 
     def _use_encoder(self, encoder: PreTrainedModel | PeftModel) -> None:
@@ -718,6 +720,7 @@ class ContrastivePOTrainer(Trainer):
             OSError: If `embeddings_cache` can't be written to.
         """
         wanted = self.args.precompute_ref_log_probs
+        pays = pays and not self.args.sync_ref_model  # embeddings of a moving reference would soon be stale
         pairs.without_images = self.shares_image_embeds
         if not (pays or self.shares_image_embeds if wanted is None else wanted):
             return

@@ -268,6 +268,7 @@ def _check_args(concept: Any, args: Any) -> None:
         "train_logit_scale=True": args.train_logit_scale,
         f"trainable_layers={args.trainable_layers}": args.trainable_layers is not None,
         "disable_dropout=False": not args.disable_dropout,
+        "sync_ref_model=True": args.sync_ref_model,
         "activation_checkpointing=True": checkpoints_activations(args),
     }
     wrong = [name for name, is_given in given.items() if is_given]

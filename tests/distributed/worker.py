@@ -26,6 +26,7 @@ RUNS = {
     "sigmoid": {"loss_type": "sigmoid"},
     "kto": {"loss_type": "kto_pair", "beta": 1.0, "gradient_accumulation_steps": 2},
     "sorted": {"loss_type": ["aot", "aot_unpaired"], "beta": 1.0, "gradient_accumulation_steps": 2, "max_steps": 10},
+    "followed": {"sync_ref_model": True, "ref_model_sync_steps": 3, "train_text_model": True, "max_steps": 10},
     "accumulated": {"loss_type": ["ipo", "sft"], "gradient_accumulation_steps": 2, "train_text_model": True},
     "in_batch": {**IN_BATCH, "gradient_accumulation_steps": 2, "train_text_model": True},
     "in_batch_frozen": {**IN_BATCH, "loss_type": ["sigmoid", "distillation"], "max_steps": 10},
