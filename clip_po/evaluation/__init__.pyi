@@ -10,12 +10,15 @@ from .evaluator import trade_off as trade_off
 from .fairness.evaluator import evaluate_fairness as evaluate_fairness
 from .fairness.queries import load_queries as load_queries
 from .fairness.report import fairness_report as fairness_report
+from .feedback_evaluators import PreferenceEvaluator as PreferenceEvaluator
+from .feedback_evaluators import UnpairedEvaluator as UnpairedEvaluator
 from .interpolation import Measure as Measure
 from .interpolation import choose_alpha as choose_alpha
 from .interpolation import interpolate as interpolate
 from .interpolation import interpolation_table as interpolation_table
 from .interpolation import sweep_interpolation as sweep_interpolation
 from .per_class import class_changes as class_changes
+from .preferences import preference_report as preference_report
 from .pseudo_labelling import pseudo_labels as pseudo_labels
 from .readable import readable_rows as readable_rows
 from .retention import RetentionEvaluator as RetentionEvaluator
@@ -29,6 +32,7 @@ from .robustness import robustness_table as robustness_table
 from .suites.photographs import ask_photographs as ask_photographs
 from .suites.suite import load_suite as load_suite
 from .tables import format_table as format_table
+from .unpaired import unpaired_report as unpaired_report
 from .zero_shot import class_embeddings as class_embeddings
 from .zero_shot import zero_shot_accuracy as zero_shot_accuracy
 from .zero_shot import zero_shot_report as zero_shot_report

@@ -14,8 +14,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from clip_po.data.images import read_images
-from clip_po.encoding import encode_images, encode_texts, evaluating
+from clip_po.encoding import encode_texts, evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
+from clip_po.evaluation.embeddings import embed_batch, embedding_sizes, split_by_model
 from clip_po.evaluation.zero_shot import CleanImages, collect_answers
 from clip_po.models import check_processor, dual_encoder
 from clip_po.text_identity import TextTokens
@@ -255,20 +256,12 @@ def evaluate_retrieval(
     tokens = TextTokens.of(processor, dual_encoder(next(iter(models.values()))))
     tokens.warn_of_cut(tokens.learn(texts), "the captions")
 
-    def embed(batch: dict[str, Tensor]) -> Tensor:
-        found = []
-        for model in models.values():
-            clip = dual_encoder(model)
-            found.append(encode_images(clip, batch["pixel_values"].to(clip.device, clip.dtype)).float())
-        return torch.cat([embeds.cpu() for embeds in found], dim=1)
-
-    widths = [dual_encoder(model).config.projection_dim for model in models.values()]
     images = CleanImages(read_images(dataset, image_column), image_column, processor)
     with evaluating(*models.values()):
         table = collect_answers(
             images,
-            embed,
-            sum(widths),
+            lambda batch: embed_batch(models, batch["pixel_values"]),
+            sum(embedding_sizes(models)),
             batch_size,
             num_workers,
             accelerator,
@@ -276,11 +269,9 @@ def evaluate_retrieval(
             title,
             torch.float32,
         )
-    split = torch.from_numpy(table).split(widths, dim=1)
     return {
-        name: recall_at_k(embeds.to(text.device), text, image_of_text, ks)
-        for (name, model), embeds in zip(models.items(), split, strict=True)
-        for text in [encode_texts(model, processor, texts).float()]
+        name: recall_at_k(embeds, encode_texts(models[name], processor, texts).float(), image_of_text, ks)
+        for name, embeds in split_by_model(models, table).items()
     }
 
 
