@@ -13,6 +13,7 @@ from datasets import (
     Dataset,
     DatasetDict,
     Image,
+    List,
     ReadInstruction,
     concatenate_datasets,
     load_dataset,
@@ -27,6 +28,9 @@ from clip_po.data.image_folder import has_images, load_image_folder
 from clip_po.data.path_safety import check_links, check_resolved
 from clip_po.data.table_files import READERS, decode_images, find_tables, load_tables
 
+PAIR_IMAGES = ("chosen_image", "rejected_image")
+"""Columns of a table that are read as images too: of preferences between images."""
+
 
 def load_split(name: str, split: str, config: str | None = None, image_column: str = "image") -> Dataset:
     """Load one split of an image-classification dataset.
@@ -37,7 +41,8 @@ def load_split(name: str, split: str, config: str | None = None, image_column: s
         split: Name of the split, also a slice such as "train[:1000]" except of what `save_to_disk` wrote. A file, a
             folder without splits, and a single dataset written by `save_to_disk` are the split "train".
         config: Name of the configuration, for datasets that have several.
-        image_column: Column of a table that is read as images: paths relative to the file, or bytes.
+        image_column: Column of a table that is read as images: paths relative to the file, or bytes. So are the
+            columns in `PAIR_IMAGES`.
 
     Returns:
         The split.
@@ -91,7 +96,10 @@ def _local(path: Path, split: str, config: str | None, image_column: str) -> Dat
         with loading_explained(str(path), split):
             rows = load_tables(files)
         parents = {file.parent for file in files}
-        return decode_images(rows, image_column, parents.pop() if len(parents) == 1 else path)
+        relative_to = parents.pop() if len(parents) == 1 else path
+        for column in dict.fromkeys((image_column, *PAIR_IMAGES)):
+            rows = decode_images(rows, column, relative_to)
+        return rows
 
     names = dict.fromkeys(re.findall(r"(?:^|\+)\s*([^\[\]+]+)", split))
     found = {name: rows for name in names if (rows := whole(name)) is not None}
@@ -150,8 +158,10 @@ def loading_explained(name: str, split: str) -> Iterator[None]:
 def _image_paths(dataset: Dataset) -> Iterator[str]:
     """Yield the paths stored in image columns instead of image bytes."""
     for column, feature in dataset.features.items():
-        if not isinstance(feature, Image):
+        inner = feature.feature if isinstance(feature, List) else feature
+        if not isinstance(inner, Image):
             continue
         for chunk in dataset.data.column(column).chunks:
-            paths, images = (pc.struct_field(chunk, part) for part in ("path", "bytes"))
+            files = pc.list_flatten(chunk) if isinstance(feature, List) else chunk
+            paths, images = (pc.struct_field(files, part) for part in ("path", "bytes"))
             yield from paths.filter(pc.and_(images.is_null(), paths.is_valid())).to_pylist()

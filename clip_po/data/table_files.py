@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, Image, List, Value, load_dataset
 
 from clip_po.data.image_folder import find_split, is_hidden, split_name
 from clip_po.data.path_safety import check_resolved
@@ -129,7 +130,7 @@ def load_tables(files: Sequence[Path]) -> Dataset:
     return rows
 
 
-def replace_column(rows: Dataset, column: str, values: Sequence[Any], feature: ClassLabel | Value) -> Dataset:
+def replace_column(rows: Dataset, column: str, values: Sequence[Any], feature: ClassLabel | Value | List) -> Dataset:
     """Give a column other values.
 
     Args:
@@ -147,23 +148,28 @@ def replace_column(rows: Dataset, column: str, values: Sequence[Any], feature: C
 
 
 def decode_images(rows: Dataset, column: str, folder: Path) -> Dataset:
-    """Read a column as images if it holds paths or the bytes of files.
+    """Read a column as images if it holds paths or the bytes of files, or lists of them.
 
     Args:
         rows: Rows of `load_tables`.
-        column: Name of the column: paths, bytes, or structs of both, as pandas writes them.
+        column: Name of the column: paths, bytes, or structs of both, as pandas writes them, or lists of these.
         folder: Folder to which the paths are relative.
 
     Returns:
-        The rows with a column of `datasets.Image`; unchanged if the column is missing or holds anything else.
+        The rows with a column of `datasets.Image` or of lists; unchanged if the column is missing or holds anything
+        else.
 
     Raises:
         ValueError: If a path leads out of the folder, or none of the files exists.
     """
     feature = rows.features.get(column)
-    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-        paths = [name and os.path.join(folder, name) for name in rows.with_format(None)[column]]
-        named = [path for path in paths if path]
+    several = isinstance(feature, List)
+    kind: Any = List(Image()) if several else Image()
+    inner = feature.feature if isinstance(feature, List) else feature
+    if isinstance(inner, Value) and inner.dtype in ("string", "large_string"):
+        paths = [_below(folder, names) for names in rows.with_format(None)[column]]
+        lists = (path if isinstance(path, list) else [path] for path in paths)
+        named = [path for path in itertools.chain.from_iterable(lists) if path]
         links = [os.path.realpath(path) for path in named if os.path.islink(path)]
         check_resolved([*named, *links], [folder], f"Column {column!r}")
         if named and not any(map(os.path.exists, named)):
@@ -171,7 +177,15 @@ def decode_images(rows: Dataset, column: str, folder: Path) -> Dataset:
                 f"None of the {len(named):,} images that column {column!r} names exists, such as {named[0]!r}. Paths "
                 "are relative to the file that names them."
             )
-        return replace_column(rows, column, paths, Value("string")).cast_column(column, Image())
-    is_file = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
-    is_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
-    return rows.cast_column(column, Image()) if is_file or is_bytes else rows
+        plain: Any = List(Value("string")) if several else Value("string")
+        return replace_column(rows, column, paths, plain).cast_column(column, kind)
+    is_file = isinstance(inner, dict) and set(inner) == {"bytes", "path"}
+    is_bytes = isinstance(inner, Value) and inner.dtype in ("binary", "large_binary")
+    return rows.cast_column(column, kind) if is_file or is_bytes else rows
+
+
+def _below(folder: Path, names: str | list[str | None] | None) -> Any:
+    """Return a name, or each name of a list, as a path in a folder. None and empty names stay."""
+    if isinstance(names, list):
+        return [_below(folder, name) for name in names]
+    return names and os.path.join(folder, names)

@@ -6,6 +6,8 @@ import json
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from samples import picture
 
@@ -135,3 +137,41 @@ def test_the_names_of_folders_are_read_as_words_and_wordnet_ids_are_not():
     with pytest.raises(ValueError, match=r"WordNet ids \(n02099601.*--class_name_map"):
         names("n02099601", "n01443537")
     assert names("polar_bear", "polar bear") == ("polar bear", "polar bear")  # which training refuses
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_images_of_pairs_are_read_by_their_paths(tmp_path, kind):
+    save(tmp_path)
+    rows = [{"text": "a dog", "chosen_image": ROWS[0][0], "rejected_image": [ROWS[1][0], ROWS[2][0]]}]
+    if kind == ".csv":
+        rows[0]["rejected_image"] = ROWS[1][0]
+        pd.DataFrame(rows).to_csv(tmp_path / "pairs.csv", index=False)
+    elif kind == ".jsonl":
+        (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[0]))
+    else:
+        pd.DataFrame(rows).to_parquet(tmp_path / "pairs.parquet")
+    (row,) = load_split(str(tmp_path / f"pairs{kind}"), "train")
+    rejected = row["rejected_image"] if kind != ".csv" else [row["rejected_image"]]
+    for number, image in enumerate([row["chosen_image"], *rejected]):
+        assert np.array_equal(np.asarray(image), np.asarray(picture(number)))
+
+
+def schema_of(column):
+    file = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    return pa.schema({"text": pa.string(), column: pa.list_(file) if column == "rejected_image" else file})
+
+
+@pytest.mark.parametrize("column", ["chosen_image", "rejected_image"])
+@pytest.mark.parametrize("stored", ["paths", "files"])
+def test_images_of_pairs_outside_the_folder_are_refused(tmp_path, column, stored):
+    (tmp_path / "data").mkdir()
+    save(tmp_path)
+    outside = str(tmp_path / ROWS[0][0])
+    image = outside if stored == "paths" else {"bytes": None, "path": outside}
+    row = {"text": "a dog", column: [image] if column == "rejected_image" else image}
+    pq.write_table(
+        pa.Table.from_pylist([row], None if stored == "paths" else schema_of(column)),
+        tmp_path / "data" / "pairs.parquet",
+    )
+    with pytest.raises(ValueError, match="outside the dataset folder"):
+        load_split(str(tmp_path / "data"), "train")
