@@ -6,6 +6,7 @@ The case files are read from the folder named by CLIP_PO_LOSS_CASES, else from t
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -239,3 +240,14 @@ def test_kl_ignores_absent_candidates_and_keeps_gradients_finite():
     torch.testing.assert_close(found, kl_regularization(reference, logits[:, :3].log_softmax(-1)))
     assert logits.grad.isfinite().all()
     assert logits.grad[0, 3] == 0
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "losses.md"
+
+
+def test_the_page_lists_every_loss_with_what_it_reads():
+    section = PAGE.read_text().split("\n## Table\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|$", section, re.MULTILINE)
+    documented = {name: set(re.findall(r"`(\w+)`", reads)) for name, reads in rows}
+    documented["sigmoid_norm"] = documented["sigmoid"]  # "as `sigmoid`"
+    assert documented == {name: set(loss.settings | loss.columns) for name, loss in LOSSES.items()}
