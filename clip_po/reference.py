@@ -44,6 +44,10 @@ class ReferencePolicy:
         images: Names in `ROW_IMAGES` of the images that the losses ask about. Without "image" the log-probabilities of
             preferences are 0.
         reg_texts: Texts over which the regularization images are compared too.
+
+    Attributes:
+        initial_model: The reference model before training, with which a trained model is compared afterwards. It is
+            `model`, unless the reference moves in training.
     """
 
     def __init__(
@@ -55,17 +59,12 @@ class ReferencePolicy:
         images: Sequence[str] = ROW_IMAGES,
         reg_texts: Sequence[str] = (),
     ) -> None:
-        self.model = model
+        self.model = self.initial_model = model
         self.reg_texts = reg_texts
         self.images = tuple(images)
         self.candidates = candidates
         self.text_embeddings = text_embeddings or CachedTextEmbeddings(model, processor)
         self.logit_scale = dual_encoder(model).logit_scale.detach().exp().item()
-
-    @functools.cached_property
-    def first_digest(self) -> str:
-        """Digest of the model when it was first asked for: before training, and before any `replace_weights`."""
-        return model_digest(self.model)
 
     @torch.no_grad()
     def replace_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -182,7 +182,7 @@ def keep_bounds(
         measures: What must be measured for the bounds, beside the clean cost.
     """
     points = sweep_interpolation(
-        trainer.reference.model,
+        trainer.reference.initial_model,
         trainer.model,
         images,
         templates,
@@ -197,5 +197,5 @@ def keep_bounds(
         print(f"{interpolation_table(points)}\n{choice.describe()}")
         if isinstance(trainer.model, PeftModel):
             print("The adapters are merged into the model: an interpolation is a plain CLIPModel.")
-    chosen = interpolate(trainer.reference.model, trainer.model, choice.point.alpha)
+    chosen = interpolate(trainer.reference.initial_model, trainer.model, choice.point.alpha)
     trainer.replace_model(chosen)

@@ -300,7 +300,7 @@ def is_changed(trainer: ContrastivePOTrainer) -> bool:
     """Return whether the trained model differs from the reference. Adapters and sharded models count as changed."""
     if isinstance(trainer.model, PeftModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return True
-    base = interpolate(trainer.reference.model, trainer.model, 0).state_dict()
+    base = interpolate(trainer.reference.initial_model, trainer.model, 0).state_dict()
     return not all(weight.equal(base[name].to(weight)) for name, weight in trainer.model.state_dict().items())
 
 

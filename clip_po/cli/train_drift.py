@@ -45,7 +45,7 @@ def log_drift(trainer: ContrastivePOTrainer, task: Task) -> TrainingDrift:
         num_workers=args.dataloader_num_workers,
         on_bad_image=args.on_bad_image if (trainer.state.epoch or 0) >= 1 else "skip",
     )
-    models = {"reference": trainer.reference.model, "model": trainer.encoder}
+    models = {"reference": trainer.reference.initial_model, "model": trainer.encoder}
     # In the precision of the training, which is several times as fast; both models have the same rounding errors.
     kept, whole = unchanged_random_state(accelerator.device), whole_weights(trainer.model, accelerator)
     with kept, whole, accelerator.autocast():

@@ -119,7 +119,7 @@ class EvaluatorCallback(TrainerCallback):
     def _measured_base(self) -> dict[str, Any]:
         # The reference, not the model at the start of training: a resumed run starts with a trained model.
         if not self._base:
-            self._base = self._measure("reference", self.trainer.reference.model)
+            self._base = self._measure("reference", self.trainer.reference.initial_model)
         return self._base
 
     def _measure(self, name: str, model: Any) -> dict[str, Any]:

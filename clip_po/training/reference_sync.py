@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ class ReferenceSyncCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Load the reference of the checkpoint that training resumes from.
+        """Keep the reference as it is now, and load that of the checkpoint from which training resumes.
 
         Args:
             args: `resume_from_checkpoint`, a folder or None.
@@ -81,7 +82,10 @@ class ReferenceSyncCallback(TrainerCallback):
         Raises:
             ValueError: If the checkpoint has no reference, or that of another run.
         """
-        _ = self.trainer.reference.first_digest  # by which a run is recognized, whatever the reference becomes
+        reference = self.trainer.reference
+        if reference.initial_model is reference.model:
+            shared = {id(parameter): parameter for parameter in self.trainer.encoder.parameters()}
+            reference.initial_model = copy.deepcopy(reference.model, memo=shared)
         if not args.resume_from_checkpoint:
             return
         file, weights = Path(args.resume_from_checkpoint) / REFERENCE_FILE, self._own_weights()

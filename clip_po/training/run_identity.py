@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from clip_po.data.embedding_cache import fingerprint
+from clip_po.data.embedding_cache import fingerprint, model_digest
 from clip_po.data.generic_images import MixedPreferences
 from clip_po.data.grades import GRADES
 from clip_po.data.pairs import PreferencePairs
@@ -185,7 +185,7 @@ def _identity_of(trainer: ContrastivePOTrainer) -> dict[str, Any]:
     found = {
         **settings_of(trainer.args),
         "candidate_texts": None if texts is None else list(texts),
-        "reference model": trainer.reference.first_digest,
+        "reference model": model_digest(trainer.reference.initial_model),
         **content_of(trainer.train_dataset),
     }
     if trainer.args.load_best_model_at_end:  # the evaluation then decides which weights a run ends with

@@ -59,7 +59,11 @@ def assert_is_drift(found, before, after, processor):
     assert (found["images"], found["texts"]) == (ROWS, len(TEXTS))
 
 
-@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "4"]], ids=["full", "lora"])
+# A reference that becomes the policy after each step: the model has not moved from it, but from where it started.
+FOLLOWS = ["--sync_ref_model", "true", "--ref_model_mixup_alpha", "1", "--ref_model_sync_steps", "1"]
+
+
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "4"], FOLLOWS], ids=["full", "lora", "follows"])
 def test_the_line_is_printed_and_kept_beside_the_model(command, clip_folder, processor, tmp_path, capsys, lora):
     assert main(command(*lora)) == 0
     out = tmp_path / "out"
@@ -74,11 +78,12 @@ def test_the_line_is_printed_and_kept_beside_the_model(command, clip_folder, pro
     assert {"drift/kl", "drift/agreement", "drift/cosine"} <= set(json.loads(logged.replace("'", '"')))
 
 
+@pytest.mark.parametrize("more", [[], FOLLOWS], ids=["stays", "follows"])
 def test_it_says_how_far_the_saved_model_moved_not_the_trained_one(
-    command, clip_folder, processor, tmp_path, monkeypatch
+    more, command, clip_folder, processor, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(promise, "choose_alpha", lambda points, bounds: Choice(points[3], bounds))
-    assert main(command("--max_clean_cost", "1", "--dataset_validation_split", "train")) == 0
+    assert main(command("--max_clean_cost", "1", "--dataset_validation_split", "train", *more)) == 0
     found = json.loads((tmp_path / "out" / DRIFT_FILE).read_text())
     assert_is_drift(found, CLIPModel.from_pretrained(clip_folder), load_any(str(tmp_path / "out")), processor)
 

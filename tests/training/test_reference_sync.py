@@ -110,6 +110,20 @@ def test_another_reference_moves_too(clip_folder, tmp_path):
     torch.testing.assert_close(trainer.reference(batch).preference, logps, rtol=1e-5, atol=1e-5)
 
 
+def test_the_model_before_training_is_kept_for_comparison(clip_folder, tmp_path):
+    first = weights(CLIPModel.from_pretrained(clip_folder))
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(clip_folder, tmp_path, **RUN, **saving)
+    resumed = make_trainer(clip_folder, tmp_path, **RUN, **saving, overwrite_output_dir=False)
+    trainer.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for run in (trainer, resumed):
+        assert same(weights(run.reference.initial_model), first)
+        assert not same(weights(run.reference.model), first)
+    frozen = resumed.reference.initial_model.text_projection.weight
+    assert frozen is resumed.model.text_projection.weight  # what does not train is held once
+
+
 # ---- Resume
 
 
