@@ -148,7 +148,7 @@ class TaskArguments(ScriptArguments):
             )
 
     def load(self, split: str, seed: int, like: Dataset | None = None) -> Dataset:
-        """Load a split of the dataset, with at most `max_samples` rows.
+        """Load a split of labelled images, with at most `max_samples` rows.
 
         Args:
             split: Name of the split.
@@ -162,15 +162,58 @@ class TaskArguments(ScriptArguments):
         Raises:
             ValueError: If the split is empty, or has a class that `like` does not have.
         """
+        return self.labelled(self.read(split), split, seed, like)
+
+    def read(self, split: str) -> Dataset:
+        """Read a split of the dataset, whatever its columns.
+
+        Args:
+            split: Name of the split.
+
+        Returns:
+            All of its rows.
+
+        Raises:
+            ValueError: If the split is empty, or as for `load_split`.
+        """
         dataset = load_split(str(self.dataset_name), split, self.dataset_config, self.image_column)
-        dataset = encode_labels(dataset, self.label_column, self.class_names)
         if len(dataset) == 0:
             raise ValueError(f"The split {split!r} of {self.dataset_name!r} is empty. Give one with images.")
+        return dataset
+
+    def sample(self, dataset: Dataset, seed: int) -> Dataset:
+        """Return at most `max_samples` rows.
+
+        Args:
+            dataset: The rows.
+            seed: Seed that draws them.
+
+        Returns:
+            The rows, in random order if some are left out.
+        """
+        if self.max_samples is None or self.max_samples >= len(dataset):
+            return dataset
+        return dataset.shuffle(seed=seed).select(range(self.max_samples))
+
+    def labelled(self, dataset: Dataset, split: str, seed: int, like: Dataset | None = None) -> Dataset:
+        """Return rows that were read as labelled images, with at most `max_samples` rows.
+
+        Args:
+            dataset: Rows of `read`.
+            split: As for `load`.
+            seed: As for `load`.
+            like: As for `load`.
+
+        Returns:
+            As for `load`.
+
+        Raises:
+            ValueError: If the rows have a class that `like` does not have.
+        """
+        dataset = encode_labels(dataset, self.label_column, self.class_names)
         if like is not None and (names := self.dataset_names(like)) is not None:
             dataset = align_labels(dataset, self.label_column, names, split)
-        if self.max_samples is not None and self.max_samples < len(dataset):
-            dataset = dataset.shuffle(seed=seed).select(range(self.max_samples))
-        return dataset
+        return self.sample(dataset, seed)
 
     def names(self, dataset: Dataset, task: Task | None = None) -> list[str]:
         """Return `class_names`, else the checkpoint's if it knows the dataset's classes, else the dataset's.

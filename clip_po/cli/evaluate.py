@@ -1,20 +1,22 @@
-"""clip-po evaluate: robustness to words on images; with --suite and --fairness, other evaluations."""
+"""clip-po evaluate: what the columns of a dataset call for; with --suite and --fairness, other evaluations."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from datasets import Dataset
 
 from clip_po.cli.arguments import Task
 from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.cli.evaluate_common import Measurement, Models, default_folder, load_models, measurable_rows
 from clip_po.cli.evaluate_fairness import attribute_suite, measure_fairness
+from clip_po.cli.evaluate_feedback import FOUND, kind_of_rows, measure_captions, measure_feedback
 from clip_po.cli.evaluate_retention import RetentionMeasurement, measure_retention
 from clip_po.cli.evaluate_suite import chosen_suite, measure_suite
 from clip_po.cli.flags import FlagParser, parse_flags
@@ -68,18 +70,29 @@ def parse(argv: Sequence[str]) -> EvaluateArguments:
 def load(args: EvaluateArguments) -> Callable[[Models], Measurement]:
     """Load what is measured, before any model, and return its measurement as a function of the models."""
     if args.fairness is None and args.suite is None:
-        dataset, names, templates = load_task(args)
-        sets = load_retention_sets(args.retention or [], templates, args.suite_folder)
-        return partial(measure_robustness, args, dataset, names, templates, sets)
+        return load_data(args)
     suite = chosen_suite(args) if args.fairness is None else attribute_suite(args)
     return partial(measure_fairness if suite.measures == "fairness" else measure_suite, args, suite)
 
 
-def load_task(args: EvaluateArguments) -> tuple[Dataset, list[str], list[str]]:
-    """Return the images, and their class names and templates: as given, else those of the checkpoint."""
+def load_data(args: EvaluateArguments) -> Callable[[Models], Measurement]:
+    """Load a dataset, and return the measurement that its columns call for as a function of the models."""
     task = Task.load(str(args.model_name_or_path))
-    dataset = args.load(args.dataset_test_split, args.seed)
-    return dataset, args.names(dataset, task), args.templates(task)
+    dataset = args.read(args.dataset_test_split)
+    kind = kind_of_rows(dataset, args)
+    if kind == "labelled":
+        dataset = args.labelled(dataset, args.dataset_test_split, args.seed)
+        templates = args.templates(task)
+        sets = load_retention_sets(args.retention or [], templates, args.suite_folder)
+        return partial(measure_robustness, args, dataset, args.names(dataset, task), templates, sets)
+    if args.retention is not None:
+        raise ValueError(
+            f"--retention has no effect: {args.dataset_name!r} holds {FOUND[kind]}. Leave it out, and measure the "
+            "sets with --suite retention."
+        )
+    PartialState().print(f"{args.dataset_name} holds {FOUND[kind]}.", file=sys.stderr)
+    measure = measure_captions if kind == "captions" else partial(measure_feedback, kind)
+    return partial(measure, args, args.sample(dataset, args.seed))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,10 @@ class FairnessArguments:
         default=1.0, metadata={"help": "For --fairness: the smallest count of a group, so that it has a logarithm."}
     )
     cluster_column: str | None = field(
-        default=None, metadata={"help": "For --fairness: column that identifies related images, such as the person."}
+        default=None,
+        metadata={
+            "help": "For --fairness and preferences: column that identifies related images, such as the person."
+        },
     )
     resamples: int = field(
         default=RESAMPLES, metadata={"help": "For --fairness: number of resamples for the intervals."}
@@ -86,7 +89,9 @@ class EvaluateArguments(FairnessArguments, TaskArguments):
             "suite. Labelled sets give accuracy, all sets give drift."
         },
     )
-    caption_column: str = field(default="caption", metadata={"help": "Column of captions, for --suite retrieval."})
+    caption_column: str = field(
+        default="caption", metadata={"help": "Column of captions, for datasets without classes and --suite retrieval."}
+    )
 
     def __post_init__(self) -> None:
         """Check the arguments; a suite brings its own datasets."""

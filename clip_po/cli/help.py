@@ -53,6 +53,7 @@ accelerate launch --no-python clip-po train ...   (several processes)""",
     "evaluate": """\
 clip-po evaluate --model_name_or_path aligned --base_model_name_or_path openai/clip-vit-base-patch32 \\
     --dataset_name cifar10 --image_column img
+clip-po evaluate --model_name_or_path aligned --dataset_name preferences.jsonl --dataset_test_split train
 clip-po evaluate --model_name_or_path aligned --suite typographic --suite_folder sets""",
     "score": """\
 clip-po score --model_name_or_path aligned --dataset_name path/to/images --text "a photo of a cat" --top_k 10
@@ -71,6 +72,10 @@ clip-po demo --output_dir demo_output""",
 
 
 REMARKS = {
+    "evaluate": """\
+The columns of the dataset decide what is measured. image, label: clean and typographic accuracy. image,
+chosen, rejected, or text, chosen_image, rejected_image: agreement with the preferences. image, text,
+label (true or false): right against wrong texts. image, caption or text: retrieval.""",
     "train": """\
 Learning rate and epochs default to values that fit the size of the model and the data. Flags override
 the YAML file, which overrides --preset.""",

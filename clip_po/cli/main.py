@@ -14,7 +14,7 @@ from clip_po.worker_errors import raised_message
 
 COMMANDS = {
     "train": "Align a CLIP model on labelled images with words written on them.",
-    "evaluate": "Measure how words on images affect a checkpoint, before and after alignment.",
+    "evaluate": "Measure a checkpoint before and after alignment: words on images, preferences, retrieval.",
     "score": "Rank texts for images, or images for texts, with any checkpoint.",
     "compare": "Run several methods and seeds on one model and dataset, and compare them in one table.",
     "steer": "Turn the concept of written words up, off or around by one number, without training the model.",
