@@ -35,7 +35,7 @@ from clip_po.evaluation.training_drift import TrainingDrift
 from clip_po.hub.card import CARD_FILE, CheckpointKind, card_of_run
 from clip_po.hub.publishing import creating_repository, push_model, save_pretrained
 from clip_po.hub.stale_files import check_not_base, remove_stale_files
-from clip_po.losses import ANCHORED, REFERENCED, LossSettings, PreferenceLogps, preference_loss
+from clip_po.losses import ANCHORED, REFERENCED, LossSettings, PreferenceLogps, preference_loss, readers
 from clip_po.metrics import RunningMeans, loss_of_parts, preference_metrics
 from clip_po.models import check_processor, default_output_dir, dual_encoder, load_policy, load_processor
 from clip_po.policy import Policy, preference_logps, regularization_kl, regularization_loss
@@ -323,7 +323,7 @@ class ContrastivePOTrainer(Trainer):
         # If the text tower trains in bfloat16, both sides of the log-ratios must have the same rounding error.
         encode = encode_texts_autocast if tower_trains(encoder, "text") else encode_texts
         texts = CachedTextEmbeddings(model, self.processing_class, encode)
-        compares = self._has_rewards and not self.args.reference_free
+        compares = REFERENCED & set(self.args.loss_type) and not self.args.reference_free
         images = ROW_IMAGES if compares else ROW_IMAGES[1:]
         return ReferencePolicy(model, self.processing_class, self.candidates, texts, images, self.reg_texts)
 
@@ -536,7 +536,7 @@ class ContrastivePOTrainer(Trainer):
 
     @property
     def _has_rewards(self) -> bool:
-        return bool(REFERENCED & set(self.args.loss_type))  # without log-ratios there are no rewards
+        return bool(readers("beta") & set(self.args.loss_type))  # a reward is beta times a log-ratio
 
     def _add_to_means(
         self,

@@ -28,7 +28,7 @@ from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.images import to_pixels
 from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.encoding import encode_images, encode_texts
-from clip_po.losses import kl_regularization
+from clip_po.losses import LABEL_FREE, LOSSES, UNPAIRED, kl_regularization
 from clip_po.policy import candidate_logps
 from clip_po.trainer import ContrastivePOTrainer
 
@@ -300,18 +300,31 @@ def test_rows_may_name_their_own_candidates(make_trainer):
     assert trainer.evaluate()["eval_logps/chosen"] > before
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "kto_pair", "sft"])
+@pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - LABEL_FREE - UNPAIRED))
 def test_every_loss_learns_the_preferences(make_trainer, loss_type):
     rows = make_preferences(13)
     settings = {"max_steps": 40, "learning_rate": 3e-3, "reg_weight": 0.01, "beta": 0.5}
+    settings |= {"label_smoothing": 0.01} if loss_type == "exo_pair" else {}
     trainer = make_trainer(rows, eval_dataset=rows, loss_type=loss_type, **settings)
     trainer.train()
     found = trainer.evaluate()
     if loss_type == "sft":  # knows no reference, hence no rewards
         assert found["eval_logps/chosen"] > found["eval_logps/rejected"] + 1
         assert not any(name.startswith("eval_rewards/") for name in found)
+    elif loss_type in ("apo_down", "discopop"):  # one lowers both texts, the other is not convex
+        assert found["eval_rewards/margins"] > 0.2
     else:
         assert found["eval_rewards/accuracies"] > 0.9
+
+
+def test_rewards_of_simpo_are_those_without_a_reference(make_trainer):
+    rows = make_preferences(5)
+    trainer = make_trainer(rows, eval_dataset=rows, loss_type="simpo", beta=2.0)
+    found = trainer.evaluate()
+    assert found["eval_rewards/chosen"] == pytest.approx(2.0 * found["eval_logps/chosen"], rel=1e-5)
+    assert found["eval_rewards/margins"] == pytest.approx(
+        2.0 * (found["eval_logps/chosen"] - found["eval_logps/rejected"]), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("apart", [False, True])
