@@ -1,0 +1,198 @@
+"""Every supported architecture: what the package computes with it is what transformers computes."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from dual_encoders import POSITIONS, tiny_dual_encoder
+from peft import PeftModel
+from samples import PROMPTS, TINY_RUN, make_preferences, make_trainer, picture, write_parquet
+from torch.nn import functional as F
+from transformers import AutoModel, AutoProcessor
+
+from clip_po.cli import precision
+from clip_po.cli.main import main
+from clip_po.data.images import to_pixels
+from clip_po.encoding import encode_images, encode_texts
+from clip_po.evaluation.zero_shot import classify
+from clip_po.models import load_any, load_model, read_processor
+
+SUPPORTED = ("clip",)
+"""The kinds of `dual_encoders.KINDS` that are tried."""
+
+PADDED = {"siglip", "siglip2"}
+"""What was trained on texts of the full length."""
+
+TEXTS = ["a", "A photo  of a CAT", "dog", "b" * 2 * POSITIONS]
+"""A short text, one with letters and spaces that tokenizers fold, and one that is cut."""
+
+EXACT = {"rtol": 0, "atol": 1e-5}
+ROWS = 7
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    monkeypatch.setattr(precision, "processor_features", frozenset)
+
+
+@pytest.fixture(scope="module", params=SUPPORTED)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(kind, tmp_path_factory):
+    path = tmp_path_factory.mktemp(kind)
+    tiny_dual_encoder(kind, path)
+    return path
+
+
+@dataclasses.dataclass
+class Answers:
+    """What transformers computes for one image and one text after the other, without padding where there is none."""
+
+    images: torch.Tensor
+    texts: torch.Tensor
+    logits: torch.Tensor
+
+
+@torch.no_grad()
+def answers(model, processor, kind, images, texts):
+    whole = {"padding": "max_length"} if kind in PADDED else {}
+    tokenized = [
+        processor.tokenizer([text], truncation=True, max_length=POSITIONS, return_tensors="pt", **whole)
+        for text in texts
+    ]
+    rows = []
+    for image in images:
+        pixels = processor.image_processor([image], return_tensors="pt")
+        rows.append([model.eval()(**pixels, **tokens) for tokens in tokenized])
+    return Answers(
+        torch.cat([outputs[0].image_embeds for outputs in rows]),
+        torch.cat([output.text_embeds for output in rows[0]]),
+        torch.stack([torch.stack([output.logits_per_image[0, 0] for output in outputs]) for outputs in rows]),
+    )
+
+
+def pictures(rows=3):
+    """Pictures, one of them wide."""
+    return [picture(0).resize((48, 32)), *(picture(row) for row in range(1, rows))]
+
+
+@pytest.fixture(scope="module")
+def plain(folder, kind):
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    return answers(model, processor, kind, pictures(), TEXTS)
+
+
+def test_embeddings_are_those_of_transformers(folder, plain):
+    model, processor = load_model(str(folder)), read_processor(folder)
+    with torch.no_grad():
+        images = encode_images(model, to_pixels(processor, pictures()))
+    texts = encode_texts(model, processor, TEXTS, batch_size=3)
+    torch.testing.assert_close(images, plain.images, **EXACT)
+    torch.testing.assert_close(texts, plain.texts, **EXACT)
+    assert torch.pdist(texts).min() > 0.05
+    assert torch.pdist(images).min() > 0.05
+
+
+def test_logits_are_those_of_transformers(folder, plain):
+    model, processor = load_model(str(folder)), read_processor(folder)
+    with torch.no_grad():
+        logits = classify(model, to_pixels(processor, pictures()), encode_texts(model, processor, TEXTS))
+    torch.testing.assert_close(logits, plain.logits, rtol=1e-5, atol=1e-4)
+
+
+RUN = {"max_steps": 3, "learning_rate": 1e-3, "reg_weight": 0.5, "beta": 0.7}
+UNREAD: set[str] = set()
+"""Parameters of vision towers that no embedding depends on."""
+
+
+@pytest.fixture(scope="module")
+def aligned(folder, tmp_path_factory):
+    """A trainer after three steps, in training mode as a run leaves it, and the folder of its model."""
+    run = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(
+        str(folder), run, train_dataset=make_preferences(ROWS), eval_dataset=make_preferences(ROWS), **RUN
+    )
+    trainer.train()
+    trainer.save_model(run / "aligned")
+    return trainer, run / "aligned"
+
+
+def test_three_steps_train_the_vision_tower_alone(folder, aligned):
+    before, after = AutoModel.from_pretrained(folder), AutoModel.from_pretrained(aligned[1])
+    moved = {name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])}
+    assert moved
+    assert {name.split(".")[0] for name in moved} <= {"vision_model", "visual_projection"}
+    assert not {name for name, _ in before.named_buffers()} & moved, "statistics of batch norm"
+    still = {name for name, _ in before.named_parameters() if name.startswith("vision_")} - moved
+    assert all("pooler" in name or name in UNREAD for name in still), still
+
+
+def test_what_is_saved_is_what_was_trained(folder, kind, aligned):
+    trainer, path = aligned
+    assert type(AutoModel.from_pretrained(path)) is type(AutoModel.from_pretrained(folder))
+    found = answers(AutoModel.from_pretrained(path), AutoProcessor.from_pretrained(path), kind, pictures(), TEXTS)
+    processor = read_processor(folder)
+    trained = trainer.model.eval()
+    with torch.no_grad():
+        images = encode_images(trained, to_pixels(processor, pictures()))
+    torch.testing.assert_close(found.images, images, **EXACT)
+    torch.testing.assert_close(found.texts, encode_texts(trained, processor, TEXTS), **EXACT)
+
+
+def test_the_loss_is_the_equation_of_what_transformers_answers(folder, kind, aligned):
+    """DPO and the KL of the softmax over the candidate texts, from plain logits before and after."""
+    trainer, path = aligned
+    rows = make_preferences(ROWS)
+    chosen = torch.tensor([[PROMPTS.index(text)] for text in rows["chosen"]])
+    rejected = torch.tensor([[PROMPTS.index(text)] for text in rows["rejected"]])
+
+    def logps(checkpoint, column):
+        model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+        return answers(model, processor, kind, rows[column], PROMPTS).logits.log_softmax(-1)
+
+    policy, reference = logps(path, "image"), logps(folder, "image")
+    ratio = policy - reference
+    dpo = -F.logsigmoid(0.7 * (ratio.gather(1, chosen) - ratio.gather(1, rejected))).mean()
+    policy, reference = logps(path, "clean_image"), logps(folder, "clean_image")
+    kl = (reference.exp() * (reference - policy)).sum(-1).mean()
+    result = trainer.evaluate()
+    assert kl > 1e-5
+    assert result["eval_loss"] == pytest.approx((dpo + 0.5 * kl).item(), abs=1e-4)
+    assert result["eval_kl"] == pytest.approx(kl.item(), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    return write_parquet(tmp_path_factory.mktemp("parquet"), train=8, test=8)
+
+
+# Layers of attention and MLP in the two blocks of a transformer: four and two.
+LINEAR_LAYERS = 2 * (4 + 2)
+
+
+def test_the_commands_train_and_evaluate_lora_by_name(folder, kind, parquet, tmp_path):
+    out, merged, evaluated = tmp_path / "adapters", tmp_path / "merged", tmp_path / "evaluation"
+    data = ["--dataset_name", str(parquet)]
+    settings = ["--use_peft", "true", "--learning_rate", "1e-2", *TINY_RUN]
+    assert main(["train", "--model_name_or_path", str(folder), *data, "--output_dir", str(out), *settings]) == 0
+
+    adapted = load_any(str(out)).eval()
+    assert isinstance(adapted, PeftModel)
+    adapters = {name: value for name, value in adapted.named_parameters() if "lora_B" in name}
+    assert all(".vision_model." in name for name in adapters)
+    assert all(bool(value.any()) for value in adapters.values()), "an adapter without effect stays 0"
+    assert kind == "align" or len(adapters) >= LINEAR_LAYERS
+
+    with torch.no_grad():
+        images = encode_images(adapted, to_pixels(read_processor(folder), pictures()))
+    adapted.merge_and_unload().save_pretrained(merged)
+    plain = answers(AutoModel.from_pretrained(merged), AutoProcessor.from_pretrained(out), kind, pictures(), ["a"])
+    torch.testing.assert_close(plain.images, images, **EXACT)
+
+    command = ["evaluate", "--model_name_or_path", str(out), *data, "--output_dir", str(evaluated)]
+    assert main([*command, "--num_workers", "0", "--batch_size", "8"]) == 0
+    assert json.loads((evaluated / "report.json").read_text())
