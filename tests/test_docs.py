@@ -4,8 +4,7 @@ How a page is run, from top to bottom, in an empty folder:
 
 - A `python` block is executed in the page's one namespace.
 - A `yaml` block whose first line is `# some/name.yaml` is written to that file.
-- In a `bash` block, each command must be `clip-po train`, `clip-po evaluate`, `clip-po compare`, `clip-po steer`
-  or `python examples/...`.
+- In a `bash` block, each command must be `clip-po` with one of `RUN_HERE`, or `python examples/...`.
 - A block that can't be run here is preceded by `<!-- not run: reason -->`.
 - Blocks without a language, and those of other languages, are text.
 """
@@ -40,6 +39,8 @@ STAND_INS = {
     "path/to/images": "unlabelled",
     "your/dataset": "photos",
 }
+# Commands of clip-po that the pages may run.
+RUN_HERE = ("train", "evaluate", "compare", "steer", "score")
 # Added to every command of that name; the last flag of a name wins.
 OVERRIDES = {
     "clip-po train": "--max_steps 2 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
@@ -115,6 +116,8 @@ PROMISES = {
         "stopped/model.safetensors",
         "averaged/model.safetensors",
     ],
+    "score.md": ["cats.jsonl", "labels.csv", "scores.parquet"],
+    "agreement.md": ["agreement/report.json", "agreement/reliability.csv"],
     "steer.md": [
         "steered-photos/concept.safetensors",
         "steered-photos/checkpoint/model.safetensors",
@@ -216,10 +219,10 @@ def shorten(recipe):
 
 def run_command(words, localize, monkeypatch):
     words = [localize(word) for word in words]
-    if words[0] == "clip-po" and words[1:2] in (["train"], ["evaluate"], ["compare"], ["steer"]):
+    if words[0] == "clip-po" and words[1] in RUN_HERE:
         if words[1] == "compare":
             shorten(Path(words[words.index("--config") + 1]))
-        assert main([*words[1:], *OVERRIDES[" ".join(words[:2])].split()]) in (0, UNCHANGED), " ".join(words)
+        assert main([*words[1:], *OVERRIDES.get(" ".join(words[:2]), "").split()]) in (0, UNCHANGED), " ".join(words)
     elif words[0] == "python" and words[1].startswith("examples/"):
         script = ROOT / words[1]
         with monkeypatch.context() as patch:

@@ -375,3 +375,11 @@ def test_label_studio_other_exports_are_refused(folder):
     (folder / "mini.json").write_text(json.dumps([{"id": 1, "image": "0.png", "better": "left"}]))
     with pytest.raises(ValueError, match="JSON-MIN and CSV do not have them"):
         read_label_studio(folder / "mini.json", "better")
+
+
+def test_a_path_needs_a_folder_unless_datasets_would_open_it(folder):
+    records = argilla("ok", [["yes"]]).rename_column("caption_1", "text").remove_columns("image")
+    with pytest.raises(ValueError, match="Give the folder of the images"):
+        read_argilla(records.add_column("image", [str(folder / "1.png")]), "ok")
+    images = records.add_column("image", [str(folder / "1.png")]).cast_column("image", datasets.Image())
+    assert contents(read_argilla(images, "ok")) == [{"image": 1, "text": "a 0", "label": True}]

@@ -91,7 +91,8 @@ def stored_image(image: Any, folder: str | os.PathLike[str] | None) -> Any:
 
     Args:
         image: A PIL image, a path, a data URI, or a mapping with `bytes` and `path`.
-        folder: As for `feedback_dataset`.
+        folder: As for `feedback_dataset`. Without one, the path in a mapping is taken as it is: it comes from a column
+            of images, which `datasets` would open likewise.
 
     Returns:
         A PIL image, or a mapping with `bytes` or `path`.
@@ -112,10 +113,11 @@ def stored_image(image: Any, folder: str | os.PathLike[str] | None) -> Any:
         return {"bytes": _decoded(name), "path": None}
     if "://" in name:
         raise ValueError(f"the image {name!r} is not a file. Download it, and give its path")
-    if folder is None:
+    if folder is None and not isinstance(image, Mapping):
         raise ValueError(f"the image is the path {name!r}. Give the folder of the images")
-    path = os.path.join(folder, name)
-    check_resolved([path, *([os.path.realpath(path)] if os.path.islink(path) else [])], [Path(folder)], "it")
+    path = os.path.join(folder or "", name)
+    if folder is not None:
+        check_resolved([path, *([os.path.realpath(path)] if os.path.islink(path) else [])], [Path(folder)], "it")
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path!r}")
     return {"bytes": None, "path": path}
