@@ -40,7 +40,7 @@ STAND_INS = {
     "your/dataset": "photos",
 }
 # Commands of clip-po that the pages may run.
-RUN_HERE = ("train", "evaluate", "compare", "steer", "score")
+RUN_HERE = ("train", "evaluate", "compare", "steer", "score", "convert")
 # Added to every command of that name; the last flag of a name wins.
 OVERRIDES = {
     "clip-po train": "--max_steps 2 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
@@ -127,6 +127,7 @@ PROMISES = {
         "steered-python/concept.safetensors",
         "steered-python/plain/model.safetensors",
     ],
+    "open_clip.md": ["for-open-clip/open_clip_model.safetensors", "converted/model.safetensors"],
     "compare.md": [
         "comparison/report.json",
         "comparison/report.html",

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig
 
 from clip_po.cli.compare_arguments import CompareArguments
+from clip_po.cli.convert_arguments import ConvertArguments
 from clip_po.cli.demo import DemoArguments
 from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.cli.main import COMMANDS
@@ -66,6 +67,9 @@ clip-po steer --output_dir steered   (the embedded digits)
 clip-po steer --model_name_or_path openai/clip-vit-base-patch32 --dataset_name cifar10 \\
     --image_column img --output_dir steered --choose at_most --max_clean_cost 0.5
 clip-po steer --transform steered --t -1 0 0.5 1 2 --output_dir swept   (without training)""",
+    "convert": """\
+clip-po convert --model_name_or_path ViT-B-32.safetensors --arch ViT-B-32 --output_dir converted
+clip-po convert --model_name_or_path aligned --to open_clip --output_dir aligned-open-clip""",
     "demo": """\
 clip-po demo --output_dir demo_output""",
 }
@@ -199,6 +203,8 @@ def sections(command: str) -> dict[str, list[dataclasses.Field[Any]]]:
     """
     if command == "demo":
         return {"The demo": own_fields(DemoArguments)}
+    if command == "convert":
+        return {"Checkpoint and output": own_fields(ConvertArguments)}
     if command == "score":
         return {"Data and output": own_fields(ScoreArguments)}
     found = {"Data and attack": own_fields(ARGUMENTS[command])}

@@ -18,6 +18,7 @@ COMMANDS = {
     "score": "Rank texts for images, or images for texts, with any checkpoint.",
     "compare": "Run several methods and seeds on one model and dataset, and compare them in one table.",
     "steer": "Turn the concept of written words up, off or around by one number, without training the model.",
+    "convert": "Convert an open_clip checkpoint for transformers, or a checkpoint back for open_clip.",
     "demo": "Align the embedded model by several methods and show the gains and costs of each.",
 }
 """Description of each command, by name."""
