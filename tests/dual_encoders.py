@@ -165,6 +165,9 @@ KINDS: dict[str, Callable] = {
 }
 """Functions that return configuration and processor, by model type."""
 
+SUPPORTED = ("clip",)
+"""The kinds that tests try."""
+
 
 def tiny_dual_encoder(kind: str, folder: Path | None = None, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Make a tiny random model.

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from dual_encoders import POSITIONS, tiny_dual_encoder
+from dual_encoders import POSITIONS, SUPPORTED, tiny_dual_encoder
 from peft import PeftModel
 from samples import PROMPTS, TINY_RUN, make_preferences, make_trainer, picture, write_parquet
 from torch.nn import functional as F
@@ -17,9 +17,6 @@ from clip_po.data.images import to_pixels
 from clip_po.encoding import encode_images, encode_texts
 from clip_po.evaluation.zero_shot import classify
 from clip_po.models import load_any, load_model, read_processor
-
-SUPPORTED = ("clip",)
-"""The kinds of `dual_encoders.KINDS` that are tried."""
 
 PADDED = {"siglip", "siglip2"}
 """What was trained on texts of the full length."""
