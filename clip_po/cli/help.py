@@ -104,6 +104,22 @@ MAIN_FLAGS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "The method": ["preset", "loss_type", "reg_weight", "reg_dataset_name", "labels", "max_clean_cost"],
         "Training": ["learning_rate", "num_train_epochs", "per_device_train_batch_size", "use_peft", "seed"],
     },
+    "evaluate": {
+        "Models and data": [
+            "model_name_or_path",
+            "base_model_name_or_path",
+            "dataset_name",
+            "dataset_test_split",
+            "image_column",
+            "label_column",
+            "caption_column",
+            "class_names",
+            "prompt_template",
+        ],
+        "Output": ["output_dir"],
+        "What is measured": ["renderings", "retention", "suite", "suite_folder", "fairness", "cluster_column"],
+        "The run": ["batch_size", "on_bad_image", "max_samples", "seed"],
+    },
     "steer": {
         "Model and data": [
             "model_name_or_path",
