@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from clip_po.bounded_text import parse_json
@@ -81,10 +81,12 @@ def read_stored_image(image: Any, folder: Path, where: str) -> Image.Image:
         raise UnreadableImage(f"{where}: {stored!r} is no image. Give the path or the bytes of a file.")
     try:
         if isinstance(stored, bytes):
-            return to_rgb(Image.open(io.BytesIO(stored)))
-        path = os.path.join(folder, stored)
-        check_resolved([path, *([os.path.realpath(path)] if os.path.islink(path) else [])], [folder], where)
-        return to_rgb(Image.open(path))
+            file: dict[str, Any] = {"bytes": stored, "path": None}
+        else:
+            path = os.path.join(folder, stored)
+            check_resolved([path, *([os.path.realpath(path)] if os.path.islink(path) else [])], [folder], where)
+            file = {"bytes": None, "path": path}
+        return to_rgb(ImageFeature().decode_example(file))  # turned as its EXIF data say, as in a dataset
     except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
         raise unreadable_image(error, "'image'", where, image_name(image)) from error
 

@@ -18,7 +18,8 @@ from clip_po.data.images import to_pixels
 from clip_po.encoding import encode_texts, evaluating
 from clip_po.evaluation.embeddings import embed_batch, embedding_sizes, split_by_model
 from clip_po.evaluation.zero_shot import collect_answers
-from clip_po.models import check_processor
+from clip_po.models import check_processor, dual_encoder
+from clip_po.text_identity import TextTokens
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def embed_feedback(
         raise ValueError("models is empty. Give at least one model by name.")
     for model in models.values():
         check_processor(processor, model)
+    tokens = TextTokens.of(processor, dual_encoder(next(iter(models.values()))))
+    tokens.warn_of_cut(tokens.learn(texts), "the dataset")
     skipped = SkippedRows()
 
     def embed(batch: dict[str, Any]) -> Tensor:

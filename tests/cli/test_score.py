@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from samples import PROMPTS, picture
 from transformers import CLIPModel, CLIPProcessor
 
@@ -197,6 +198,26 @@ ERRORS = [
     "2 images and 4 texts",
     "not a text",
 ]
+
+
+def test_an_image_cut_off_in_the_middle_is_reported(score, tmp_path):
+    picture(0, 64).save(tmp_path / "0.jpg")
+    whole = (tmp_path / "0.jpg").read_bytes()
+    (tmp_path / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    first, second = json_lines(score("--dataset_name", tmp_path, "--text", "a", "--rank", "texts").out)
+    assert first["error"] is None
+    assert "truncated" in second["error"]
+
+
+def test_an_image_is_turned_as_a_dataset_turns_it(score, tmp_path):
+    upright, exif = Image.effect_noise((40, 20), 90).convert("RGB"), Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    first, second = json_lines(
+        score("--dataset_name", tmp_path, "--text", *PROMPTS[:2], "--rank", "texts", "--top_k", 1).out
+    )
+    assert first["cosine"] == second["cosine"]
 
 
 def test_nothing_scored_is_an_error_and_leaves_no_file(score, tmp_path):
