@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from clip_po.losses import LossSettings, PreferenceLogps, aot_loss, aot_unpaired_loss, preference_loss, sigmoid_loss
+from clip_po.losses import LossSettings, PreferenceLogps, aot_loss, preference_loss, sigmoid_loss
 
 BETA, SMOOTHING = 0.6, 0.1
 SETTINGS = LossSettings(beta=BETA, label_smoothing=SMOOTHING)
@@ -88,6 +88,6 @@ def test_policy_and_reference_may_agree_on_other_rows():
 
 def test_gradients_reach_both_texts_of_all_rows():
     logps = random_logps()
-    aot_unpaired_loss(logps.chosen_logratios, logps.rejected_logratios, BETA).sum().backward()
+    preference_loss(logps, ["aot_unpaired"], [1.0], SETTINGS).sum().backward()
     assert (logps.chosen.grad < 0).all()
     assert (logps.rejected.grad > 0).all()

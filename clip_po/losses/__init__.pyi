@@ -33,4 +33,3 @@ from .table import LossSettings as LossSettings
 from .table import preference_loss as preference_loss
 from .table import readers as readers
 from .transport import aot_loss as aot_loss
-from .transport import aot_unpaired_loss as aot_unpaired_loss

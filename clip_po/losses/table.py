@@ -32,7 +32,7 @@ from clip_po.losses.pointwise import (
     nca_pair_loss,
     sppo_hard_loss,
 )
-from clip_po.losses.transport import aot_loss, aot_unpaired_loss
+from clip_po.losses.transport import aot_loss
 
 
 @dataclass(frozen=True)
@@ -117,36 +117,25 @@ def _weights(settings: LossSettings) -> tuple[float, float]:
     return settings.desirable_weight, settings.undesirable_weight
 
 
-def _of_batch(logps: PreferenceLogps, loss_type: str) -> tuple[PreferenceLogps, Tensor]:
-    """Return the log-probabilities of the rows of all processes, and which of these rows count."""
-    parts = (logps.chosen, logps.rejected, logps.ref_chosen, logps.ref_rejected)
-    chosen, rejected, ref_chosen, ref_rejected = parts
-    counted = torch.ones_like(chosen)
-    for mask in (logps.counted, logps.labelled):
-        counted = counted if mask is None else counted * mask
-    columns = (
-        chosen,
-        single_rejected(chosen, rejected, loss_type),
-        ref_chosen,
-        single_rejected(ref_chosen, ref_rejected, loss_type),
-        counted,
-    )
-    chosen, rejected, ref_chosen, ref_rejected, counted = of_all_processes(torch.stack(columns, dim=-1)).unbind(-1)
-    every = PreferenceLogps(chosen, rejected.unsqueeze(-1), ref_chosen, ref_rejected.unsqueeze(-1))
-    return every, counted > 0
-
-
 def _aot(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> Tensor:
-    every, counted = _of_batch(logps, "aot")
-    policy = every.chosen - every.rejected.squeeze(-1)
-    reference = every.ref_chosen - every.ref_rejected.squeeze(-1)
-    return of_this_process(aot_loss(policy, reference, settings.beta, settings.label_smoothing, counted))
+    policy = logps.chosen - single_rejected(logps.chosen, logps.rejected, "aot")
+    reference = logps.ref_chosen - single_rejected(logps.ref_chosen, logps.ref_rejected, "aot")
+    return _sorted_over_batch(policy, reference, logps, settings)
 
 
 def _aot_unpaired(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> Tensor:
-    every, counted = _of_batch(logps, "aot_unpaired")
-    ratios = every.chosen_logratios, every.rejected_logratios
-    return of_this_process(aot_unpaired_loss(*ratios, settings.beta, settings.label_smoothing, counted))
+    chosen = logps.chosen_logratios
+    rejected = single_rejected(chosen, logps.rejected_logratios, "aot_unpaired")
+    return _sorted_over_batch(chosen, rejected, logps, settings)
+
+
+def _sorted_over_batch(upper: Tensor, lower: Tensor, logps: PreferenceLogps, settings: LossSettings) -> Tensor:
+    """Return the loss of the rows of this process, sorted among those of all processes that count."""
+    counted = torch.ones_like(upper)
+    for mask in (logps.counted, logps.labelled):
+        counted = counted if mask is None else counted * mask
+    upper, lower, counted = of_all_processes(torch.stack([upper, lower, counted], dim=-1)).unbind(dim=-1)
+    return of_this_process(aot_loss(upper, lower, settings.beta, settings.label_smoothing, counted > 0))
 
 
 def _kto(logps: PreferenceLogps, kl: Tensor | None, settings: LossSettings) -> Tensor:
