@@ -20,6 +20,7 @@ from clip_po.data.attacks.words import EVERYDAY_WORDS
 from clip_po.data.loading import load_split
 from clip_po.evaluation.interpolation import Choice
 from clip_po.evaluation.zero_shot import class_embeddings, classify
+from clip_po.losses import LOSSES
 from clip_po.models import load_any
 
 QUICK = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
@@ -468,3 +469,33 @@ def test_what_the_promise_takes_is_said_before_training(command, capsys, monkeyp
 def test_a_dtype_of_16_bits_is_converted_to_be_trained(command):
     trainer = aligned(command("--dtype", "float16", steps=1))
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+def test_every_loss_is_taken_with_its_settings_and_mixed_with_others(tmp_path):
+    flags = ["--dataset_name", "d", "--output_dir", str(tmp_path), "--loss_type", *LOSSES]
+    settings = {"label_smoothing": 0.01, "discopop_tau": 0.1, "simpo_gamma": 1.0, "undesirable_weight": 0.5}
+    weights = [str(number) for number in range(1, len(LOSSES) + 1)]
+    more = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    _, args, _ = parse([*flags, "--loss_weights", *weights, *more])
+    assert (args.loss_type, args.weights) == (list(LOSSES), [float(weight) for weight in weights])
+    assert {name: getattr(args.loss_settings, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--loss_type", "exo_pair"], "infinite with label_smoothing=0"),
+        (["--loss_type", "sft", "--simpo_gamma", "1"], "simpo_gamma=1.0 has no effect"),
+        (["--loss_type", "sigmoid", "--f_divergence_type", "kl"], "f_divergence_type must be one of"),
+        (
+            ["--loss_type", "sigmoid", "apo_zero", "--f_divergence_type", "forward_kl"],
+            r"\['apo_zero'\] do not read it",
+        ),
+        (["--loss_type", "sft", "--f_divergence_type", "forward_kl"], "f_divergence_type='forward_kl' has no effect"),
+        (["--loss_type", "sigmoid", "--f_alpha_divergence_coef", "2"], "f_alpha_divergence_coef=2.0 has no effect"),
+        (["--loss_type", "discopop", "--discopop_tau", "0"], r"discopop_tau must lie in \(0, 1\]"),
+    ],
+)
+def test_settings_that_do_not_fit_a_loss_are_refused(more, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        parse(["--dataset_name", "d", "--output_dir", str(tmp_path), *more])

@@ -1,6 +1,7 @@
 """A reference that follows the policy: where it is after each step, what is computed with it, and after a resume."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import samples
@@ -12,7 +13,7 @@ from trl import SyncRefModelCallback
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.encoding import encode_images, encode_texts
-from clip_po.training.reference_sync import REFERENCE_FILE
+from clip_po.training.reference_sync import REFERENCE_FILE, ReferenceSyncCallback
 
 EVERYTHING = {"train_text_model": True, "train_logit_scale": True}
 RUN = {
@@ -191,6 +192,12 @@ def test_what_does_not_fit_a_moving_reference_is_refused(case, clip_folder, tmp_
     arguments, says = case
     with pytest.raises(ValueError, match=says):
         make_trainer(clip_folder, tmp_path, train_dataset=make_preferences(4), **{**RUN, **arguments})
+
+
+def test_sharded_weights_are_refused():
+    trainer = SimpleNamespace(model=None, is_fsdp_enabled=True, is_deepspeed_enabled=False)
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed shard them"):
+        ReferenceSyncCallback(trainer)
 
 
 def test_a_reference_of_another_shape_is_refused(clip_folder, tmp_path):
