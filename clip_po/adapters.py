@@ -11,8 +11,10 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import CLIPModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
+
+from clip_po.dual_encoder import as_dual_encoder
 
 logger = logging.get_logger(__name__)
 
@@ -23,7 +25,7 @@ DEFAULT_ADAPTER = "default"
 """Name of an adapter that PEFT saves in the folder itself instead of a subfolder."""
 
 
-def add_adapters(encoder: CLIPModel, config: PeftConfig, seed: int) -> PeftModel:
+def add_adapters(encoder: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
     """Add adapters to a model without changing what it answers.
 
     Args:
@@ -144,8 +146,8 @@ def _checked(config: PeftConfig) -> PeftConfig:
     """
     if config.is_prompt_learning:
         raise ValueError(
-            f"{_described(config)} adds virtual tokens to a language model, which a CLIPModel does not read. Choose "
-            "adapters of layers, such as LoraConfig."
+            f"{_described(config)} adds virtual tokens to a language model, which a two-tower model does not read. "
+            "Choose adapters of layers, such as LoraConfig."
         )
     if config.peft_type == PeftType.ADALORA:
         raise ValueError(
@@ -174,18 +176,13 @@ def _described(config: PeftConfig) -> str:
 
 
 @torch.no_grad()
-def _embeddings(encoder: CLIPModel) -> Tensor:
+def _embeddings(encoder: PreTrainedModel) -> Tensor:
     """Return the unit-norm embeddings of random pixels and of a text, Tensor[3, D]."""
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
-    vision, text = encoder.config.vision_config, encoder.config.text_config
-    random = torch.Generator().manual_seed(0)
-    pixels = torch.randn((2, vision.num_channels, vision.image_size, vision.image_size), generator=random)
-    tokens = torch.tensor([[text.bos_token_id, 2, 3, text.eos_token_id]]).clamp(max=text.vocab_size - 1)
-    features = [
-        encoder.get_image_features(pixels.to(encoder.device, encoder.dtype)).pooler_output,
-        encoder.get_text_features(tokens.to(encoder.device)).pooler_output,
-    ]
+    towers = as_dual_encoder(encoder)
+    pixels, tokens = towers.random_inputs(torch.Generator().manual_seed(0))
+    features = [towers.image_features(pixels), towers.text_features(tokens)]
     for module, training in modes.items():
         module.training = training
     return nn.functional.normalize(torch.cat(features).float(), dim=-1)

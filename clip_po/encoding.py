@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPModel, ProcessorMixin
+from transformers import ProcessorMixin
 
-from clip_po.models import dual_encoder
+from clip_po.dual_encoder import DualEncoder, as_dual_encoder, dual_encoder
 from clip_po.text_identity import check_tokenizer
 
 
@@ -41,7 +41,7 @@ def encode_texts(model: nn.Module, processor: ProcessorMixin, texts: Sequence[st
     """Embed texts in evaluation mode and full precision, without gradients.
 
     Args:
-        model: CLIPModel or PeftModel.
+        model: Two-tower model or PeftModel.
         processor: Processor of the model.
         texts: M texts, at least one. Longer texts than the text tower reads are truncated.
         batch_size: Texts in a forward pass.
@@ -73,18 +73,17 @@ def encode_texts_autocast(
 
     Raises:
         ValueError: If `texts` is a single string or empty, or an embedding is not finite.
-        TypeError: As for `clip_po.models.dual_encoder`.
+        TypeError: As for `clip_po.dual_encoder.dual_encoder`.
     """
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts must be a list of at least one text, got {texts!r}.")
-    encoder = dual_encoder(model)
+    encoder = as_dual_encoder(model)
     check_tokenizer(processor.tokenizer, encoder)
     embeds = []
-    with evaluating(encoder):
+    with evaluating(encoder.model):
         for start in range(0, len(texts), batch_size):
             tokens = tokenize(encoder, processor, texts[start : start + batch_size])
-            features = encoder.get_text_features(**tokens).pooler_output
-            embeds.append(F.normalize(_at_least_float32(features), dim=-1))
+            embeds.append(F.normalize(_at_least_float32(encoder.text_features(tokens)), dim=-1))
     found = torch.cat(embeds)
     broken = (~found.isfinite().all(dim=-1)).nonzero().flatten().tolist()
     if broken:
@@ -100,33 +99,31 @@ def encode_images(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """Embed images outside training. The call takes no part in gradient synchronization.
 
     Args:
-        model: CLIPModel or PeftModel.
+        model: Two-tower model or PeftModel.
         pixel_values: Tensor[B, C, H, W].
 
     Returns:
         Tensor[B, D], unit-norm, at least float32.
     """
-    features = dual_encoder(model).get_image_features(pixel_values).pooler_output
-    return F.normalize(_at_least_float32(features), dim=-1)
+    return F.normalize(_at_least_float32(as_dual_encoder(model).image_features(pixel_values)), dim=-1)
 
 
-def tokenize(encoder: CLIPModel, processor: ProcessorMixin, texts: Sequence[str]) -> Any:
-    """Tokenize texts, padded to the longest of them.
+def tokenize(encoder: DualEncoder, processor: ProcessorMixin, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Tokenize texts, padded to the longest of them or as the model was trained.
 
     Args:
-        encoder: The model. A text with more tokens than its text tower has positions is truncated.
+        encoder: The model. A text with more tokens than its text tower reads is truncated.
         processor: Processor of the model.
         texts: M texts, at least one.
 
     Returns:
-        `input_ids` and `attention_mask`, Tensor[M, L] each, on the device of the model.
+        `encoder.text_inputs`, Tensor[M, L] each, on the device of the model.
     """
     # A tokenizer may have no length limit, and a longer text has no position embeddings.
-    longest = encoder.text_model.config.max_position_embeddings
     tokens = processor.tokenizer(
-        list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
-    ).to(encoder.device)
-    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        list(texts), padding=encoder.padding, truncation=True, max_length=encoder.token_limit, return_tensors="pt"
+    ).to(encoder.model.device)
+    return {name: tokens[name] for name in encoder.text_inputs}
 
 
 MOST_TEXTS = 65_536

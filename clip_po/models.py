@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    CLIPModel,
-    CLIPProcessor,
+    AutoModel,
+    AutoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -24,10 +24,11 @@ from transformers.utils import CONFIG_NAME, logging
 from clip_po.adapters import add_adapters, check_adapters
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.images import probe_image, to_pixels
+from clip_po.dual_encoder import FAMILIES, as_dual_encoder, dual_encoder
 from clip_po.hub.checkpoint_files import LIMITS, check_config, check_files, check_rank
 from clip_po.hub.retries import find_file
 from clip_po.hub.safe_loading import refuse_pickles
-from clip_po.other_kinds import model_remedy, type_remedy
+from clip_po.other_kinds import type_remedy
 from clip_po.text_identity import check_tokenizer
 from clip_po.training.resuming import differences
 from clip_po.validation import check_finite
@@ -36,47 +37,12 @@ from clip_po.weights import check_in_memory, to_float32
 logger = logging.get_logger(__name__)
 
 
-ANSWERS = ("forward", "get_image_features", "get_text_features", "__call__")
-"""Methods of CLIPModel that define its answers. Embeddings are computed by these methods or by the towers in them."""
-
-
-def dual_encoder(model: nn.Module, name: str = "model") -> CLIPModel:
-    """Return the CLIPModel inside a plain model or a PeftModel. Its LoRA layers stay active.
+def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a two-tower model in float32, from safetensors, and without running code from its folder.
 
     Args:
-        model: The model.
-        name: Name of the argument, for messages.
-
-    Returns:
-        The model itself, or the base model of a `PeftModel`: no copy.
-
-    Raises:
-        TypeError: If the model is not a CLIPModel with two towers, or is a subclass that overrides a method in
-            `ANSWERS`.
-    """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(inner, CLIPModel):
-        raise TypeError(
-            f"{name} must be a transformers.CLIPModel (or a PeftModel around one), got {type(inner).__name__}. "
-            f"{model_remedy(inner)}"
-        )
-    own = [method for method in ANSWERS if getattr(type(inner), method) is not getattr(CLIPModel, method)]
-    if own:
-        kind = type(inner).__name__
-        raise TypeError(
-            f"{name} is a {kind}, whose own {', '.join(f'{kind}.{method}' for method in own)} would be ignored: "
-            "embeddings are computed as CLIPModel computes them. Load the weights with CLIPModel.from_pretrained, or "
-            "put the change into a module of the model, such as model.vision_model."
-        )
-    return inner
-
-
-def load_model(name: str, **kwargs: Any) -> CLIPModel:
-    """Load a CLIPModel in float32, from safetensors.
-
-    Args:
-        name: Folder or Hub id.
-        **kwargs: As in `CLIPModel.from_pretrained`. `dtype` overrides float32.
+        name: Folder or Hub id of a model whose type is in `clip_po.dual_encoder.FAMILIES`.
+        **kwargs: As in `AutoModel.from_pretrained`. `dtype` overrides float32.
 
     Returns:
         The model, in evaluation mode.
@@ -102,17 +68,17 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
             find_file(name, CONFIG_NAME, "Give a folder or Hub id of a CLIP checkpoint.", **hub)
         raise
     kind = written.get("model_type") or AutoConfig.from_pretrained(name, trust_remote_code=False, **hub).model_type
-    if kind != "clip":
+    if kind not in FAMILIES:
         raise TypeError(
-            f"{name!r} is a {kind!r} model, but clip_po aligns CLIPModel checkpoints (model_type 'clip'). "
-            f"{type_remedy(kind)}"
+            f"{name!r} is a {kind!r} model, but clip_po aligns CLIPModel checkpoints (model_type 'clip') and other "
+            f"two-tower models of transformers ({', '.join(FAMILIES)}). {type_remedy(kind)}"
         )
     check_config(name, written)
     if os.path.isdir(name):  # for the Hub, transformers finds a converted copy of pickled weights
         refuse_pickles(name)
-    given = {"dtype": torch.float32, **kwargs, "use_safetensors": True}
+    given = {"dtype": torch.float32, **kwargs, "use_safetensors": True, "trust_remote_code": False}
     try:
-        model, found = CLIPModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **given)
+        model, found = AutoModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **given)
     except SafetensorError as error:
         raise ValueError(
             f"The weights of {name!r} are not readable ({error}). Copy or download them again."
@@ -127,7 +93,7 @@ def load_model(name: str, **kwargs: Any) -> CLIPModel:
     return model
 
 
-def load_any(name: str) -> CLIPModel | PeftModel:
+def load_any(name: str) -> PreTrainedModel | PeftModel:
     """Load a plain model, or a base model with the adapters in a folder or Hub repository.
 
     The base model is loaded at the revision that the adapters name.
@@ -200,7 +166,7 @@ def load_policy(
     Raises:
         ValueError: If arguments do not fit together, or a weight is not finite or not in memory. The message says
             which, and what to do.
-        TypeError: If `model` or `ref_model` is not a CLIPModel, or `peft_config` is not a PeftConfig.
+        TypeError: If `model` or `ref_model` is no supported two-tower model, or `peft_config` is not a PeftConfig.
         OSError: As for `load_model`.
     """
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
@@ -283,11 +249,11 @@ def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixi
     """Load the processor of the checkpoint that a model was loaded from.
 
     Args:
-        model: CLIPModel or PeftModel. Its `config.name_or_path` is the checkpoint.
+        model: Two-tower model or PeftModel. Its `config.name_or_path` is the checkpoint.
         args: `revision` and `token` in its `model_init_kwargs` are used.
 
     Returns:
-        The `CLIPProcessor`.
+        The processor, such as a `CLIPProcessor`.
 
     Raises:
         ValueError: If the checkpoint has none, or `model_init_kwargs` is not a dictionary.
@@ -305,7 +271,7 @@ def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixi
         ) from error
 
 
-def read_processor(name: str | os.PathLike[str], **hub: Any) -> CLIPProcessor:
+def read_processor(name: str | os.PathLike[str], **hub: Any) -> ProcessorMixin:
     """Read the processor of a checkpoint, without running code from it.
 
     Args:
@@ -319,7 +285,7 @@ def read_processor(name: str | os.PathLike[str], **hub: Any) -> CLIPProcessor:
         OSError, ValueError: If there is none, it is not readable, or it makes images of more than 10,000 pixels.
     """
     check_files(name)
-    processor = CLIPProcessor.from_pretrained(name, trust_remote_code=False, **hub)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **hub)
     for field in ("size", "crop_size"):
         sides = getattr(processor.image_processor, field, None) or {}
         for side, pixels in dict(sides).items():
@@ -336,7 +302,7 @@ def check_processor(processor: Any, model: nn.Module) -> None:
 
     Args:
         processor: The value to check. A size that it does not state is not checked.
-        model: CLIPModel or PeftModel.
+        model: Two-tower model or PeftModel.
 
     Raises:
         TypeError: If it has no image processor or no tokenizer, or as for `dual_encoder`.
@@ -348,10 +314,10 @@ def check_processor(processor: Any, model: nn.Module) -> None:
             f"processing_class must be a CLIPProcessor, with an image_processor and a tokenizer, got "
             f"{type(processor).__name__}."
         )
-    config = dual_encoder(model).config
-    side, probe = config.vision_config.image_size, probe_image()
+    encoder, probe = as_dual_encoder(model), probe_image()
+    config, side = encoder.model.config, encoder.image_side
     height, width = to_pixels(processor, [probe]).shape[-2:]
-    if (height, width) != (side, side):
+    if side is not None and (height, width) != (side, side):
         size = f"{width}" if width == height else f"{width} x {height}"
         raise ValueError(
             f"The processor makes images of {size} pixels from one of {probe.width} x {probe.height}; the model reads "
@@ -363,7 +329,7 @@ def check_processor(processor: Any, model: nn.Module) -> None:
             f"The tokenizer has {len(processor.tokenizer)} tokens, but the model only "
             f"{config.text_config.vocab_size}. Load the processor of the same checkpoint as the model."
         )
-    check_tokenizer(processor.tokenizer, dual_encoder(model))
+    check_tokenizer(processor.tokenizer, encoder)
 
 
 def image_size(processor: ProcessorMixin) -> int | None:

@@ -19,16 +19,24 @@ WRAPPERS = {
     "DistributedDataParallel": "The trainer wraps the model itself. Pass model.module.",
     "DataParallel": "The trainer uses one GPU in each process. Pass model.module.",
     "FullyShardedDataParallel": "The trainer shards the model itself. Pass model.module.",
-    "SentenceTransformer": "Pass the CLIPModel inside, model[0].model, and its processor.",
+    "SentenceTransformer": "Pass the two-tower model inside, model[0].model, and its processor.",
 }
-"""Classes around a CLIPModel, and how to get at it."""
+"""Classes around a two-tower model, and how to get at it."""
 
-ONE_TOWER = ("clip_vision_model", "clip_text_model")
-"""Model types of a part of a CLIPModel."""
+ONE_TOWER = ("_vision_model", "_text_model")
+"""Ends of the model types of a part of a two-tower model."""
+
+OTHER_WAYS: Mapping[str, str] = {
+    "blip": "BLIP scores a pair by a text tower that reads the image, and transformers deprecates BlipModel.",
+    "blip-2": "BLIP-2 embeds an image as several queries and takes the best of them, so no cosine scores a pair.",
+    "clipseg": "CLIPSeg trains a decoder that segments images. Its two towers are a CLIP checkpoint of their own.",
+    "videoprism": "VideoPrism embeds videos, not images.",
+}
+"""Model types that transformers lists for zero-shot image classification but that are not supported, and why."""
 
 
 def model_remedy(model: Any) -> str:
-    """Return what to pass instead of a model that is not a CLIPModel.
+    """Return what to pass instead of a model that is no supported two-tower model.
 
     Args:
         model: The value that was passed.
@@ -44,11 +52,11 @@ def model_remedy(model: Any) -> str:
         return f"Load a model with CLIPModel.from_pretrained, {EXAMPLE}."
     if isinstance(model, PreTrainedModel):
         return type_remedy(model.config.model_type)
-    return f"Preferences between texts need both towers of a CLIPModel. {OPEN_CLIP}"
+    return f"Preferences between texts need both towers of a CLIPModel or another two-tower model. {OPEN_CLIP}"
 
 
 def type_remedy(kind: str) -> str:
-    """Return what to use instead of a checkpoint of another model type than "clip".
+    """Return what to use instead of a checkpoint of a model type that is not supported.
 
     Args:
         kind: `model_type` of its config.
@@ -56,21 +64,18 @@ def type_remedy(kind: str) -> str:
     Returns:
         One to three sentences.
     """
-    if kind in ONE_TOWER:
+    if kind.endswith(ONE_TOWER):
         return (
             "Preferences between texts need both towers, an image and a text tower, and this is one of them. Load the "
-            f"whole checkpoint with CLIPModel.from_pretrained. {OPEN_CLIP}"
+            f"whole checkpoint with AutoModel.from_pretrained. {OPEN_CLIP}"
         )
     if kind == "clip":
         return "Load the same checkpoint with CLIPModel.from_pretrained."
-    if kind.startswith("siglip"):
-        return (
-            "SigLIP scores each text alone by a sigmoid, not against others by a softmax, so it is no policy over "
-            f"candidate texts. Choose a CLIP checkpoint (model_type 'clip'), {EXAMPLE}."
-        )
+    if kind in OTHER_WAYS:
+        return f"{OTHER_WAYS[kind]} Choose a checkpoint of two towers, such as CLIP or SigLIP, {EXAMPLE}."
     return (
-        f"A {kind!r} model works in another way than CLIPModel, an image and a text tower. Choose a CLIP "
-        f"checkpoint (model_type 'clip'), {EXAMPLE}."
+        f"A {kind!r} model works in another way than CLIPModel, an image and a text tower. Choose a "
+        f"checkpoint of two towers, such as CLIP or SigLIP, {EXAMPLE}."
     )
 
 

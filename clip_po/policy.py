@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from clip_po.candidates import CandidateTexts, embeds_of_all, share_of_texts
+from clip_po.data.images import blank_image, to_pixels
+from clip_po.dual_encoder import DualEncoder, as_dual_encoder
 from clip_po.encoding import CachedTextEmbeddings, tokenize, unit_norm
 from clip_po.losses import PreferenceLogps, embedding_distillation_loss, kl_regularization
 
@@ -199,36 +201,35 @@ class Policy:
         self._shortest_text: dict[str, Tensor] | None = None
         self._blank_image: Tensor | None = None
 
-    def __call__(self, model: nn.Module, encoder: CLIPModel, batch: Mapping[str, Any]) -> CandidateLogps:
+    def __call__(self, model: nn.Module, encoder: PreTrainedModel, batch: Mapping[str, Any]) -> CandidateLogps:
         """Compute log-probabilities over the candidate texts.
 
         Args:
             model: The model as wrapped for training. Gradients synchronize only through a call of this object.
-            encoder: The CLIPModel inside it.
+            encoder: The two-tower model inside it.
             batch: Batch of `DataCollatorForContrastivePreference`.
 
         Returns:
             Tensor[B, N] for the preference images, and for the regularization images if there are any.
         """
         embedded = "pixel_values" not in batch
+        towers = as_dual_encoder(encoder)
         pixels = [batch[name] for name in ("pixel_values", "reg_pixel_values") if name in batch]
         texts = self.candidates.of_batch(batch)
         shared = "candidates" not in batch  # every process has the same texts
         if self.text_embeddings:
-            tokens = self._unused_text(encoder)
+            tokens = self._unused_text(towers)
         else:
-            tokens = tokenize(encoder, self.processor, share_of_texts(texts) if shared else texts)
-        outputs = model(**tokens, pixel_values=self._unused_image(encoder) if embedded else torch.cat(pixels))
-        if embedded:
-            image_embeds = known_image_embeds(batch)
-        else:
-            image_embeds = [*unit_norm(outputs.vision_model_output.pooler_output).chunk(len(pixels))]
+            tokens = tokenize(towers, self.processor, share_of_texts(texts) if shared else texts)
+        shown = self._unused_image(towers) if embedded else torch.cat(pixels)
+        image_features, text_features = towers.features_of(model(**towers.inputs(shown, tokens)))
+        image_embeds = known_image_embeds(batch) if embedded else [*unit_norm(image_features).chunk(len(pixels))]
         if self.text_embeddings:
             text_embeds = self.text_embeddings(texts)
         else:
-            own = unit_norm(outputs.text_model_output.pooler_output)
+            own = unit_norm(text_features)
             text_embeds = embeds_of_all(own, len(texts)) if shared else own
-        logit_scale = encoder.logit_scale.exp()
+        logit_scale = towers.scale
         logps = [candidate_logps(embeds, text_embeds, logit_scale, batch.get("candidates")) for embeds in image_embeds]
         found = dict(zip(("image", "reg_image"), image_embeds, strict=False))
         known = self.text_embeddings
@@ -239,16 +240,14 @@ class Policy:
             open_regularization=open_logps(found.get("reg_image"), known, self.reg_texts, logit_scale),
         )
 
-    def _unused_text(self, encoder: CLIPModel) -> dict[str, Tensor]:
-        """Return the tokens that CLIPModel, which always runs both towers, gets if the text embeddings are known."""
+    def _unused_text(self, encoder: DualEncoder) -> dict[str, Tensor]:
+        """Return the tokens that the model, which always runs both towers, gets if the text embeddings are known."""
         if self._shortest_text is None:  # kept, because a copy to a GPU waits for the step before
             self._shortest_text = tokenize(encoder, self.processor, [""])
         return self._shortest_text
 
-    def _unused_image(self, encoder: CLIPModel) -> Tensor:
-        """Return the pixels that CLIPModel gets if the image embeddings are known."""
+    def _unused_image(self, encoder: DualEncoder) -> Tensor:
+        """Return the pixels that the model gets if the image embeddings are known."""
         if self._blank_image is None:
-            config = encoder.config.vision_config
-            shape = (1, config.num_channels, config.image_size, config.image_size)
-            self._blank_image = torch.zeros(shape, device=encoder.device)
+            self._blank_image = to_pixels(self.processor, [blank_image()]).to(encoder.model.device)
         return self._blank_image

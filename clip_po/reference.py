@@ -21,8 +21,8 @@ from clip_po.candidates import CandidateTexts
 from clip_po.data.embedding_cache import EmbeddingCache, fingerprint, model_digest, processor_digest
 from clip_po.data.images import blank_image, probe_image, to_pixels
 from clip_po.data.pairs import PreferencePairs
+from clip_po.dual_encoder import as_dual_encoder
 from clip_po.encoding import CachedTextEmbeddings, encode_images
-from clip_po.models import dual_encoder
 from clip_po.policy import CandidateLogps, candidate_logps, open_logps
 
 ROW_IMAGES = ("image", "reg_image", "target_image")
@@ -64,7 +64,7 @@ class ReferencePolicy:
         self.images = tuple(images)
         self.candidates = candidates
         self.text_embeddings = text_embeddings or CachedTextEmbeddings(model, processor)
-        self.logit_scale = dual_encoder(model).logit_scale.detach().exp().item()
+        self.logit_scale = as_dual_encoder(model).scale.item()
 
     @torch.no_grad()
     def replace_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -76,7 +76,7 @@ class ReferencePolicy:
         parameters = dict(self.model.named_parameters())
         for name, value in weights:
             parameters[name].copy_(value)
-        self.logit_scale = dual_encoder(self.model).logit_scale.detach().exp().item()
+        self.logit_scale = as_dual_encoder(self.model).scale.item()
 
     @torch.no_grad()
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def embed_fixed_images(
     embeds: dict[str, Tensor] = {}
     readable: dict[str, Tensor] = {}
     maker = None if cache is None else embedder_digest(reference, processor, accelerator.mixed_precision)
-    dim = dual_encoder(reference.model).config.projection_dim
+    dim = as_dual_encoder(reference.model).dim
     for column in (column for column in pairs.fixed_images if column in images):
         count = pairs.image_count(column)
         source = None if maker is None else pairs.digest(column)
@@ -283,7 +283,7 @@ def embedder_digest(reference: ReferencePolicy, processor: ProcessorMixin, preci
         The digest, as hexadecimal digits. Another device or number of threads may change it: their embeddings differ
         in the last bits.
     """
-    encoder = dual_encoder(reference.model)
-    tower = [model_digest(part) for part in (encoder.vision_model, encoder.visual_projection)]
-    probe = reference.image_embeds(to_pixels(processor, [probe_image()]).to(encoder.device))
+    encoder = as_dual_encoder(reference.model)
+    tower = [model_digest(encoder.model.get_submodule(part)) for part in encoder.towers["vision"]]
+    probe = reference.image_embeds(to_pixels(processor, [probe_image()]).to(encoder.model.device))
     return fingerprint(*tower, processor_digest(processor), precision, str(probe.tolist()))

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from clip_po.data.images import to_pixels, to_rgb
+from clip_po.dual_encoder import as_dual_encoder, dual_encoder
 from clip_po.encoding import CachedTextEmbeddings, encode_images, encode_texts_autocast, evaluating
-from clip_po.models import check_processor, dual_encoder, load_any, read_processor
+from clip_po.models import check_processor, load_any, read_processor
 from clip_po.validation import COUNT, check_number
 
 
@@ -114,7 +115,7 @@ class Scorer:
             return self._known_texts(texts).float()
 
     def logits(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """Compute the logits of the policy, logit_scale * cos(image, text).
+        """Compute the logits of the model, such as logit_scale * cos(image, text).
 
         Args:
             image_embeds: Tensor[B, D], unit-norm.
@@ -123,7 +124,7 @@ class Scorer:
         Returns:
             Tensor[B, M], float32.
         """
-        return dual_encoder(self.model).logit_scale.float().exp() * image_embeds @ text_embeds.T
+        return as_dual_encoder(self.model).logits(image_embeds, text_embeds)
 
     def _in_precision(self) -> contextlib.AbstractContextManager[object]:
         device = dual_encoder(self.model).device.type

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from transformers import CLIPModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from clip_po.dual_encoder import HIGHEST_ENDS, DualEncoder, as_dual_encoder
 
 logger = logging.get_logger(__name__)
 
 TokenIds = tuple[int, ...]
-
-HIGHEST_ENDS = 2
-"""`eos_token_id` of old CLIP configs, for which transformers takes the highest token id as the end of a text."""
 
 MOST_TEXTS = 65_536
 """Number of texts whose token ids are kept, so that a text of its own in every row fills no memory."""
@@ -29,26 +29,27 @@ class TextTokens:
     Args:
         tokenizer: Tokenizer of the model.
         longest: Largest number of tokens that the text tower reads.
-        end: Id of the token whose embedding is that of the text; `HIGHEST_ENDS` for the highest id of each text.
+        end: Id of the token whose embedding is that of the text; `HIGHEST_ENDS` for the highest id of each text, None
+            if all tokens count.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int, end: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int, end: int | None) -> None:
         self.tokenizer, self.longest, self.end = tokenizer, longest, end
         self._known: dict[str, TokenIds] = {}
 
     @classmethod
-    def of(cls, processor: Any, encoder: CLIPModel) -> TextTokens:
+    def of(cls, processor: Any, model: nn.Module) -> TextTokens:
         """Return the token ids of the text tower of a model.
 
         Args:
-            processor: CLIPProcessor of the model.
-            encoder: The model.
+            processor: Processor of the model.
+            model: The model.
 
         Returns:
             The token ids, cut to the length that the text tower reads.
         """
-        longest = encoder.config.text_config.max_position_embeddings
-        return cls(processor.tokenizer, longest, encoder.text_model.eos_token_id)
+        encoder = as_dual_encoder(model)
+        return cls(processor.tokenizer, encoder.token_limit, encoder.end)
 
     def __call__(self, text: str) -> TokenIds:
         """Return the token ids that the text tower reads of a text, up to the end-of-text token."""
@@ -80,7 +81,7 @@ class TextTokens:
 
     def _until_end(self, ids: Sequence[int]) -> TokenIds:
         end = max(ids) if self.end == HIGHEST_ENDS else self.end
-        return tuple(ids[: ids.index(end) + 1]) if end in ids else tuple(ids)
+        return tuple(ids[: ids.index(end) + 1]) if end is not None and end in ids else tuple(ids)
 
     def check_differ(self, texts: Sequence[str], where: str, remedy: str) -> None:
         """Raise if the model can't tell two texts apart.
@@ -117,7 +118,7 @@ class TextTokens:
             )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: CLIPModel) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: DualEncoder) -> None:
     """Raise if the embeddings of a text tower would not depend on the text alone.
 
     Args:
@@ -127,13 +128,16 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: CLIPModel) -> N
     Raises:
         ValueError: If the tokenizer pads on the left, or writes no end-of-text token that the model knows.
     """
-    if getattr(tokenizer, "padding_side", "right") != "right":
+    pads_others = encoder.padding == "longest"  # a text padded to the full length does not depend on its batch
+    if pads_others and getattr(tokenizer, "padding_side", "right") != "right":
         raise ValueError(
             f"The tokenizer has padding_side={tokenizer.padding_side!r}, so the embedding of a text would depend on "
             "the other texts of its batch: CLIP numbers the positions from the left. Set "
             "processor.tokenizer.padding_side = 'right'."
         )
-    end = encoder.text_model.eos_token_id
+    end = encoder.end
+    if end is None:
+        return
     ids = tokenizer(["a"])["input_ids"][0]
     found = ids.index(max(ids)) == len(ids) - 1 if end == HIGHEST_ENDS else end in ids[1:]
     if not found:

@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
-from transformers import CLIPConfig
 from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
-from clip_po.models import dual_encoder
+from clip_po.dual_encoder import FAMILIES, DualEncoder, Tower, as_dual_encoder
 
 logger = logging.get_logger(__name__)
 
-Tower = Literal["vision", "text"]
-
-PARTS: Mapping[Tower, tuple[str, str]] = {
-    "vision": ("vision_model", "visual_projection"),
-    "text": ("text_model", "text_projection"),
+PARTS: Mapping[Tower, set[str]] = {
+    tower: {name for family in FAMILIES.values() for name in family.towers[tower]} for tower in get_args(Tower)
 }
-"""Names of a CLIPModel's modules by tower."""
+"""Names of the modules of all supported models, by tower."""
 
-FINAL_LAYERS = ("post_layernorm", "final_layer_norm", "visual_projection", "text_projection")
+FINAL_LAYERS = (
+    *("post_layernorm", "final_layer_norm", "visual_projection", "text_projection"),
+    *("head", "pooler", "layernorm", "layer_norm", "pre_LN", "transformation"),
+)
 """The layers above the blocks of both towers, which train with any `trainable_layers`."""
 
-_LOGIT_SCALE = re.compile(r"(^|\.)logit_scale$")
-_BLOCK = re.compile(r"\.encoder\.layers\.(\d+)\.")
+_SCALES = {name for family in FAMILIES.values() for name in family.scales}
+_BLOCK = re.compile(r"\.(layers?|blocks?)\.(\d+)\.")
 
 
 def tower_of(name: str) -> Tower | None:
-    """Return the tower of a parameter of a CLIPModel or PeftModel.
+    """Return the tower of a parameter of a two-tower model or PeftModel.
 
     Args:
         name: Name of the parameter, as in `named_parameters`.
 
     Returns:
-        "vision" or "text"; None for the logit scale.
+        "vision" or "text"; None for the logit scale and a bias.
     """
     parts = name.split(".")
     return next((tower for tower in get_args(Tower) if any(part in parts for part in PARTS[tower])), None)
@@ -49,7 +48,7 @@ def tower_trains(model: nn.Module, tower: Tower) -> bool:
     """Return whether a tower trains.
 
     Args:
-        model: CLIPModel or PeftModel.
+        model: Two-tower model or PeftModel.
         tower: "vision" or "text".
 
     Returns:
@@ -62,17 +61,19 @@ def choose_trainable(model: nn.Module, args: ContrastivePOConfig) -> None:
     """Freeze the parameters that the arguments do not train. Parameters that are frozen already stay frozen.
 
     Args:
-        model: CLIPModel or PeftModel. Changed in place.
+        model: Two-tower model or PeftModel. Changed in place.
         args: `train_vision_model`, `train_text_model`, `train_logit_scale` and `trainable_layers`.
 
     Raises:
         ValueError: If nothing is left to train, adapters are in a part that does not train, or a trained tower has
             fewer blocks than `trainable_layers`.
     """
-    config = dual_encoder(model).config
-    _check_layers(config, args)
+    encoder = as_dual_encoder(model)
+    _check_layers(encoder, args)
+    for name in encoder.unused:
+        encoder.model.get_submodule(name).requires_grad_(False)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    excluded = {name: found for name in trainable if (found := _excluded(name, config, args)) is not None}
+    excluded = {name: found for name in trainable if (found := _excluded(name, encoder, args)) is not None}
     if isinstance(model, PeftModel):
         _check_adapters(model, trainable, excluded)
     for name in excluded:
@@ -88,7 +89,7 @@ def choose_trainable(model: nn.Module, args: ContrastivePOConfig) -> None:
     left = trainable.keys() - excluded.keys()
     trains = {
         "train_text_model": any(tower_of(name) == "text" for name in left),
-        "train_logit_scale": any(_LOGIT_SCALE.search(name) for name in left),
+        "train_logit_scale": any(_is_scale(name) for name in left),
     }
     cause = "the model was passed with those parameters frozen. To train them, call requires_grad_(True) on them first"
     if isinstance(model, PeftModel):
@@ -116,26 +117,33 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         )
 
 
-def trained_linear_layers(config: CLIPConfig, args: ContrastivePOConfig) -> str:
+def trained_linear_layers(model: nn.Module, args: ContrastivePOConfig) -> str:
     """Return a pattern for the linear layers of attention and MLP that the arguments train, as `target_modules`.
 
     Args:
-        config: Configuration of the CLIPModel.
+        model: Two-tower model.
         args: As for `choose_trainable`.
 
     Returns:
         A regular expression that matches names of modules, of the vision tower alone by default.
     """
-    layers = r"(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-    return "|".join(rf"{_blocks_pattern(tower, config, args)}\.{layers}" for tower in _trained_towers(args))
+    encoder = as_dual_encoder(model)
+    return "|".join(
+        rf"{_blocks_pattern(tower, encoder, args)}\.{encoder.linear_layers[tower]}" for tower in _trained_towers(args)
+    )
 
 
-def _blocks_pattern(tower: Tower, config: CLIPConfig, args: ContrastivePOConfig) -> str:
+def _blocks_pattern(tower: Tower, encoder: DualEncoder, args: ContrastivePOConfig) -> str:
     if args.trainable_layers is None:
         return rf".*{tower}_model.*"
-    blocks = _blocks(config, tower)
-    last = "|".join(map(str, range(blocks - args.trainable_layers, blocks)))
-    return rf".*{tower}_model.*layers\.({last})\..*"
+    found = _blocks(encoder, tower)
+    numbers = sorted({int(block[2]) for block in found})
+    last = "|".join(map(str, numbers[len(numbers) - args.trainable_layers :]))
+    return rf".*{tower}_model.*{found[0][1]}\.({last})\..*"
+
+
+def _is_scale(name: str) -> bool:
+    return name.rpartition(".")[2] in _SCALES
 
 
 def _trained_towers(args: ContrastivePOConfig) -> list[Tower]:
@@ -147,13 +155,19 @@ def _asked(args: ContrastivePOConfig) -> dict[str, bool]:
     return {"train_text_model": args.train_text_model, "train_logit_scale": args.train_logit_scale}
 
 
-def _blocks(config: CLIPConfig, tower: Tower) -> int:
-    return {"vision": config.vision_config, "text": config.text_config}[tower].num_hidden_layers
+def _blocks(encoder: DualEncoder, tower: Tower) -> list[re.Match[str]]:
+    """Return the name of the list of blocks and a number for each parameter in the blocks of a tower."""
+    names = (name for name, _ in encoder.model.named_parameters() if tower_of(name) == tower)
+    return [block for name in names if (block := _BLOCK.search(name))]
 
 
-def _check_layers(config: CLIPConfig, args: ContrastivePOConfig) -> None:
+def _block_count(encoder: DualEncoder, tower: Tower) -> int:
+    return len({block[2] for block in _blocks(encoder, tower)})
+
+
+def _check_layers(encoder: DualEncoder, args: ContrastivePOConfig) -> None:
     for tower in _trained_towers(args):
-        blocks = _blocks(config, tower)
+        blocks = _block_count(encoder, tower)
         if args.trainable_layers is not None and args.trainable_layers > blocks:
             raise ValueError(
                 f"trainable_layers={args.trainable_layers}, but the {tower} tower has {blocks} blocks. Give a number "
@@ -189,11 +203,11 @@ def _check_adapters(
         )
 
 
-def _excluded(name: str, config: CLIPConfig, args: ContrastivePOConfig) -> tuple[str, str] | None:
+def _excluded(name: str, encoder: DualEncoder, args: ContrastivePOConfig) -> tuple[str, str] | None:
     """Return where a frozen parameter is, and what to do about adapters there; None if the arguments train it."""
     tower = tower_of(name)
     if tower is None:
-        if _LOGIT_SCALE.search(name) and not args.train_logit_scale:
+        if _is_scale(name) and not args.train_logit_scale:
             return "the logit scale", "Freeze it in the model, too."
         return None
     other: Tower = "text" if tower == "vision" else "vision"
@@ -203,13 +217,14 @@ def _excluded(name: str, config: CLIPConfig, args: ContrastivePOConfig) -> tuple
             rf"Target the {other} tower alone, with target_modules=r'.*{other}_model.*\.(q_proj|v_proj)', or set "
             f"train_{tower}_model=True.",
         )
-    if args.trainable_layers is None or any(layer in name.split(".") for layer in FINAL_LAYERS):
+    if args.trainable_layers is None:
         return None
-    blocks = _blocks(config, tower)
-    block = _BLOCK.search(name)
-    if block is not None and int(block[1]) >= blocks - args.trainable_layers:
+    blocks, block = _block_count(encoder, tower), _BLOCK.search(name)
+    if block is None and any(layer in name.split(".") for layer in FINAL_LAYERS):
         return None
-    targets = rf"{_blocks_pattern(tower, config, args)}\.(q_proj|v_proj)"
+    if block is not None and int(block[2]) >= blocks - args.trainable_layers:
+        return None
+    targets = rf"{_blocks_pattern(tower, encoder, args)}\.(q_proj|v_proj)"
     return (
         f"below the last {args.trainable_layers} blocks of the {tower} tower",
         f"Target the last blocks alone, with target_modules=r'{targets}', or leave trainable_layers out.",

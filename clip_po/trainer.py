@@ -141,7 +141,7 @@ class ContrastivePOTrainer(Trainer):
         module = self.module_to_train(encoder)
         if optimizers[0] is not None:
             check_optimizer(optimizers[0], module)
-        self.candidates = CandidateTexts(candidate_texts, TextTokens.of(processor, dual_encoder(encoder)))
+        self.candidates = CandidateTexts(candidate_texts, TextTokens.of(processor, encoder))
         with creating_repository(self, args):
             super().__init__(
                 model=module,

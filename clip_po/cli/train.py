@@ -245,7 +245,7 @@ def adapters(model_args: ModelConfig, model: CLIPModel, args: ContrastivePOConfi
     """Return the adapters that the LoRA flags describe, by default on the linear layers of the blocks that train."""
     model_args.lora_task_type = None
     if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = trained_linear_layers(model.config, args)
+        model_args.lora_target_modules = trained_linear_layers(model, args)
     config = get_peft_config(model_args)
     if config is not None and model_args.model_revision != "main":
         config.revision = model_args.model_revision

@@ -17,6 +17,7 @@ from transformers import CLIPImageProcessorPil, ProcessorMixin
 from transformers.image_transforms import convert_to_rgb
 from transformers.utils import logging
 
+from clip_po.data.patches import pack_patches
 from clip_po.validation import UnreadableImage, check_column, check_image, unreadable_image
 
 logger = logging.get_logger(__name__)
@@ -269,12 +270,13 @@ def to_pixels(processor: ProcessorMixin, images: Sequence[Image.Image]) -> Tenso
         images: B images, B >= 1.
 
     Returns:
-        Tensor[B, C, H, W].
+        Tensor[B, C, H, W], or the packed patches of `pack_patches`.
     """
     maker = processor.image_processor
     side = _short_side(maker)
     if side is None or any(image.mode != "RGB" for image in images):
-        return maker(list(images), return_tensors="pt")["pixel_values"]
+        made = maker(list(images), return_tensors="pt")
+        return pack_patches(made) if "spatial_shapes" in made else made["pixel_values"]
     height, width = maker.crop_size["height"], maker.crop_size["width"]
     table = _table(
         *(maker.do_rescale, maker.rescale_factor, maker.do_normalize),

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from clip_po.data.bad_images import OnBadImage
 from clip_po.data.images import read_images
+from clip_po.dual_encoder import as_dual_encoder, dual_encoder
 from clip_po.encoding import encode_images, encode_texts, evaluating
 from clip_po.evaluation.bootstrap import Estimate, bootstrap_interval
 from clip_po.evaluation.evaluator import Evaluator, Metrics, result_of
 from clip_po.evaluation.readable import readable_rows
 from clip_po.evaluation.robustness import read_clusters
 from clip_po.evaluation.zero_shot import CleanImages, collect_answers
-from clip_po.models import check_processor, dual_encoder
+from clip_po.models import check_processor
 from clip_po.text_identity import TextTokens, TokenIds
 
 _CELLS_AT_ONCE = 2_000_000  # Number of log-probabilities held in memory at a time: 16 MB.
@@ -161,7 +162,7 @@ class DriftEvaluator(Evaluator[Embeddings]):
                 tuple(texts[name]),
                 part,
                 text_embeds[name].float().cpu().numpy(),
-                dual_encoder(model).logit_scale.double().exp().item(),
+                as_dual_encoder(model).scale.item(),
             )
             for (name, model), part in zip(models.items(), parts, strict=True)
         }
@@ -169,7 +170,7 @@ class DriftEvaluator(Evaluator[Embeddings]):
     def _distinct_texts(self, model: Any) -> list[str]:
         """Return the texts that a model can tell apart."""
         check_processor(self.processor, model)
-        tokens = TextTokens.of(self.processor, dual_encoder(model))
+        tokens = TextTokens.of(self.processor, model)
         tokens.warn_of_cut(tokens.learn(self.texts), "texts")
         first: dict[TokenIds, str] = {}
         for text in self.texts:

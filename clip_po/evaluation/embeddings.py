@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_po.dual_encoder import as_dual_encoder, dual_encoder
 from clip_po.encoding import encode_images
-from clip_po.models import dual_encoder
 
 
 def embed_batch(models: Mapping[str, Any], pixel_values: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def embedding_sizes(models: Mapping[str, Any]) -> list[int]:
     Returns:
         D1, D2, ...
     """
-    return [dual_encoder(model).config.projection_dim for model in models.values()]
+    return [as_dual_encoder(model).dim for model in models.values()]
 
 
 def split_by_model(models: Mapping[str, Any], table: np.ndarray) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def split_by_model(models: Mapping[str, Any], table: np.ndarray) -> dict[str, Te
 
 
 def pair_logits(model: Any, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """Compute the logit of each image and the text at its position: logit_scale * cos.
+    """Compute the logit of each image and the text at its position, such as logit_scale * cos.
 
     Args:
         model: CLIPModel, or PeftModel around one.
@@ -69,4 +69,4 @@ def pair_logits(model: Any, image_embeds: Tensor, text_embeds: Tensor) -> Tensor
     Returns:
         Tensor[P], float32.
     """
-    return dual_encoder(model).logit_scale.detach().float().exp() * (image_embeds * text_embeds).sum(dim=-1)
+    return as_dual_encoder(model).pair_logits(image_embeds, text_embeds).detach()

@@ -18,7 +18,7 @@ from clip_po.encoding import encode_texts, evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.embeddings import embed_batch, embedding_sizes, split_by_model
 from clip_po.evaluation.zero_shot import CleanImages, collect_answers
-from clip_po.models import check_processor, dual_encoder
+from clip_po.models import check_processor
 from clip_po.text_identity import TextTokens
 
 KS = (1, 5, 10)
@@ -253,7 +253,7 @@ def evaluate_retrieval(
     texts = [templates[0].replace("{}", caption) for caption in captions]
     for model in models.values():
         check_processor(processor, model)
-    tokens = TextTokens.of(processor, dual_encoder(next(iter(models.values()))))
+    tokens = TextTokens.of(processor, next(iter(models.values())))
     tokens.warn_of_cut(tokens.learn(texts), "the captions")
 
     images = CleanImages(read_images(dataset, image_column), image_column, processor)

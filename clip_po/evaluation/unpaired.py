@@ -12,13 +12,13 @@ from datasets import Dataset
 from torch import Tensor
 
 from clip_po.data.column_images import Place
+from clip_po.dual_encoder import as_dual_encoder
 from clip_po.evaluation.bootstrap import Estimate, Statistic
 from clip_po.evaluation.calibration import ReliabilityBin, calibration_error, gap_columns, reliability
 from clip_po.evaluation.differences import estimates_against_base
 from clip_po.evaluation.embeddings import pair_logits
 from clip_po.evaluation.feedback_embeddings import Measuring, embed_feedback
 from clip_po.evaluation.preferences import cluster_of
-from clip_po.models import dual_encoder
 from clip_po.policy import candidate_logps
 from clip_po.validation import check_row_weight, check_text
 
@@ -116,7 +116,7 @@ def evaluate_unpaired(
 
 def _probabilities(model: Any, image_embeds: Tensor, text_embeds: Tensor, own: Tensor) -> np.ndarray:
     """Return pi(own text | image) among all texts, [N]."""
-    scale = dual_encoder(model).logit_scale.detach().float().exp()
+    scale = as_dual_encoder(model).scale.detach().float()
     at_once = max(1, _CELLS_AT_ONCE // len(text_embeds))
     parts = []
     for start in range(0, len(image_embeds), at_once):

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, Subset
 from clip_po.data.class_labels import read_labels
 from clip_po.data.images import read_image, read_images, to_pixels
 from clip_po.data.killed_workers import killed_workers_explained
+from clip_po.dual_encoder import as_dual_encoder
 from clip_po.encoding import encode_texts, evaluating
 from clip_po.evaluation.bootstrap import Estimate, Statistic, bootstrap_interval
 from clip_po.evaluation.class_doubles import first_alike, say_doubles, unique_keys
-from clip_po.models import check_processor, dual_encoder
+from clip_po.models import check_processor
 from clip_po.text_identity import TextTokens
 from clip_po.validation import COUNT, COUNT_OR_NONE, check_class_names, check_number, check_templates
 
@@ -90,7 +91,7 @@ def embed_classes(
     found: dict[str, Tensor] = {}
     for name, model in models.items():
         check_processor(processor, model)
-        tokens = TextTokens.of(processor, dual_encoder(model))
+        tokens = TextTokens.of(processor, model)
         cut = tokens.learn(text for texts in prompts for text in texts)
         read = [tuple(tokens(text) for text in texts) for texts in prompts]
         if not found:
@@ -107,7 +108,7 @@ def embed_classes(
 
 
 def classify(model: Any, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
-    """Compute the logits of images against texts: logit_scale.exp() times the cosine, in float32.
+    """Compute the logits of images against texts, such as logit_scale.exp() times the cosine, in float32.
 
     The caller controls gradients and the model's mode; `evaluating` sets both.
 
@@ -122,15 +123,16 @@ def classify(model: Any, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
     Raises:
         ValueError: If the size of `text_embeds` is not that of the model, or a logit is not finite.
     """
-    clip = dual_encoder(model)
-    if text_embeds.shape[-1] != clip.config.projection_dim:
+    encoder = as_dual_encoder(model)
+    clip = encoder.model
+    if text_embeds.shape[-1] != encoder.dim:
         raise ValueError(
-            f"text_embeds have {text_embeds.shape[-1]} dimensions, but the model has {clip.config.projection_dim}: "
+            f"text_embeds have {text_embeds.shape[-1]} dimensions, but the model has {encoder.dim}: "
             "they belong to another model. Compute them with class_embeddings(model, ...)."
         )
-    features = clip.get_image_features(pixel_values=pixel_values.to(clip.device, clip.dtype)).pooler_output
+    features = encoder.image_features(pixel_values.to(clip.device, clip.dtype))
     image_embeds = F.normalize(features.float(), dim=-1)
-    logits = clip.logit_scale.float().exp() * image_embeds @ text_embeds.to(image_embeds).T
+    logits = encoder.logits(image_embeds, text_embeds.to(image_embeds))
     if not bool(logits.isfinite().all()):  # argmax would return the first class
         raise ValueError(
             "The logits of the model contain nan or infinity: its weights or text_embeds do, or its activations "

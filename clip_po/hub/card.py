@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from clip_po.dual_encoder import as_dual_encoder
 from clip_po.hub.markdown import code_span, escape_markdown
 from clip_po.hub.redaction import publishable, without_folders
 from clip_po.losses import WITHOUT_REJECTED
@@ -87,6 +88,7 @@ def model_card(
     report: str | None = None,
     revision: str | None = None,
     drift: str | None = None,
+    model_class: str = "CLIPModel",
 ) -> ModelCard:
     """Make the card of an aligned model.
 
@@ -101,6 +103,7 @@ def model_card(
         report: A Markdown table of measurements before and after alignment.
         revision: Revision of the base model that adapters belong to; None for the newest.
         drift: A sentence that says how far training moved the model; None if that was not measured.
+        model_class: Name of the class of the model in transformers.
 
     Returns:
         The card. Its `data` is the metadata that the Hub reads.
@@ -120,8 +123,8 @@ def model_card(
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# {escape_markdown(model_name)}\n\n"
         f"{_what_was_done(base, loss_types, settings)}\n\n"
-        f"```python\n{_loading_code(model_name, base, kind, revision)}\n"
-        f"processor = CLIPProcessor.from_pretrained({json.dumps(model_name)})\n```\n\n"
+        f"```python\n{_loading_code(model_name, base, kind, revision, model_class)}\n"
+        f"processor = {_processor_class(model_class)}.from_pretrained({json.dumps(model_name)})\n```\n\n"
         f"{MEASURED}\n\n{measured}\n\n"
         f"{moved}"
         f"## Settings\n\n{_table({k: json.dumps(v, default=str) for k, v in publishable(settings).items()})}\n"
@@ -144,17 +147,22 @@ def _what_was_done(base: str, loss_types: Sequence[str], settings: Mapping[str, 
     )
 
 
-def _loading_code(model_name: str, base_model: str, kind: CheckpointKind, revision: str | None) -> str:
+def _loading_code(
+    model_name: str, base_model: str, kind: CheckpointKind, revision: str | None, model_class: str
+) -> str:
     at = f", revision={json.dumps(revision)}" if revision else ""
-    name, base = json.dumps(model_name), f"CLIPModel.from_pretrained({json.dumps(base_model)}{at})"
+    name, base = json.dumps(model_name), f"{model_class}.from_pretrained({json.dumps(base_model)}{at})"
+    imports = f"from transformers import {', '.join(sorted([model_class, _processor_class(model_class)]))}"
     return {
-        "model": f"from transformers import CLIPModel, CLIPProcessor\n\nmodel = CLIPModel.from_pretrained({name})",
-        "adapter": "from peft import PeftModel\nfrom transformers import CLIPModel, CLIPProcessor\n\n"
-        f"model = PeftModel.from_pretrained({base}, {name})",
-        "concept": "from clip_po.concept import ConceptTransform\n"
-        "from transformers import CLIPModel, CLIPProcessor\n\n"
+        "model": f"{imports}\n\nmodel = {model_class}.from_pretrained({name})",
+        "adapter": f"from peft import PeftModel\n{imports}\n\nmodel = PeftModel.from_pretrained({base}, {name})",
+        "concept": f"from clip_po.concept import ConceptTransform\n{imports}\n\n"
         f"model = ConceptTransform.from_pretrained({name}).fold_into({base}, t=1.0)",
     }[kind]
+
+
+def _processor_class(model_class: str) -> str:
+    return "CLIPProcessor" if model_class == "CLIPModel" else "AutoProcessor"
 
 
 def _table(rows: Mapping[str, str]) -> str:
@@ -190,6 +198,7 @@ def card_of_run(
         report,
         trainer.model.peft_config[trainer.model.active_adapter].revision if kind == "adapter" else None,
         drift,
+        as_dual_encoder(trainer.encoder).class_name,
     )
 
 

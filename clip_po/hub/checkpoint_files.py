@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from clip_po.bounded_text import parse_json
@@ -32,6 +32,7 @@ TEXTS = frozenset(
         "tokenizer.json",
         "tokenizer_config.json",
         "vocab.json",
+        "vocab.txt",
         SAFE_WEIGHTS_INDEX_NAME,
     }
 )
@@ -123,17 +124,20 @@ def check_config(name: str, written: Mapping[str, Any]) -> None:
 
     Args:
         name: Folder or Hub id. The size of the weights is only known in a folder.
-        written: Content of its config.json, of model_type "clip".
+        written: Content of its config.json. Its model_type is that of a supported model; "clip" if it names none.
 
     Raises:
         ValueError: If a size is not a whole number from 1 to its limit, or the model is `MOST_ABOVE` times
             larger than the files.
     """
     try:
-        config = CLIPConfig.from_dict(dict(written))
+        config = CONFIG_MAPPING[written.get("model_type", "clip")].from_dict(dict(written))
     except Exception as error:  # transformers raises errors of several kinds for values of a wrong type
         reason = " ".join(str(error).split())
-        raise ValueError(f"The config.json of {name!r} is not that of a CLIPModel ({reason}). Correct it.") from error
+        raise ValueError(
+            f"The config.json of {name!r} is not that of a CLIPModel or another two-tower model ({reason}). "
+            "Correct it."
+        ) from error
     for part in (config, config.text_config, config.vision_config):
         for field, most in LIMITS.items():
             size = getattr(part, field, 1)
@@ -165,16 +169,26 @@ def _shapes(file: Path) -> list[list[int]]:
         return []
 
 
-def _parameters(config: CLIPConfig) -> int:
-    """Return a lower bound of the number of weights: embeddings, attention and MLPs."""
+def _parameters(config: PreTrainedConfig) -> int:
+    """Return a lower bound of the number of weights: embeddings, attention and MLPs of transformers.
+
+    A tower of another family, as in VisionTextDualEncoder, may share weights among its layers and does not count.
+    """
     text, vision = config.text_config, config.vision_config
-    rows = text.vocab_size + text.max_position_embeddings
-    patches = (vision.image_size // vision.patch_size) ** 2 + vision.num_channels * vision.patch_size**2
+    rows = [(text, text.vocab_size + text.max_position_embeddings)]
+    if hasattr(vision, "patch_size"):
+        rows.append((vision, _patches(vision) + vision.num_channels * vision.patch_size**2))
     return sum(
         tower.hidden_size
-        * (embedded + tower.num_hidden_layers * (4 * tower.hidden_size + 2 * tower.intermediate_size))
-        for tower, embedded in ((text, rows), (vision, patches))
+        * (embedded + tower.num_hidden_layers * (4 * tower.hidden_size + 2 * getattr(tower, "intermediate_size", 0)))
+        for tower, embedded in rows
+        if tower.model_type.startswith(config.model_type)
     )
+
+
+def _patches(vision: PreTrainedConfig) -> int:
+    """Return the number of position embeddings of a vision transformer."""
+    return vision.num_patches if hasattr(vision, "num_patches") else (vision.image_size // vision.patch_size) ** 2
 
 
 def check_rank(name: str, config: PeftConfig) -> None:

@@ -1,4 +1,4 @@
-"""CLIPModel under FSDP2: preparation, and use of a sharded model outside training."""
+"""Two-tower models under FSDP2: preparation, and use of a sharded model outside training."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from accelerate import Accelerator
 from packaging.version import Version
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import CLIPModel
+from transformers import PreTrainedModel
+
+from clip_po.dual_encoder import as_dual_encoder
 
 SHARDING_IS_EXACT = Version(torch.__version__) >= Version("2.11")
 """Whether FSDP2 trains as one process does. Gradient norms of two CPU processes were wrong with torch 2.7 and 2.9."""
 
 
-def allow_sharding(encoder: CLIPModel) -> None:
-    """Change a CLIPModel so that accelerate's FSDP2 preparation and torch's `fully_shard` accept it.
+def allow_sharding(encoder: PreTrainedModel) -> None:
+    """Change a two-tower model so that accelerate's FSDP2 preparation and torch's `fully_shard` accept it.
 
-    The logit scale is a parameter of shape [], which can't be split among processes. It becomes a buffer, which is
-    whole in every process and has the same name in checkpoints. CLIPModel also defines no input embeddings, which
-    accelerate shards as a unit of their own: the embeddings of the text tower are used.
+    The logit scale is a single number, which can't be split among processes. It becomes a buffer, which is whole in
+    every process and has the same name in checkpoints; so does a bias. CLIPModel also defines no input embeddings,
+    which accelerate shards as a unit of their own: the embeddings of the text tower are used.
 
     Args:
         encoder: The model before sharding. Changed in place.
@@ -35,19 +37,20 @@ def allow_sharding(encoder: CLIPModel) -> None:
             f"FSDP with torch {torch.__version__}: sharded gradients are wrong before torch 2.11. Update torch, or "
             "train with DDP."
         )
-    scale = encoder.logit_scale
-    if scale.requires_grad:
+    scales = {name: getattr(encoder, name) for name in as_dual_encoder(encoder).scales}
+    if any(scale.requires_grad for scale in scales.values()):
         raise ValueError(
             "train_logit_scale=True under FSDP: a single number can't be split among processes. Leave it frozen, or "
             "train with DDP."
         )
-    del encoder.logit_scale
-    encoder.register_buffer("logit_scale", scale.detach())
+    for name, scale in scales.items():
+        delattr(encoder, name)
+        encoder.register_buffer(name, scale.detach())
     # A method, not a lambda, so that a copy of the model gets a method bound to the copy.
     encoder.get_input_embeddings = types.MethodType(_text_embeddings, encoder)
 
 
-def _text_embeddings(encoder: CLIPModel) -> nn.Module:
+def _text_embeddings(encoder: PreTrainedModel) -> nn.Module:
     # Not the token table inside: it is already sharded if CLIPTextEmbeddings is wrapped as a unit.
     return encoder.text_model.embeddings
 

@@ -8,10 +8,10 @@ from bad_input.table import case, check
 from samples import CLASSES, PROMPTS, make_labelled, make_preferences, picture, run_config, tiny_config
 from transformers import (
     CLIPForImageClassification,
+    CLIPSegConfig,
+    CLIPSegModel,
     CLIPTextModel,
     CLIPVisionModelWithProjection,
-    SiglipConfig,
-    SiglipModel,
 )
 
 from clip_po.data.attacks.attack import TypographicAttack
@@ -74,11 +74,16 @@ def test_other_labelled_images_say_how_to_convert_them(kind, bench):
 
 
 MODELS = {
-    "siglip": (lambda b: SiglipModel(SiglipConfig()), "got SiglipModel", "sigmoid", "model_type 'clip'"),
+    "clipseg": (
+        lambda b: CLIPSegModel(CLIPSegConfig(vision_config={"num_hidden_layers": 9}, text_config={"vocab_size": 8})),
+        "got CLIPSegModel",
+        "segments images",
+        "two towers",
+    ),
     "vision-tower": (
         lambda b: CLIPVisionModelWithProjection(tiny_config().vision_config),
         "both towers",
-        "the whole checkpoint with CLIPModel.from_pretrained",
+        "the whole checkpoint with AutoModel.from_pretrained",
     ),
     "text-tower": (lambda b: CLIPTextModel(tiny_config().text_config), "both towers", "the whole checkpoint"),
     "classifier": (
@@ -96,12 +101,7 @@ MODELS = {
 @pytest.mark.parametrize("argument", ["model", "ref_model"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_another_model_says_what_to_pass(kind, argument, bench, monkeypatch):
-    if kind == "siglip":
-        tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        config = SiglipConfig(text_config={**tower, "vocab_size": 8}, vision_config={**tower, "image_size": 32})
-        make, says = lambda b: SiglipModel(config), MODELS[kind][1:]
-    else:
-        make, *says = MODELS[kind]
+    make, *says = MODELS[kind]
     check(case(lambda b: b.trainer(**{argument: make(b)}), TypeError, f"{argument} must be", *says), bench)
 
 
@@ -110,7 +110,9 @@ def test_a_reference_by_name_is_loaded_first(bench):
     check(case(lambda b: b.trainer(ref_model="path/to/clip"), TypeError, *says), bench)
 
 
-@pytest.mark.parametrize(("kind", "says"), [("siglip", "sigmoid"), ("clip_vision_model", "the whole checkpoint")])
+@pytest.mark.parametrize(
+    ("kind", "says"), [("blip-2", "several queries"), ("siglip_vision_model", "the whole checkpoint")]
+)
 def test_a_folder_of_another_model_says_what_to_load(kind, says, bench):
     (bench.folder / "config.json").write_text(f'{{"model_type": "{kind}"}}')
     check(case(lambda b: load_model(str(b.folder)), TypeError, f"is a {kind!r} model", says), bench)

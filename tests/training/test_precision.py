@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import CLIPModel
 
 from clip_po.concept.transform import ConceptTransform
+from clip_po.dual_encoder import as_dual_encoder
 from clip_po.encoding import tokenize
 
 BFLOAT16 = rounding(depth=TRAINING, dtype=torch.bfloat16)
@@ -119,7 +120,9 @@ def test_in_bfloat16_too_the_policy_starts_as_its_reference(make_trainer, kind):
 def test_in_full_precision_the_policys_answers_are_the_models_own(make_trainer, processor):
     trainer = make_trainer(train_text_model=True)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
-    outputs = trainer.model(**tokenize(trainer.model, processor, PROMPTS), pixel_values=batch["pixel_values"])
+    outputs = trainer.model(
+        **tokenize(as_dual_encoder(trainer.model), processor, PROMPTS), pixel_values=batch["pixel_values"]
+    )
     del batch["reg_pixel_values"]
     scale = trainer.model.logit_scale.exp()
     logits = outputs.image_embeds @ outputs.text_embeds.T * scale
