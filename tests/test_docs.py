@@ -37,6 +37,7 @@ STAND_INS = {
     "openai/clip-vit-large-patch14": "clip_folder",
     "path/to/photos": "photos",
     "path/to/images": "unlabelled",
+    "path/to/answers": "answers",
     "your/dataset": "photos",
 }
 # Commands of clip-po that the pages may run.
@@ -50,6 +51,7 @@ OVERRIDES = {
     "clip-po steer": "--max_steps 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 8",
     "typographic.py": "--max_steps 2 --per_device_train_batch_size 4",
     "label_free.py": "--max_steps 2 --per_device_train_batch_size 4",
+    "annotations.py": "--max_steps 2 --per_device_train_batch_size 4",
     "steer.py": "--max_steps 2 --per_device_train_batch_size 4",
     "steer_gender.py": "--max_steps 2 --per_device_train_batch_size 4",
 }
@@ -66,6 +68,8 @@ EXAMPLE_COMMANDS = {
     "--output_dir aligned",
     "label_free.py": "python examples/label_free.py --model openai/clip-vit-base-patch32 --dataset path/to/images "
     "--class_names cat dog bird ship --output_dir aligned",
+    "annotations.py": "python examples/annotations.py --model openai/clip-vit-base-patch32 "
+    "--answers path/to/answers/answers.csv --text caption_1 caption_2 --output_dir aligned",
     "steer.py": "python examples/steer.py --model openai/clip-vit-base-patch32 --dataset path/to/photos "
     "--output_dir aligned",
     # What is labelled there are kinds of things; faces would be labelled alike.
@@ -93,6 +97,7 @@ EXAMPLE_PRINTS = {
     "typographic.py": ["clean", "typographic", "recovery", "clean cost"],
     "steer.py": ["right - reading (points)", "| -2   |", "| 0.25 |"],
     "steer_gender.py": ["label named |", "max_skew@2 |", "| 1   |"],
+    "annotations.py": ["pairwise_accuracy", "| before |", "| after  |"],
     "label_free.py": ["Answers that a word does not change: ", "Clean answers that changed: "],
     "compare.yaml": ["| text removal", "| label-free, soft", "| interpolation of CE", "No method has a recovery"],
 }
@@ -193,13 +198,26 @@ def unlabelled(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory):
+    """A folder of 20 pictures with a table of answers, two for each picture."""
+    folder = tmp_path_factory.mktemp("answers")
+    lines = ["image,caption_1,caption_2,annotator,answer"]
+    for number in range(20):
+        picture(number).save(folder / f"{number}.png")
+        question = f"{number}.png,{PROMPTS[number % 4]},{PROMPTS[(number + 1) % 4]}"
+        lines += [f"{question},ann,caption_1", f"{question},bob,{'tie' if number % 3 == 0 else 'caption_1'}"]
+    (folder / "answers.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 @pytest.fixture
-def localized(clip_folder, photos, unlabelled, tmp_path, tmp_path_factory, monkeypatch):
+def localized(clip_folder, photos, unlabelled, answers, tmp_path, tmp_path_factory, monkeypatch):
     """An empty current folder, and a function that puts local folders for the names in a text."""
     cache = tmp_path_factory.getbasetemp() / "datasets-cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    folders = {"clip_folder": clip_folder, "photos": photos, "unlabelled": unlabelled}
+    folders = {"clip_folder": clip_folder, "photos": photos, "unlabelled": unlabelled, "answers": answers}
 
     def localize(text):
         for name, fixture in STAND_INS.items():
