@@ -14,6 +14,7 @@ from transformers.utils import logging
 from clip_po.hub.redaction import redacted
 from clip_po.loss_arguments import LOSS_NUMBERS, LossArguments
 from clip_po.losses import LABEL_FREE, REFERENCED, TARGETED
+from clip_po.tower_arguments import TowerArguments
 from clip_po.validation import (
     BELOW_ONE,
     COUNT,
@@ -129,10 +130,11 @@ def preset_batch_size(gradient_accumulation_steps: int) -> int:
 
 
 @dataclass
-class ContrastivePOConfig(LossArguments, TrainingArguments):
+class ContrastivePOConfig(TowerArguments, LossArguments, TrainingArguments):
     """Configuration of the [`ContrastivePOTrainer`].
 
-    It has the arguments below, those of [`LossArguments`] and those of [`~transformers.TrainingArguments`].
+    It has the arguments below, those of [`LossArguments`] and [`TowerArguments`], and those of
+    [`~transformers.TrainingArguments`].
 
     Args:
         > The regularization and the candidates (`optim` also accepts `"adamax"`)
@@ -167,13 +169,6 @@ class ContrastivePOConfig(LossArguments, TrainingArguments):
 
         > The model
 
-        train_vision_model (`bool`, defaults to `True`): Train the vision tower with its projection. With `False` and
-            `train_text_model=True`, the text tower trains alone, and each fixed image is embedded once.
-        train_text_model (`bool`, defaults to `False`): Also train the text tower with its projection.
-        train_logit_scale (`bool`, defaults to `False`): Also train the logit scale, up to ln 100 (before exp).
-        trainable_layers (`int`, *optional*): Train only the last blocks of each trained tower, this many, with the
-            final norm and the projection; 0 for these two alone. No graph is kept for the layers below. Defaults to
-            the whole tower. Parameters that are frozen in the model you pass stay frozen with any of these arguments.
         disable_dropout (`bool`, defaults to `True`): Set every dropout probability of the policy, the reference and
             their adapters to 0. The saved configuration of the model keeps its values.
         model_init_kwargs (`dict`, *optional*): Keyword arguments of `CLIPModel.from_pretrained`, if the trainer gets
@@ -249,16 +244,6 @@ class ContrastivePOConfig(LossArguments, TrainingArguments):
     in_batch_candidates: bool = field(
         default=False, metadata={"help": "Make every text of the global batch a candidate of each of its rows."}
     )
-    train_vision_model: bool = field(default=True, metadata={"help": "Train the vision tower."})
-    train_text_model: bool = field(default=False, metadata={"help": "Also train the text tower."})
-    train_logit_scale: bool = field(default=False, metadata={"help": "Also train the logit scale."})
-    trainable_layers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train only this many last blocks of each trained tower, with final norm and projection; default: "
-            "the whole tower."
-        },
-    )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Set every dropout probability of policy, reference and adapters to 0."}
     )
@@ -320,16 +305,10 @@ class ContrastivePOConfig(LossArguments, TrainingArguments):
         self._check_regularization()
         if self.data_seed is not None:
             check_number("data_seed", self.data_seed, SEED)
-        if self.trainable_layers is not None:
-            check_number("trainable_layers", self.trainable_layers, COUNT_OR_NONE)
         for name in BOOLEAN_ARGUMENTS:
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__}).")
-        if not (self.train_vision_model or self.train_text_model or self.train_logit_scale):
-            raise ValueError(
-                "train_vision_model=False leaves nothing to train. Set train_text_model=True or "
-                "train_logit_scale=True, or leave train_vision_model out."
-            )
+        self._check_towers()
         if self.precompute_ref_log_probs not in (None, True, False):
             raise TypeError(
                 f"precompute_ref_log_probs must be True, False or None, got {self.precompute_ref_log_probs!r}."

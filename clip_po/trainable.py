@@ -94,21 +94,31 @@ def choose_trainable(model: nn.Module, args: ContrastivePOConfig) -> None:
     cause = "the model was passed with those parameters frozen. To train them, call requires_grad_(True) on them first"
     if isinstance(model, PeftModel):
         cause = "no adapter is there. To train adapters there, name its layers in target_modules"
+    for tower in get_args(Tower):
+        rate = getattr(args, f"{tower}_learning_rate")
+        if rate is not None and not any(tower_of(name) == tower for name in left):
+            raise ValueError(f"{tower}_learning_rate={rate!r} has no effect, because {cause}.")
     for name, is_asked in _asked(args).items():
         if is_asked and not trains[name]:
             logger.warning(f"{name}=True trains nothing, because {cause}.")
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise if an optimizer holds none of the parameters that train.
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, args: ContrastivePOConfig) -> None:
+    """Raise if an optimizer of the user holds none of the parameters that train, or has learning rates given twice.
 
     Args:
         optimizer: The optimizer.
         model: The module to train.
+        args: The learning rates of towers and blocks are read.
 
     Raises:
-        ValueError: If no step of the optimizer would change the model.
+        ValueError: If no step of the optimizer would change the model, or a learning rate has no effect.
     """
+    if args.learning_rates:
+        raise ValueError(
+            f"{', '.join(f'{name}={value!r}' for name, value in args.learning_rates.items())} has no effect with "
+            "optimizers, which have their own learning rates. Leave one of the two out."
+        )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(parameter.requires_grad and id(parameter) in held for parameter in model.parameters()):
         raise ValueError(

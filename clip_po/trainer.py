@@ -52,6 +52,7 @@ from clip_po.training.checkpoints import (
     whole_checkpoint,
 )
 from clip_po.training.dropout import disable_dropout
+from clip_po.training.learning_rates import TowerRatesCallback, set_learning_rates
 from clip_po.training.logit_scale import LogitScaleCallback
 from clip_po.training.nan_guard import NanGuardCallback
 from clip_po.training.output_folder import OverwriteCallback, check_unused
@@ -140,7 +141,7 @@ class ContrastivePOTrainer(Trainer):
             disable_dropout(*models)
         module = self.module_to_train(encoder)
         if optimizers[0] is not None:
-            check_optimizer(optimizers[0], module)
+            check_optimizer(optimizers[0], module, args)
         self.candidates = CandidateTexts(candidate_texts, TextTokens.of(processor, encoder))
         with creating_repository(self, args):
             super().__init__(
@@ -167,7 +168,9 @@ class ContrastivePOTrainer(Trainer):
         self.skipped_in_training, self.skipped_in_evaluation = SkippedRows(), SkippedRows()
         self._stream_position, self._checkpoints = StreamPositionCallback(), CheckpointCallback(self)
         self._nan_guard, self._identity = NanGuardCallback(self), RunIdentityCallback(self)
-        watching = (NoInputGradientsCallback(), LogitScaleCallback(), self._nan_guard, self._stream_position)
+        self._tower_rates = TowerRatesCallback()
+        watched = (self._nan_guard, self._tower_rates, self._stream_position)
+        watching = (NoInputGradientsCallback(), LogitScaleCallback(), *watched)
         following = [ReferenceSyncCallback(self)] if args.sync_ref_model else []
         for callback in (*watching, OverwriteCallback(), *following, self._identity, self._checkpoints):
             self.add_callback(callback)
@@ -520,6 +523,21 @@ class ContrastivePOTrainer(Trainer):
             return torch.optim.Adamax, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer as `Trainer` does, with the learning rates of towers and blocks if there are several.
+
+        Args:
+            model: The module whose parameters it trains; None for `self.model`.
+
+        Returns:
+            The optimizer, or the one that there is already.
+        """
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self.args.learning_rates:
+            set_learning_rates(optimizer, self.model if model is None else model, self.args)
+        return optimizer
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the parameters with weight decay. Scales and embeddings, whose 0 means nothing, have none.
 
@@ -570,6 +588,7 @@ class ContrastivePOTrainer(Trainer):
         if "loss" in logs:  # Trainer's log of training steps, which every process writes
             means = self.training_means.pop(self._sum_over_processes)
             logs = {**logs, **means, "loss": loss_of_parts(means)}
+            logs |= self._tower_rates.rates
             logs |= self._count_skipped(self.skipped_in_training, fewest=len(self.train_dataset or ()))
         if "train_loss" in logs:  # Trainer's log at the end of training
             logs = {**logs, **self._count_skipped(self.skipped_in_training, fewest=1)}

@@ -267,6 +267,7 @@ def _check_args(concept: Any, args: Any) -> None:
         "train_text_model=True": args.train_text_model,
         "train_logit_scale=True": args.train_logit_scale,
         f"trainable_layers={args.trainable_layers}": args.trainable_layers is not None,
+        **{f"{name}={value!r}": True for name, value in args.learning_rates.items()},
         "disable_dropout=False": not args.disable_dropout,
         "sync_ref_model=True": args.sync_ref_model,
         "activation_checkpointing=True": checkpoints_activations(args),

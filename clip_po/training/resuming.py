@@ -85,7 +85,7 @@ def _check_optimizer(trainer: Trainer, folder: str) -> None:
     """Raise if the optimizer's state is for other parameters or for another kind of optimizer."""
     remedy = (
         "Resume with the optimizer (optim) and the trained parts (train_vision_model, train_text_model, "
-        "train_logit_scale, trainable_layers, peft_config) of the run that wrote it, or start a new run."
+        "train_logit_scale, trainable_layers, layer_decay, peft_config) of the run that wrote it, or start a new run."
     )
     trainer.create_optimizer()
     groups = trainer.optimizer.param_groups
