@@ -15,8 +15,8 @@ from typing import Any
 from transformers import CLIPConfig, CLIPModel
 
 from clip_po.bounded_text import parse_json
+from clip_po.dual_encoder import HIGHEST_ENDS
 from clip_po.hub.checkpoint_files import LIMITS
-from clip_po.text_identity import HIGHEST_ENDS
 from clip_po.validation import COUNT, POSITIVE, check_number
 
 VOCABULARY = 49_408

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerBase
 
+from clip_po.dual_encoder import HIGHEST_ENDS
 from clip_po.hub.checkpoint_files import check_files
 from clip_po.models import load_any, read_processor
 from clip_po.open_clip.architecture import VOCABULARY, clip_config, open_clip_config
@@ -19,7 +20,7 @@ from clip_po.open_clip.checkpoint import CONFIG_FILE, WEIGHTS_FILES, read_config
 from clip_po.open_clip.preprocessing import image_processor, preprocess_cfg
 from clip_po.open_clip.weights import to_open_clip as open_clip_weights
 from clip_po.open_clip.weights import to_transformers
-from clip_po.text_identity import HIGHEST_ENDS, check_tokenizer
+from clip_po.text_identity import check_tokenizer
 from clip_po.validation import check_writable
 
 TOKENIZER = "openai/clip-vit-base-patch32"

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from clip_po.config import ContrastivePOConfig
-from clip_po.trainable import Tower, tower_of
+from clip_po.dual_encoder import Tower
+from clip_po.trainable import tower_of
 
 _BLOCK = re.compile(r"\.(?:layers?|blocks)\.(\d+)\.")
 _BELOW_THE_BLOCKS = re.compile(r"\.(?:\w*embeddings?|pre_layrnorm)(?:\.|$)")
@@ -81,7 +82,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, args:
             name = names[id(parameter)]
             parts.setdefault((rates[name], tower_of(name)), []).append(parameter)
         divided += [
-            {**group, "params": part, "lr": rate, "tower": tower or "logit_scale"}
+            {**group, "params": part, "lr": rate, "tower": tower or "scale"}
             for (rate, tower), part in parts.items()
         ]
     optimizer.param_groups[:] = sorted(divided, key=lambda group: -float(str(group["lr"])))
