@@ -82,8 +82,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, args:
             name = names[id(parameter)]
             parts.setdefault((rates[name], tower_of(name)), []).append(parameter)
         divided += [
-            {**group, "params": part, "lr": rate, "tower": tower or "scale"}
-            for (rate, tower), part in parts.items()
+            {**group, "params": part, "lr": rate, "tower": tower or "scale"} for (rate, tower), part in parts.items()
         ]
     optimizer.param_groups[:] = sorted(divided, key=lambda group: -float(str(group["lr"])))
 
