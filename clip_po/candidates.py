@@ -1,4 +1,4 @@
-"""The candidate texts among which a policy chooses: the same for every row, each row's own, or the global batch's."""
+"""The candidates among which a policy chooses: the same for every row, each row's own, or the global batch's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_gather
 
+from clip_po.candidate_images import OwnImages, gather_objects, in_batch_images
 from clip_po.text_identity import TextTokens
 from clip_po.validation import check_candidates
 
@@ -79,12 +80,23 @@ class CandidateTexts:
         """
         return self.texts if self.texts is not None else batch["texts"]
 
+    def are_shared(self, batch: Mapping[str, Any]) -> bool:
+        """Return whether the texts of a batch are the same in every process.
+
+        Args:
+            batch: Batch of `DataCollatorForContrastivePreference`, or of `in_batch_candidates`.
+
+        Returns:
+            False if they are those of the rows of this process. The answer is the same in every process.
+        """
+        return bool(self) or "candidates" not in batch or "images_of_processes" in batch
+
 
 def in_batch_candidates(batch: Mapping[str, Any], identity: Callable[[str], Hashable] = str) -> dict[str, Any]:
-    """Make every text of the global batch a candidate of each of its rows. Texts with one identity are one candidate.
+    """Make every text of the global batch a candidate of each row, and every image of each row anchored at its text.
 
-    All processes must call this function together. Under gradient accumulation, a global batch is one micro-batch of
-    all processes.
+    Texts with one identity are one candidate, and so are images with one number in `image_ids`. All processes must
+    call this function together. Under gradient accumulation, a global batch is one micro-batch of all processes.
 
     Args:
         batch: The rows of this process, as `DataCollatorForContrastivePreference` makes them without
@@ -93,25 +105,27 @@ def in_batch_candidates(batch: Mapping[str, Any], identity: Callable[[str], Hash
 
     Returns:
         The batch without `candidates`. Its `texts` are the texts of all processes, each once and in the order of the
-        rows; `chosen` [B] and `rejected` [B, R] are positions in them.
+        rows; `chosen` [B] and `rejected` [B, R] are positions in them. If a row of any process is anchored at its
+        text, as `in_batch_images` returns it.
     """
-    own: list[list[str]] = [batch["texts"]]
-    if _processes() > 1:
-        own = [[] for _ in range(_processes())]
-        distributed.all_gather_object(own, batch["texts"])
+    everyone = gather_objects((batch["texts"], OwnImages.of(batch)))
     first: dict[Hashable, str] = {}
-    for text in (text for texts in own for text in texts):
+    for text in (text for texts, _ in everyone for text in texts):
         first.setdefault(identity(text), text)
     place = {known: position for position, known in enumerate(first)}
     moved = batch["chosen"].new_tensor([place[identity(text)] for text in batch["texts"]])
     candidates = moved[batch["candidates"].clamp(min=0)]
     chosen, rejected = batch["chosen"].unsqueeze(-1), batch["rejected"]
-    return {
+    shared = {
         **{name: value for name, value in batch.items() if name != "candidates"},
         "texts": list(first.values()),
         "chosen": candidates.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, -1).squeeze(-1),
         "rejected": candidates.gather(-1, rejected.clamp(min=0)).masked_fill(rejected < 0, -1),
     }
+    images = [found for _, found in everyone if found is not None]
+    if not any(found.anchored for found in images):
+        return shared
+    return in_batch_images(batch, shared, candidates, images)
 
 
 def share_of_texts(texts: Sequence[str]) -> list[str]:

@@ -31,15 +31,17 @@ def preference_metrics(logps: PreferenceLogps, beta: float, weight: Tensor) -> R
     Returns:
         Values and weights by name: rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins,
         logps/chosen, logps/rejected. Rows without rejected texts have weight 0 in the metrics about rejected texts,
-        and rows without a label have weight 0 in all of them.
+        and rows without a label have weight 0 in all of them. Right texts of unpaired feedback count as chosen, wrong
+        ones as rejected, and `mismatched_kl` is the reference point of `kto`.
     """
+    given = weight
     weight = weight if logps.labelled is None else weight * logps.labelled
     present = ~logps.rejected.isneginf()
     paired = weight * present.any(dim=-1)
     chosen, rejected = beta * logps.chosen_logratios, beta * logps.rejected_logratios
     mean = _mean_of_present(rejected, present)
     margins = logps.chosen_logratios - logps.rejected_logratios.amax(dim=-1)
-    return {
+    metrics = {
         "logps/chosen": (logps.chosen.detach(), weight),
         "logps/rejected": (_mean_of_present(logps.rejected, present), paired),
         "rewards/chosen": (chosen, weight),
@@ -47,6 +49,26 @@ def preference_metrics(logps: PreferenceLogps, beta: float, weight: Tensor) -> R
         "rewards/margins": (chosen - mean, paired),
         "rewards/accuracies": ((margins > SMALLEST_MARGIN).float(), paired),
     }
+    return (
+        metrics
+        if logps.desirable is None
+        else {**metrics, **_unpaired_metrics(logps, logps.desirable, beta, given, metrics)}
+    )
+
+
+def _unpaired_metrics(
+    logps: PreferenceLogps, desirable: Tensor, beta: float, given: Tensor, metrics: RowMetrics
+) -> RowMetrics:
+    """Add unpaired feedback to the metrics of one text: a right text counts as chosen, a wrong one as rejected."""
+    found = {}
+    for side, label in (("chosen", 1), ("rejected", 0)):
+        rows = torch.eq(desirable, label)
+        for name, value in ((f"logps/{side}", logps.chosen), (f"rewards/{side}", beta * logps.chosen_logratios)):
+            others, weight = metrics[name]
+            found[name] = (value.detach().where(rows, others), given.where(rows, weight))
+    if logps.mismatched_kl is not None:
+        found["mismatched_kl"] = (logps.mismatched_kl.expand(len(given)), torch.ones_like(given))
+    return found
 
 
 def _mean_of_present(values: Tensor, present: Tensor) -> Tensor:

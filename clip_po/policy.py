@@ -1,4 +1,4 @@
-"""The contrastive model as a policy: from embeddings to log-probabilities over candidate texts."""
+"""The contrastive model as a policy: from a batch to the log-probabilities that the losses read."""
 
 from __future__ import annotations
 
@@ -10,54 +10,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from clip_po.candidate_logps import batch_logps, candidate_logps
 from clip_po.candidates import CandidateTexts, embeds_of_all, share_of_texts
 from clip_po.data.images import blank_image, to_pixels
 from clip_po.dual_encoder import DualEncoder, as_dual_encoder
 from clip_po.encoding import CachedTextEmbeddings, tokenize, unit_norm
 from clip_po.losses import PreferenceLogps, embedding_distillation_loss, kl_regularization
 
-
-def candidate_logps(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, candidates: Tensor | None = None
-) -> Tensor:
-    """Compute log pi(y | x), the log-softmax over the candidate texts of logit_scale * cos(image, text).
-
-    Args:
-        image_embeds: Tensor[B, D], unit-norm.
-        text_embeds: Tensor[M, D], unit-norm.
-        logit_scale: CLIP's inverse temperature, after exp; > 0.
-        candidates: Tensor[B, N] of positions among the M texts, -1 for none; None for all M texts.
-
-    Returns:
-        Tensor[B, N] (or [B, M]) in nats, at least float32; -inf for an absent candidate.
-
-    Raises:
-        ValueError: If image and text embeddings differ in size.
-
-    Source: Radford et al. 2021, arXiv 2103.00020, Sec. 2.3; as a policy: Afzali et al. 2025, arXiv 2411.08923.
-    """
-    if image_embeds.shape[-1] != text_embeds.shape[-1]:
-        raise ValueError(
-            f"image_embeds have {image_embeds.shape[-1]} dimensions, text_embeds {text_embeds.shape[-1]}. Embed "
-            "images and texts with the same model."
-        )
-    dtype = torch.promote_types(image_embeds.dtype, torch.float32)
-    with torch.autocast(image_embeds.device.type, enabled=False):
-        logits = logit_scale * image_embeds.to(dtype) @ text_embeds.to(dtype).T
-    if candidates is not None:
-        logits = logits.gather(-1, candidates.clamp(min=0)).masked_fill(candidates < 0, -torch.inf)
-    return logits.log_softmax(dim=-1)
+PIXELS = {"image": "pixel_values", "reg_image": "reg_pixel_values"}
+"""Keys of a batch with the pixels of preference and regularization images, by name of the images."""
 
 
 @dataclass(frozen=True)
 class CandidateLogps:
-    """Log-probabilities of a batch over its candidate texts, in nats, and the embeddings that they come from.
+    """Log-probabilities of a batch over its candidates, in nats, and the embeddings that they come from.
 
     Attributes:
-        preference: Tensor[B, N], on the images of the preferences.
+        preference: Tensor[B, N], of the preferences.
         regularization: Tensor[B, N], on the regularization images paired with them; None if there are none.
         target: Tensor[B, N], on the clean images of the preferences, if the regularization images are other images.
-        embeds: Tensor[B, D], unit-norm, by name of the images in `clip_po.reference.ROW_IMAGES`. Empty if the
+        embeds: Tensor[P, D], unit-norm, by name of the images in `clip_po.reference.ROW_IMAGES`. Empty if the
             embeddings of policy and reference can't be compared.
         open_regularization: Tensor[B, V], on the regularization images over `reg_candidate_texts`; None without these.
     """
@@ -69,21 +41,29 @@ class CandidateLogps:
     open_regularization: Tensor | None = None
 
 
-def preference_logps(policy: CandidateLogps, reference: CandidateLogps, batch: Mapping[str, Any]) -> PreferenceLogps:
+def preference_logps(
+    policy: CandidateLogps,
+    reference: CandidateLogps,
+    batch: Mapping[str, Any],
+    mismatched_kl: Tensor | None = None,
+) -> PreferenceLogps:
     """Pick the log-probabilities that the losses read.
 
     Args:
         policy: Log-probabilities under the policy.
         reference: Log-probabilities under the reference.
         batch: `chosen` (Tensor[B], -1 for a row without a label) and `rejected` (Tensor[B, R], -1 for none): positions
-            among the candidates. Optionally `weight`, `margin` and `label_smoothing`, Tensor[B] each.
+            among the candidates. Optionally `weight`, `margin`, `label_smoothing` and `desirable`, Tensor[B] each.
+        mismatched_kl: Tensor[], the reference point of `kto`; None without this loss.
 
     Returns:
         Log-probabilities of the chosen [B] and rejected [B, R] texts under both, log-probabilities over all candidates
         [B, N] under the policy, and under the reference on the clean images, and the embeddings of both. A row without
-        a label has the log-probabilities of the first candidate in their place, which are finite.
+        a label has the log-probabilities of the first candidate in their place, which are finite. Unpaired feedback is
+        not `labelled`: `chosen` is its only text.
     """
-    labelled = batch["chosen"] >= 0
+    desirable = batch.get("desirable")
+    labelled = batch["chosen"] >= 0 if desirable is None else (batch["chosen"] >= 0) & (desirable < 0)
     chosen, rejected = batch["chosen"].clamp(min=0).unsqueeze(-1), batch["rejected"]
     absent = (rejected < 0) & labelled.unsqueeze(-1)
 
@@ -103,6 +83,8 @@ def preference_logps(policy: CandidateLogps, reference: CandidateLogps, batch: M
         batch["weight"] > 0 if "weight" in batch else None,
         batch.get("margin"),
         batch.get("label_smoothing"),
+        desirable,
+        mismatched_kl,
     )
 
 
@@ -140,16 +122,16 @@ def regularization_loss(policy: CandidateLogps, reference: CandidateLogps, reg_t
     return regularization_kl(policy, reference)
 
 
-def known_image_embeds(batch: Mapping[str, Any]) -> list[Tensor]:
+def known_image_embeds(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the embeddings of preference and regularization images that a batch carries.
 
     Args:
         batch: Batch of `DataCollatorForContrastivePreference`, or of `ReferencePolicy.embedded`.
 
     Returns:
-        Tensor[B, D] for each kind of image, unit-norm.
+        Tensor[P, D] by name of the images, unit-norm.
     """
-    return [batch[name] for name in ("ref_image_embeds", "ref_reg_image_embeds") if name in batch]
+    return {name: batch[f"ref_{name}_embeds"] for name in PIXELS if f"ref_{name}_embeds" in batch}
 
 
 def open_logps(
@@ -202,7 +184,7 @@ class Policy:
         self._blank_image: Tensor | None = None
 
     def __call__(self, model: nn.Module, encoder: PreTrainedModel, batch: Mapping[str, Any]) -> CandidateLogps:
-        """Compute log-probabilities over the candidate texts.
+        """Compute log-probabilities over the candidates.
 
         Args:
             model: The model as wrapped for training. Gradients synchronize only through a call of this object.
@@ -210,34 +192,38 @@ class Policy:
             batch: Batch of `DataCollatorForContrastivePreference`.
 
         Returns:
-            Tensor[B, N] for the preference images, and for the regularization images if there are any.
+            Tensor[B, N] for the preferences, and for the regularization images if there are any.
         """
-        embedded = "pixel_values" not in batch
         towers = as_dual_encoder(encoder)
-        pixels = [batch[name] for name in ("pixel_values", "reg_pixel_values") if name in batch]
-        texts = self.candidates.of_batch(batch)
-        shared = "candidates" not in batch  # every process has the same texts
+        pixels = {name: batch[key] for name, key in PIXELS.items() if key in batch}
+        texts, reg_texts = self.candidates.of_batch(batch), batch.get("reg_texts", [])
+        shared = self.candidates.are_shared(batch)  # every process has the same texts
         if self.text_embeddings:
             tokens = self._unused_text(towers)
         else:
-            tokens = tokenize(towers, self.processor, share_of_texts(texts) if shared else texts)
-        shown = self._unused_image(towers) if embedded else torch.cat(pixels)
+            tokens = tokenize(towers, self.processor, [*(share_of_texts(texts) if shared else texts), *reg_texts])
+        shown = torch.cat([*pixels.values()]) if pixels else self._unused_image(towers)
         image_features, text_features = towers.features_of(model(**towers.inputs(shown, tokens)))
-        image_embeds = known_image_embeds(batch) if embedded else [*unit_norm(image_features).chunk(len(pixels))]
+        if pixels:
+            sizes = [*map(len, pixels.values())]
+            image_embeds = dict(zip(pixels, unit_norm(image_features).split(sizes), strict=True))
+        else:
+            image_embeds = known_image_embeds(batch)
         if self.text_embeddings:
             text_embeds = self.text_embeddings(texts)
+            reg_embeds = self.text_embeddings(reg_texts) if reg_texts else None
         else:
             own = unit_norm(text_features)
+            own, reg_embeds = own.split([len(own) - len(reg_texts), len(reg_texts)])
             text_embeds = embeds_of_all(own, len(texts)) if shared else own
-        logit_scale = towers.scale
-        logps = [candidate_logps(embeds, text_embeds, logit_scale, batch.get("candidates")) for embeds in image_embeds]
-        found = dict(zip(("image", "reg_image"), image_embeds, strict=False))
-        known = self.text_embeddings
+        logps = batch_logps(image_embeds, text_embeds, reg_embeds, towers.scale, batch, shared)
         return CandidateLogps(
-            logps[0],
-            logps[1] if len(logps) > 1 else None,
-            embeds=found,
-            open_regularization=open_logps(found.get("reg_image"), known, self.reg_texts, logit_scale),
+            logps["image"],
+            logps.get("reg_image"),
+            embeds=image_embeds,
+            open_regularization=open_logps(
+                image_embeds.get("reg_image"), self.text_embeddings, self.reg_texts, towers.scale
+            ),
         )
 
     def _unused_text(self, encoder: DualEncoder) -> dict[str, Tensor]:

@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
 from clip_po.adapters import changes_base
+from clip_po.candidate_logps import batch_logps
 from clip_po.candidates import CandidateTexts
 from clip_po.data.embedding_cache import EmbeddingCache, fingerprint, model_digest, processor_digest
 from clip_po.data.images import blank_image, probe_image, to_pixels
 from clip_po.data.pairs import PreferencePairs
 from clip_po.dual_encoder import as_dual_encoder
 from clip_po.encoding import CachedTextEmbeddings, encode_images
-from clip_po.policy import CandidateLogps, candidate_logps, open_logps
+from clip_po.policy import CandidateLogps, open_logps
 
 ROW_IMAGES = ("image", "reg_image", "target_image")
 """Images of a row: the image of the preference, the regularization image, and the clean image of a soft target."""
@@ -105,8 +106,9 @@ class ReferencePolicy:
         known = {name: batch[f"ref_{name}_embeds"] for name in images if f"ref_{name}_embeds" in batch}
         unknown = [name for name in images if name not in known and pixels[name] in batch]
         if unknown:
-            embeds = self.image_embeds(torch.cat([batch[pixels[name]] for name in unknown]))
-            known.update(zip(unknown, embeds.chunk(len(unknown)), strict=True))
+            found = [batch[pixels[name]] for name in unknown]
+            embeds = self.image_embeds(torch.cat(found)).split([*map(len, found)])
+            known.update(zip(unknown, embeds, strict=True))
         return known
 
     def embedded(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,20 +125,18 @@ class ReferencePolicy:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> CandidateLogps:
-        """Compute log-probabilities over the candidate texts of a batch.
+        """Compute log-probabilities over the candidates of a batch.
 
         Args:
             batch: Batch of `DataCollatorForContrastivePreference`.
 
         Returns:
-            Tensor[B, N] for the preference images, and for the regularization images and targets if there are any.
+            Tensor[B, N] for the preferences, and for the regularization images and targets if there are any.
         """
         text_embeds = self.text_embeddings(self.candidates.of_batch(batch))
-        found = self.batch_embeds(batch, self.images)
-        logps = {
-            name: candidate_logps(embeds, text_embeds, self.logit_scale, batch.get("candidates"))
-            for name, embeds in found.items()
-        }
+        reg_embeds = self.text_embeddings(batch["reg_texts"]) if "reg_texts" in batch else None
+        found, shared = self.batch_embeds(batch, self.images), self.candidates.are_shared(batch)
+        logps = batch_logps(found, text_embeds, reg_embeds, self.logit_scale, batch, shared)
         count = batch["candidates"].shape[1] if "candidates" in batch else len(text_embeds)
         unused = text_embeds.new_zeros(len(batch["weight"]), count)
         return CandidateLogps(

@@ -38,7 +38,7 @@ from clip_po.hub.stale_files import check_not_base, remove_stale_files
 from clip_po.losses import ANCHORED, REFERENCED, LossSettings, PreferenceLogps, preference_loss, readers
 from clip_po.metrics import RunningMeans, loss_of_parts, preference_metrics
 from clip_po.models import check_processor, default_output_dir, dual_encoder, load_policy, load_processor
-from clip_po.policy import Policy, preference_logps, regularization_kl, regularization_loss
+from clip_po.policy import CandidateLogps, Policy, preference_logps, regularization_kl, regularization_loss
 from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
 from clip_po.text_identity import TextTokens
 from clip_po.trainable import check_optimizer, choose_trainable, tower_trains
@@ -62,6 +62,7 @@ from clip_po.training.resuming import check_resume
 from clip_po.training.run_identity import RunIdentityCallback
 from clip_po.training.sharding import allow_sharding
 from clip_po.training.stream_position import StreamPositionCallback
+from clip_po.unpaired import mismatched_kl
 
 
 class ContrastivePOTrainer(Trainer):
@@ -384,7 +385,7 @@ class ContrastivePOTrainer(Trainer):
             inputs = self.reference.embedded(inputs) if self.shares_image_embeds else inputs
             reference = self.reference(inputs)
         policy = self.policy(model, self.encoder, inputs)
-        logps = preference_logps(policy, reference, inputs)
+        logps = preference_logps(policy, reference, inputs, self._mismatched_kl(policy, reference, inputs))
         regularization = regularization_loss(policy, reference, self.args.reg_type)
         kl = regularization if self.args.reg_type == "kl" else regularization_kl(policy, reference)
         totals = row_totals(inputs) if num_items_in_batch is None else num_items_in_batch
@@ -411,6 +412,15 @@ class ContrastivePOTrainer(Trainer):
             return None
         sums = self._sum_over_processes(torch.stack([(weight * kl.detach()).sum(), weight.sum()]))
         return sums[0] / sums[1].clamp(min=FEWEST_ROWS)
+
+    def _mismatched_kl(
+        self, policy: CandidateLogps, reference: CandidateLogps, inputs: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Return the reference point of `kto`, of the micro-batch of all processes."""
+        if "kto" not in self.args.loss_type:
+            return None
+        logratios = (policy.preference - reference.preference).detach()
+        return mismatched_kl(logratios, inputs, self.candidates.are_shared(inputs), self._sum_over_processes)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -93,6 +93,39 @@ def make_preferences(rows: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=features)
 
 
+def make_image_pairs(rows: int, rejected: int = 1, texts=PROMPTS) -> datasets.Dataset:
+    """Preferences between images: one text, a chosen image, and one or several rejected ones."""
+    several = datasets.List(datasets.Image()) if rejected > 1 else datasets.Image()
+    features = {"text": datasets.Value("string"), "chosen_image": datasets.Image(), "rejected_image": several}
+    others = [[picture(3000 + 10 * i + n) for n in range(1 + i % rejected)] for i in range(rows)]
+    columns = {
+        "text": [texts[i % len(texts)] for i in range(rows)],
+        "chosen_image": [picture(2000 + i) for i in range(rows)],
+        "rejected_image": others if rejected > 1 else [images[0] for images in others],
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def make_unpaired(rows: int) -> datasets.Dataset:
+    """Images with a text that is right in two rows of three."""
+    features = {"image": datasets.Image(), "text": datasets.Value("string"), "label": datasets.Value("bool")}
+    columns = {
+        "image": [picture(i) for i in range(rows)],
+        "text": [PROMPTS[i % 4] for i in range(rows)],
+        "label": [i % 3 != 0 for i in range(rows)],
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def make_captioned(rows: int) -> datasets.Dataset:
+    """Ordinary images with texts, for a regularization in both directions."""
+    texts = [f"picture {chr(97 + i % 5)}" for i in range(rows)]
+    return datasets.Dataset.from_dict(
+        {"image": [picture(5000 + i) for i in range(rows)], "text": texts},
+        features=datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}),
+    )
+
+
 def run_config(folder, config=ContrastivePOConfig, **arguments):
     """A short and silent run on the CPU; `arguments` win."""
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
+from clip_po.candidate_logps import batch_logps
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.collator import FEWEST_ROWS, row_totals
@@ -20,7 +21,7 @@ from clip_po.data.pairs import PreferencePairs
 from clip_po.data.streamed_pairs import StreamedPairs, is_stream
 from clip_po.hub.card import CheckpointKind
 from clip_po.models import default_output_dir, dual_encoder, load_policy
-from clip_po.policy import CandidateLogps, candidate_logps, known_image_embeds
+from clip_po.policy import CandidateLogps, known_image_embeds
 from clip_po.reference import ReferencePolicy
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.activation_checkpointing import checkpoints_activations
@@ -67,13 +68,16 @@ class ConceptPolicy:
             Tensor[B, N] for the preference images, and for the regularization images if there are any.
         """
         images = known_image_embeds(batch)
-        texts = self.reference.text_embeddings(self.reference.candidates.of_batch(batch))
-        image_embeds, text_embeds = model(torch.cat(images), texts)
-        logps = [
-            candidate_logps(embeds, text_embeds, self.reference.logit_scale, batch.get("candidates"))
-            for embeds in image_embeds.chunk(len(images))
-        ]
-        return CandidateLogps(logps[0], logps[1] if len(logps) > 1 else None)
+        candidates, reg_texts = self.reference.candidates, batch.get("reg_texts", [])
+        texts = self.reference.text_embeddings(candidates.of_batch(batch))
+        if reg_texts:
+            texts = torch.cat([texts, self.reference.text_embeddings(reg_texts)])
+        image_embeds, text_embeds = model(torch.cat([*images.values()]), texts)
+        embeds = dict(zip(images, image_embeds.split([*map(len, images.values())]), strict=True))
+        text_embeds, reg_embeds = text_embeds.split([len(texts) - len(reg_texts), len(reg_texts)])
+        scale, shared = self.reference.logit_scale, candidates.are_shared(batch)
+        logps = batch_logps(embeds, text_embeds, reg_embeds, scale, batch, shared)
+        return CandidateLogps(logps["image"], logps.get("reg_image"))
 
 
 class ConceptTrainer(ContrastivePOTrainer):

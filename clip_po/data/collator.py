@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
 from clip_po.candidates import CandidateTexts
+from clip_po.data.candidate_positions import candidate_positions
 from clip_po.data.formats import Row
 from clip_po.data.grades import grades_of
 from clip_po.data.images import to_pixels
@@ -20,29 +22,34 @@ METADATA_KEYS = ("skipped", "stream_mark")
 
 
 class DataCollatorForContrastivePreference:
-    """Collator that turns images into pixel values, and texts into positions among the candidate texts.
+    """Collator that turns images into pixel values, and texts and images into positions among the candidates.
 
     Args:
         processor: CLIPProcessor; its image processor makes the pixel values.
         candidate_texts: The candidate texts of every row. By default each row chooses among its `candidates`, or if it
             has none among its chosen and rejected texts.
 
-    Returns a batch of B rows:
+    Returns a batch of B rows, which hold P images: P = B if each is anchored at its image.
 
     ====================  =================  ================================================================
-    pixel_values          Tensor[B,C,H,W]    images of the preferences
+    pixel_values          Tensor[P,C,H,W]    images of the preferences
     reg_pixel_values      Tensor[B,C,H,W]    ordinary images, where rows have them
     target_pixel_values   Tensor[B,C,H,W]    the rows' own clean images, where those above are others
-    chosen                Tensor[B]          position of the chosen text among the row's candidates, -1 for none
-    rejected              Tensor[B, R]       positions of the rejected texts, -1 for none
+    chosen                Tensor[B]          position of the chosen one among the row's candidates, -1 for none
+    rejected              Tensor[B, R]       positions of the rejected ones, -1 for none
     weight                Tensor[B]          weight of the preference; 0 for padding
     margin                Tensor[B]          margin of each preference, where rows have one
     label_smoothing       Tensor[B]          probability that each preference is wrong, where rows have one
     counted               Tensor[B]          1 for a row with an image (default), 0 for padding, skipped rows
     reg_row_weight        Tensor[B]          1 where a row comes with an ordinary image, 0 for padding
     texts                 list of M texts    the batch's texts, each once; absent where candidate_texts are given
-    candidates            Tensor[B, N]       positions in `texts`, -1 for none; absent likewise
-    ref_image_embeds,     Tensor[B, D]       the reference's embeddings, where they are known already
+    candidates            Tensor[B, N]       positions in the texts, -1 for none; absent likewise, unless a row is
+                                             anchored at its text
+    candidate_images      Tensor[B, N]       positions among the images; absent if all rows are anchored at theirs
+    desirable             Tensor[B]          1 for a right, 0 for a wrong text of unpaired feedback, -1 for other rows
+    image_ids             Tensor[P]          numbers that tell images apart; the two are there for rows of such kinds
+    reg_texts             list of B texts    texts of the ordinary images, where they have some
+    ref_image_embeds,     Tensor[P, D]       the reference's embeddings, where they are known already
     ref_reg_image_embeds,
     ref_target_image_embeds
     ====================  =================  ================================================================
@@ -60,30 +67,21 @@ class DataCollatorForContrastivePreference:
         """Make the batch; all rows have the same keys."""
         batch: dict[str, Any] = {}
         for name in ("", "reg_", "target_"):
-            if f"{name}image" in rows[0]:  # rows come without images if all their embeddings are known
-                batch[f"{name}pixel_values"] = to_pixels(self.processor, [row[f"{name}image"] for row in rows])
+            if images := [image for row in rows for image in _images(row, f"{name}image")]:  # none if all are embedded
+                batch[f"{name}pixel_values"] = to_pixels(self.processor, images)
         for name in ("weight", "reg_row_weight"):
             batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
         batch["counted"] = torch.tensor([row.get("counted", 1.0) for row in rows], dtype=torch.float32)
         batch |= grades_of(rows)
         for name in ("ref_image_embeds", "ref_reg_image_embeds", "ref_target_image_embeds"):
             if name in rows[0]:
-                batch[name] = torch.stack([row[name] for row in rows])
-
-        positions: list[Callable[[str], int]]
-        if self.candidate_texts:
-            positions = [self.candidate_texts.position] * len(rows)
-        else:
-            own = [row.get("candidates") or [row["chosen"], *row["rejected"]] for row in rows]
-            texts = list(dict.fromkeys(text for candidates in own for text in candidates))
-            place = {text: position for position, text in enumerate(texts)}
-            batch["texts"] = texts
-            batch["candidates"] = _ragged([[place[text] for text in candidates] for candidates in own])
-            positions = [{text: n for n, text in enumerate(candidates)}.__getitem__ for candidates in own]
-        paired = list(zip(rows, positions, strict=True))
-        batch["chosen"] = torch.tensor([_position_of_chosen(row, position) for row, position in paired])
-        batch["rejected"] = _ragged([[position(text) for text in row["rejected"]] for row, position in paired])
-        return batch
+                batch[name] = torch.cat([row[name].reshape(-1, row[name].shape[-1]) for row in rows])
+        if "desirable" in rows[0]:
+            batch["desirable"] = torch.tensor([row["desirable"] for row in rows])
+            batch["image_ids"] = torch.tensor([number for row in rows for number in row["image_ids"]])
+        if "reg_text" in rows[0]:
+            batch["reg_texts"] = [row["reg_text"] for row in rows]
+        return batch | candidate_positions(rows, self.candidate_texts)
 
 
 @dataclass
@@ -110,14 +108,9 @@ class RowMetadataCollator:
         return {**self.collate(kept), **metadata}
 
 
-def _position_of_chosen(row: Row, position: Callable[[str], int]) -> int:
-    return -1 if row["chosen"] is None else position(row["chosen"])
-
-
-def _ragged(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Return rows of different lengths as Tensor[B, longest], at least one column, padded with -1."""
-    longest = max(1, *(len(row) for row in rows))
-    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows])
+def _images(row: Row, name: str) -> list[Image.Image]:
+    """Return the images of a name in a row: of "image" all that it chooses among, if it is anchored at a text."""
+    return row["images"] if name == "image" and "images" in row else [row[name]] if name in row else []
 
 
 FEWEST_ROWS = 1e-8

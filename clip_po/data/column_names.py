@@ -10,10 +10,12 @@ from typing import Any
 from datasets import Image, List, Value
 
 from clip_po.data.grades import GRADES
+from clip_po.data.row_kinds import IMAGE_PAIR, PICK_A_PIC, UNPAIRED_TEXT, has_kinds
 
 COMMON = ("image", "clean_image", "weight", *GRADES)
 TEXTS = (*COMMON, "chosen", "rejected", "candidates")
 CLASSES = (*COMMON, "label", "rejected_label")
+FEEDBACK = (*TEXTS, *IMAGE_PAIR, *UNPAIRED_TEXT, *PICK_A_PIC)
 
 OTHER_NAMES: Mapping[str, str] = {
     "candidatetext": "candidates",
@@ -26,7 +28,7 @@ ALIKE = 0.85
 """Similarity from which names with the same first letter and about the same length are spellings of one."""
 
 IMAGE_PAIRS = re.compile(r"(chosen|rejected)_(image|img)|(image|img|jpg|png)_?([0-9]|w|l|win|lose|winner|loser|a|b)")
-"""Columns of datasets of preferences between two images."""
+"""Columns of datasets of preferences between two images, under other names too."""
 
 
 def check_column_names(columns: Collection[str], features: Mapping[str, Any] | None, name: str) -> None:
@@ -38,15 +40,19 @@ def check_column_names(columns: Collection[str], features: Mapping[str, Any] | N
         name: Name of the dataset in messages.
 
     Raises:
-        ValueError: If the rows are preferences between images, conversations, or texts that are labelled right or
-            wrong one by one, or if a column has a name that is nearly that of a column in use.
+        ValueError: If the rows are conversations, or preferences between images or texts that are labelled right or
+            wrong one by one under other names, or if a column has a name that is nearly that of a column in use.
     """
-    kinds = features or {}
-    if remedy := _other_format(set(columns), kinds):
+    other_kinds = has_kinds(columns, features)
+    if not other_kinds and (remedy := _other_format(set(columns), features or {})):
         raise ValueError(f"{name} has the columns {sorted(columns)}. {remedy}")
-    wanted = TEXTS if {"image", "chosen"} <= set(columns) else CLASSES if {"image", "label"} <= set(columns) else None
+    wanted: Collection[str] | None = FEEDBACK if other_kinds else None
+    if not other_kinds and {"image", "chosen"} <= set(columns):
+        wanted = TEXTS
+    elif not other_kinds and {"image", "label"} <= set(columns):
+        wanted = CLASSES
     for column in columns:
-        known = None if column in {*TEXTS, *CLASSES} else meant(column, wanted or (*TEXTS, *CLASSES))
+        known = None if column in {*TEXTS, *CLASSES, *FEEDBACK} else meant(column, wanted or (*TEXTS, *CLASSES))
         if known is not None and known not in columns:
             raise ValueError(
                 f"{name} has a column {column!r}, which nothing reads: the column must be called {known!r}. Rename it "
@@ -61,8 +67,9 @@ def _other_format(columns: set[str], kinds: Mapping[str, Any]) -> str | None:
     of_pairs = [column for column in columns if IMAGE_PAIRS.fullmatch(column)]
     if isinstance(chosen, Image) or (len(of_pairs) > 1 and not {"image", "chosen"} <= columns):
         return (
-            "A preference here is between texts, for one image; preferences between two images are not supported. "
-            "Give rows with one image and two texts, in the columns image, chosen and rejected."
+            "A preference between images has the columns text, chosen_image and rejected_image, or those of "
+            "Pick-a-Pic: caption, jpg_0, jpg_1, label_0 and label_1. Rename its columns with "
+            "dataset.rename_column(old, new)."
         )
     if isinstance(chosen, (list, dict)) or (isinstance(chosen, List) and not isinstance(chosen.feature, Value)):
         return (
@@ -78,9 +85,8 @@ def _other_format(columns: set[str], kinds: Mapping[str, Any]) -> str | None:
     unpaired = isinstance(label, Value) and label.dtype == "bool" and "chosen" not in columns
     if unpaired or {"completion", "label"} <= columns:
         return (
-            "Its rows are unpaired: each holds one text and whether it is right. A preference needs a chosen and a "
-            "rejected text. Join the rows of each image into one with the columns image, chosen and rejected, or "
-            "train on the right texts alone, as a column chosen, with loss_type='sft' and candidate_texts."
+            "Its rows are unpaired: each holds one text and whether it is right. Unpaired feedback has the columns "
+            "image, text and label (True or False). Rename its columns with dataset.rename_column(old, new)."
         )
     return None
 

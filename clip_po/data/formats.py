@@ -5,10 +5,13 @@ format            columns                                             optional c
 ================  ==================================================  =====================================
 image-preference  image, chosen (text), rejected (text or texts)      clean_image, candidates, weight
 class-preference  image, label, rejected_label (class or classes)     clean_image, weight
-regularization    image
+image-pair        text, chosen_image, rejected_image (or images)      weight
+unpaired          image, text, label (bool)                           candidates, clean_image, weight
+regularization    image                                               text
 ================  ==================================================  =====================================
 
-`clean_image` is the image before an attack. `weight` >= 0 scales the preference loss of a row. Both kinds of
+Rows of the first four formats may be mixed in one dataset: `clip_po.data.row_kinds` tells them apart.
+`clean_image` is the image before an attack. `weight` >= 0 scales the preference loss of a row. All kinds of
 preferences may also have the columns of `clip_po.data.grades`, such as `margin`. Without
 `candidate_texts` the policy of a row chooses among its `candidates`, or by default its chosen and rejected texts. The
 classes of a class-preference are positions in `candidate_texts`. `rejected` may be absent if every loss is `sft` or
@@ -47,7 +50,7 @@ Row = dict[str, Any]
 
 IMAGE_COLUMNS = ("image", "clean_image")
 
-_DECODING = (
+DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, OverflowError),
     *(struct.error, zlib.error, PILImage.DecompressionBombError),
 )
@@ -145,9 +148,9 @@ def check_types(dataset: Dataset | IterableDataset, name: str) -> None:
     expected: Mapping[str, tuple[str, Any]] = {
         "image": ("datasets.Image()", lambda f: isinstance(f, Image)),
         "clean_image": ("datasets.Image()", lambda f: isinstance(f, Image)),
-        "chosen": ("a string", _is_text),
-        "rejected": ("a string or a list of strings", lambda f: _is_text(f) or _is_list(f, _is_text)),
-        "candidates": ("a list of strings", lambda f: _is_list(f, _is_text)),
+        "chosen": ("a string", is_text),
+        "rejected": ("a string or a list of strings", lambda f: is_text(f) or _is_list(f, is_text)),
+        "candidates": ("a list of strings", lambda f: _is_list(f, is_text)),
         "label": ("a ClassLabel or an integer", _is_class),
         "rejected_label": ("a class or a list of classes", lambda f: _is_class(f) or _is_list(f, _is_class)),
         **dict.fromkeys(("weight", *GRADES), ("a number", _is_number)),
@@ -162,7 +165,15 @@ def check_types(dataset: Dataset | IterableDataset, name: str) -> None:
             raise ValueError(f"{name} column {column!r} must be {expected[column][0]}, got {feature}; {remedy}.")
 
 
-def _is_text(feature: Any) -> bool:
+def is_text(feature: Any) -> bool:
+    """Return whether a column holds texts.
+
+    Args:
+        feature: Feature of the column.
+
+    Returns:
+        True also for a column of nothing but None.
+    """
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "null")
 
 
@@ -336,7 +347,7 @@ def read_row(dataset: Dataset, index: int, name: str) -> Row:
                 row[column] = to_rgb(row[column])
     except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
         broken = _unreadable(dataset, index)
-        if not broken and not isinstance(error, _DECODING):
+        if not broken and not isinstance(error, DECODING_ERRORS):
             raise  # an error in a transform of the user
         columns = " or ".join(map(repr, broken or _image_columns(dataset)))
         paths = ", ".join(filter(None, broken.values()))

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.anchored_candidates import fit_candidates
+from clip_po.data.anchored_checks import check_losses
+from clip_po.data.anchored_rows import AnchoredRows
 from clip_po.data.bad_images import OnBadImage, read_or_blank
 from clip_po.data.embedding_cache import image_digest
 from clip_po.data.formats import IMAGE_COLUMNS, Row
@@ -99,11 +102,13 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
             name: A name of `fixed_images`.
 
         Returns:
-            The number of regularization images for "reg_image" if they come from a dataset of their own, otherwise
-            the number of rows.
+            The number of regularization images for "reg_image" if they come from a dataset of their own; of all
+            images of the rows for "image"; otherwise the number of rows.
         """
         if name == "reg_image" and self._own_regularization is not None:
             return len(self._own_regularization)
+        if name == "image" and isinstance(self.preferences, AnchoredRows):
+            return self.preferences.image_count
         return len(self)
 
     def fixed_image(self, name: str, index: int) -> Image.Image | None:
@@ -191,6 +196,8 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
             if self.completion.on_bad_image == "raise":
                 raise
             reason = str(error)
+        if isinstance(self.preferences, AnchoredRows):
+            return self.preferences.blank(index, epoch), dict.fromkeys(IMAGE_COLUMNS, reason)
         columns = [name for name in IMAGE_COLUMNS if name in self.preferences.column_names]
         found = {
             name: read_or_blank(functools.partial(self.preferences.image, name, index), "skip") for name in columns
@@ -203,12 +210,17 @@ class PreferencePairs(torch.utils.data.Dataset[Row]):
     def _add_reference(self, row: Row, reasons: dict[str, str], index: int, turn: int) -> None:
         """Add the reference's embeddings to a row, and by column why an image of them could not be read."""
         for name, embeds in self.reference.items():
-            column, number = ("image" if name == "image" else "clean_image"), index
+            column, numbers = ("image" if name == "image" else "clean_image"), range(index, index + 1)
             if name == "reg_image" and self._own_regularization is not None:
-                column, number = name, self.completion.regularization_index(self._own_regularization, turn)
-            row[f"ref_{name}_embeds"] = embeds[number]
-            if column not in reasons and name in self._readable and not self._readable[name][number]:
-                reasons[column] = self._why_unreadable(name, number)
+                number = self.completion.regularization_index(self._own_regularization, turn)
+                column, numbers = name, range(number, number + 1)
+            elif name == "image" and isinstance(self.preferences, AnchoredRows):
+                numbers = self.preferences.images_of(index)
+            found = embeds[numbers.start : numbers.stop]
+            row[f"ref_{name}_embeds"] = found if name == "image" and "image_count" in row else found[0]
+            unread = [n for n in numbers if name in self._readable and not self._readable[name][n]]
+            if column not in reasons and unread:
+                reasons[column] = self._why_unreadable(name, unread[0])
 
 
 class EvaluationPairs(PreferencePairs):
@@ -259,7 +271,10 @@ def checked_pairs(
     if len(rows) == 0:
         raise ValueError(f"{name} is empty; give it at least one row.")
     check_grade_columns(rows.column_names, args, name)
+    check_losses(rows.kinds if isinstance(rows, AnchoredRows) else ["texts"], args.loss_type, name)
     rows.check(candidate_texts, args.loss_type, name)
+    if isinstance(rows, AnchoredRows):
+        fit_candidates(rows, regularization, candidate_texts, args, name)
     source, targets = image_sources(rows.column_names, regularization, args, name)
     seed = args.data_seed if args.data_seed is not None else args.seed
     pairs = kind(rows, source, candidate_texts, seed, name, targets, args.on_bad_image)

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset, List
 from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.row_kinds import has_kinds
 from clip_po.data.row_texts import own_texts
 from clip_po.data.rows import PreferenceRows
 from clip_po.data.typographic_preferences import AttackedClasses
@@ -71,6 +72,8 @@ def _most_own_texts(preferences: Any) -> int | None:
         features = preferences.features or {}
         several = isinstance(features.get("rejected"), List) or "candidates" in features
         return None if several or "chosen" not in features else 2
+    if isinstance(preferences, Dataset) and has_kinds(preferences.column_names, preferences.features):
+        return None
     if isinstance(preferences, Dataset):
         columns = [column for column in ("chosen", "rejected", "candidates") if column in preferences.column_names]
         head = preferences.select_columns(columns).with_format(None)

@@ -8,19 +8,24 @@ from typing import Literal
 
 from datasets import Dataset
 from PIL import Image
+from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.bad_images import OnBadImage, read_or_blank
-from clip_po.data.formats import Row, check_regularization, read_row
+from clip_po.data.formats import Row, check_regularization, is_text, read_row
 from clip_po.data.sampler import permutation
 from clip_po.losses import ANCHORED, TARGETED
+from clip_po.validation import check_text
+
+logger = logging.get_logger(__name__)
 
 
 class RowCompletion:
     """Completes preferences.
 
     Args:
-        regularization: Ordinary images in a column `image`, "clean_image" for that column of each row, or None.
+        regularization: Ordinary images in a column `image`, with a column `text` their texts too; "clean_image" for
+            that column of each row; or None.
         targets: "clean_image" where a loss compares with the reference on each row's clean image.
         seed: Seed of the order of the regularization images.
         on_bad_image: "raise", or "skip" to give rows with an unreadable image the weight 0.
@@ -42,6 +47,9 @@ class RowCompletion:
         self.on_bad_image = on_bad_image
         preference, regularized = ["weight", "counted"], ["reg_row_weight"]
         clean = preference * (targets is not None) + regularized * (regularization == "clean_image")
+        self._reg_texts: Dataset | None = None
+        if isinstance(regularization, Dataset) and "text" in regularization.column_names:
+            self._reg_texts = regularization.with_format(None).select_columns(["text"])
         # Weights that mean nothing without an image, by its column.
         self._weights = {"image": preference, "clean_image": clean, "reg_image": regularized}
 
@@ -75,7 +83,8 @@ class RowCompletion:
         Returns:
             `row` itself, changed: `weight` is 1 if it had none, `counted` is 1, `reg_row_weight` is 1, or 0 without
             regularization, and `reg_image` and `target_image` are RGB images where they are used. Each of the three is
-            0 if an image that it needs can't be read. Without `image`, no image is added.
+            0 if an image that it needs can't be read. Without images, no image is added. `reg_text` is the text of
+            the regularization image, where the dataset has texts.
 
         Raises:
             UnreadableImage: If the regularization image can't be read and `on_bad_image` is "raise".
@@ -83,7 +92,9 @@ class RowCompletion:
         row.setdefault("weight", 1.0)
         row["counted"] = 1.0
         row["reg_row_weight"] = 0.0 if self.regularization is None else 1.0
-        if "image" in row:
+        if self._reg_texts is not None:
+            row["reg_text"] = self._reg_texts[self.regularization_index(self._reg_texts, turn)]["text"]
+        if "image" in row or "images" in row:
             if self.targets is not None and "ref_target_image_embeds" not in row:
                 row["target_image"] = row["clean_image"]
             if isinstance(self.regularization, Dataset):
@@ -147,6 +158,7 @@ def image_sources(
             )
         if regularization is not None:
             check_regularization(regularization)
+            regularization = _read_texts(regularization, args.reg_type)
         source = regularization if regularization is not None else "clean_image"
     targeted = sorted(TARGETED & set(args.loss_type))
     if targeted and "clean_image" not in columns:
@@ -155,3 +167,15 @@ def image_sources(
             "'clean_image'. Add the images before the attack, or leave the loss out."
         )
     return source, "clean_image" if targeted else None
+
+
+def _read_texts(regularization: Dataset, reg_type: str) -> Dataset:
+    """Return regularization images with their texts, if the KL runs over these, or without them."""
+    if "text" not in regularization.column_names:
+        return regularization
+    if reg_type != "kl" or not is_text(regularization.features["text"]):
+        return regularization.remove_columns("text")
+    for index, text in enumerate(regularization.with_format(None)["text"]):
+        check_text(text, f"reg_dataset row {index}: column 'text'", "Fill it in, drop the row, or remove the column.")
+    logger.info("The KL runs over the texts and images of reg_dataset in each batch, in both directions.")
+    return regularization

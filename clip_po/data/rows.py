@@ -10,9 +10,11 @@ from datasets import Dataset
 from PIL import Image
 
 from clip_po.candidates import CandidateTexts
+from clip_po.data.anchored_rows import AnchoredRows
 from clip_po.data.embedding_cache import image_digest
 from clip_po.data.formats import IMAGE_COLUMNS, Row, check_preferences, read_row, to_texts
 from clip_po.data.images import is_transformed
+from clip_po.data.row_kinds import has_kinds
 from clip_po.data.row_texts import check_row_texts
 from clip_po.other_kinds import dataset_remedy
 
@@ -226,13 +228,15 @@ def as_rows(preferences: Any, candidate_texts: CandidateTexts, name: str) -> Pre
         name: Name of the preferences in messages.
 
     Returns:
-        `DatasetRows` of a dataset; an implementation of the protocol as it is.
+        `AnchoredRows` of a dataset with rows of two images or unpaired feedback, `DatasetRows` of another one; an
+        implementation of the protocol as it is.
 
     Raises:
         TypeError: If `preferences` is neither.
     """
     if isinstance(preferences, Dataset):
-        return DatasetRows(preferences, candidate_texts, name)
+        anchored = has_kinds(preferences.column_names, preferences.features)
+        return (AnchoredRows if anchored else DatasetRows)(preferences, candidate_texts, name)
     if isinstance(preferences, PreferenceRows):
         return preferences
     raise TypeError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.anchored_checks import check_losses
 from clip_po.data.bad_images import OnBadImage, read_or_blank
 from clip_po.data.class_positions import check_candidate_positions
 from clip_po.data.column_names import check_column_names
@@ -24,6 +25,7 @@ from clip_po.data.formats import IMAGE_COLUMNS, Row, check_columns, check_row, c
 from clip_po.data.grades import check_grade_columns
 from clip_po.data.images import to_rgb
 from clip_po.data.row_completion import RowCompletion, image_sources
+from clip_po.data.row_kinds import has_kinds
 from clip_po.data.row_texts import check_streamed_texts
 from clip_po.data.sampler import RowKey
 from clip_po.data.stream_reader import StreamMark, StreamReader, StreamRow, columns_of
@@ -236,6 +238,13 @@ def checked_stream(
         columns = list(preferences.column_names)
     else:
         columns = columns_of(preferences, name)
+        if has_kinds(columns, preferences.features):
+            raise ValueError(
+                f"{name} is a stream of rows of two images or of unpaired feedback, which can't be streamed. Load it "
+                "without streaming=True, or keep a part: Dataset.from_list(list(stream.take(1000)), "
+                "features=stream.features)."
+            )
+        check_losses(["texts"], args.loss_type, name)
         check_column_names(columns, preferences.features, name)
         check_columns(columns, candidate_texts.texts, args.loss_type, name)
         check_types(preferences, name)

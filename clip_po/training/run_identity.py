@@ -70,6 +70,9 @@ OTHER_SETTINGS = frozenset(
 )
 """Arguments of this package's configurations that don't define a run. All others do."""
 
+LATER_COLUMNS = (*GRADES, "text", "desirable")
+"""Columns of rows that not all runs have."""
+
 
 def settings_of(args: ContrastivePOConfig) -> dict[str, Any]:
     """Return the settings that define a run.
@@ -124,11 +127,10 @@ def _rows_of(pairs: PreferencePairs) -> dict[str, str]:
             row = pairs.preferences.row(index, 0)
         except UnreadableImage:
             row = pairs.preferences.texts(index, 0)
-        graded = [
-            row[name] for name in GRADES if name in row
-        ]  # a run without grades compares as before there were any
+        graded = [row[name] for name in LATER_COLUMNS if name in row]  # other runs compare as before there were any
         texts.append(repr([row.get(name) for name in ("chosen", "rejected", "candidates", "weight")] + graded))
         images += [_pixels(row[name]) if name in row else "" for name in ("image", "clean_image")]
+        images += map(_pixels, row.get("images", []))
     return {"texts of its rows": fingerprint(*texts), "images of its rows": fingerprint(*images)}
 
 

@@ -195,23 +195,22 @@ def messages(text):
 FORMATS = {
     "unpaired": (
         lambda: table(text=["a cat", "a dog"], label=[True, False]),
-        "unpaired",
-        "a chosen and a rejected text",
-        "loss_type='sft'",
+        "unpaired feedback",
     ),
     "unpaired-completions": (
         lambda: table(completion=["a cat", "a dog"], label=[1, 0]),
         "unpaired",
-        "a chosen and a rejected text",
+        "image, text and label",
+        "rename_column",
     ),
-    "image-pairs": (image_pairs, "between two images are not supported", "one image and two texts"),
+    "image-pairs": (image_pairs, "text, chosen_image and rejected_image", "rename_column"),
     "columns-of-image-pairs": (
         lambda: table(chosen_image=["a.png"] * 2, rejected_image=["b.png"] * 2, prompt=["a cat"] * 2),
-        "between two images are not supported",
+        "text, chosen_image and rejected_image",
     ),
     "numbered-images": (
         lambda: table(jpg_0=[b""] * 2, jpg_1=[b""] * 2, label_0=[1.0] * 2, caption=["a cat"] * 2),
-        "between two images are not supported",
+        "caption, jpg_0, jpg_1, label_0 and label_1",
     ),
     "labels-alone": (
         lambda: make_labelled(4),

@@ -11,7 +11,16 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig
 from safetensors.torch import save_file
-from samples import PROMPTS, make_labelled, make_preferences, make_trainer, run_config
+from samples import (
+    PROMPTS,
+    make_captioned,
+    make_image_pairs,
+    make_labelled,
+    make_preferences,
+    make_trainer,
+    make_unpaired,
+    run_config,
+)
 from transformers import TrainerCallback
 
 from clip_po.concept import ConceptConfig, ConceptTransform
@@ -20,8 +29,14 @@ from clip_po.training.sharding import SHARDING_IS_EXACT
 
 GLOBAL_BATCH = 8
 TEXT_ALONE = {"train_vision_model": False, "train_text_model": True}
+EVERY_KIND = {
+    "rows": "every_kind",
+    "loss_type": ["sigmoid", "kto"],
+    "in_batch_candidates": True,
+    "learning_rate": 1e-3,
+}
 IN_BATCH = {"own_texts": True, "in_batch_candidates": True, "learning_rate": 1e-3}
-# By name: arguments of the configuration; `lora`, `concept`, `own_texts` and `weighted` say what else differs.
+# By name: arguments of the configuration; `lora`, `concept`, `own_texts`, `weighted` and `rows` say what else differs.
 RUNS = {
     "sigmoid": {"loss_type": "sigmoid"},
     "kto": {"loss_type": "kto_pair", "beta": 1.0, "gradient_accumulation_steps": 2},
@@ -35,6 +50,17 @@ RUNS = {
     "lora": {"lora": True, "max_steps": 10},
     "weighted": {"weighted": True, "gradient_accumulation_steps": 2, "max_steps": 10},
     "concept": {"concept": True, "max_steps": 10},
+    "images": {"rows": "images", "gradient_accumulation_steps": 2, "max_steps": 10},
+    "images_in_batch": {"rows": "images", "in_batch_candidates": True, "loss_type": "sft", "max_steps": 10},
+    "images_frozen": {
+        **TEXT_ALONE,
+        "rows": "images",
+        "in_batch_candidates": True,
+        "loss_type": "sft",
+        "max_steps": 10,
+    },
+    "unpaired": {"rows": "unpaired", "loss_type": "kto", "beta": 1.0, "max_steps": 10},
+    "every_kind": {**EVERY_KIND, "train_text_model": True, "max_steps": 10},
     "distillation": {"loss_type": ["distillation", "sft"], "loss_weights": [1.0, 0.5], "max_steps": 10},
 }
 SHARDED_RUNS = {
@@ -73,11 +99,28 @@ def weighted_preferences(rows):
     return make_preferences(rows).add_column("weight", [[2.0, 0.0, 0.0, 0.5, 1.0][row % 5] for row in range(rows)])
 
 
+def every_kind(rows):
+    """Preferences between texts and between images, some of them of one image, and unpaired feedback."""
+    texts = preferences_with_own_texts(rows // 3).remove_columns("clean_image")
+    images = make_image_pairs(rows // 3)
+    again = images.select(range(2))
+    return datasets.concatenate_datasets([texts, images, again, make_unpaired(rows - 2 * (rows // 3) - 2)])
+
+
+MAKERS = {
+    "images": lambda rows: make_image_pairs(rows, rejected=2),
+    "unpaired": make_unpaired,
+    "every_kind": every_kind,
+}
+
+
 def run(name, settings, model, folder):
     """Train and evaluate; the logs, the first gradients and the final model go to `folder`/`name`-`processes`."""
     settings = dict(settings)
     lora, concept, own, weighted = (settings.pop(key, False) for key in ("lora", "concept", "own_texts", "weighted"))
     make = preferences_with_own_texts if own else weighted_preferences if weighted else make_preferences
+    kind = settings.pop("rows", None)
+    make = MAKERS.get(kind, make)
     accumulation = settings.get("gradient_accumulation_steps", 1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     place = folder / f"{name}-{processes}"
@@ -101,8 +144,8 @@ def run(name, settings, model, folder):
         args,
         train_dataset=make(13),
         eval_dataset=make(11),
-        reg_dataset=make_labelled(7),
-        candidate_texts=None if own else PROMPTS,
+        reg_dataset=make_labelled(7) if kind is None else make_captioned(7),
+        candidate_texts=None if own or kind is not None else PROMPTS,
         callbacks=[gradients],
         **what,
     )
