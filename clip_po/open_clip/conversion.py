@@ -14,13 +14,12 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor, Pr
 
 from clip_po.dual_encoder import HIGHEST_ENDS
 from clip_po.hub.checkpoint_files import check_files
-from clip_po.models import load_any, read_processor
+from clip_po.models import check_processor, load_any, read_processor
 from clip_po.open_clip.architecture import VOCABULARY, clip_config, open_clip_config
 from clip_po.open_clip.checkpoint import CONFIG_FILE, WEIGHTS_FILES, read_config, read_weights, weights_file
 from clip_po.open_clip.preprocessing import image_processor, preprocess_cfg
 from clip_po.open_clip.weights import to_open_clip as open_clip_weights
 from clip_po.open_clip.weights import to_transformers
-from clip_po.text_identity import check_tokenizer
 from clip_po.validation import check_writable
 
 TOKENIZER = "openai/clip-vit-base-patch32"
@@ -95,7 +94,7 @@ def to_open_clip(checkpoint: str, output_dir: str) -> dict[str, Any]:
             "another checkpoint."
         )
     words, text = processor.tokenizer, model.config.text_config
-    check_tokenizer(words, model)
+    check_processor(processor, model)
     own = text.eos_token_id in (HIGHEST_ENDS, VOCABULARY - 1) and len(words) == text.vocab_size == VOCABULARY
     written = {
         "model_cfg": open_clip_config(model.config, named_tokenizer=not own),
