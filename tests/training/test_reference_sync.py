@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import samples
 import torch
+from dual_encoders import tiny_dual_encoder
 from peft import LoraConfig
 from samples import PROMPTS, StopAt, logged, make_labelled, make_preferences, make_trainer, same, weights
 from transformers import CLIPModel, TrainerCallback
@@ -77,6 +78,16 @@ def test_a_reference_that_becomes_the_policy_at_each_step_is_at_distance_0(train
     stays = make_trainer(clip_folder, tmp_path / "stays", **{**arguments, "ref_model_sync_steps": 100})
     stays.train()
     assert max(logged(stays, "kl")) > 1e-4
+
+
+def test_scale_and_bias_of_another_architecture_move_too(tmp_path):
+    tiny_dual_encoder("siglip", tmp_path / "siglip")
+    arguments = {**RUN, **EVERYTHING, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1}
+    trainer = make_trainer(tmp_path / "siglip", tmp_path / "run", **arguments)
+    trainer.train()
+    assert max(logged(trainer, "kl")) < 1e-6
+    assert same(weights(trainer.reference.model), weights(trainer.model))
+    assert not same(weights(trainer.reference.initial_model), weights(trainer.model))
 
 
 def test_embeddings_of_a_frozen_vision_tower_are_still_computed_once(clip_folder, tmp_path):
