@@ -6,9 +6,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from dual_encoders import POSITIONS, SUPPORTED, tiny_dual_encoder
 from peft import LoraConfig, get_peft_model
 from samples import PROMPTS, picture
-from transformers import CLIPModel, CLIPProcessor
+from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
 from clip_po import RewardModel
 
@@ -113,6 +114,21 @@ def test_trl_calls_it_in_a_training(clip_folder, tmp_path):
     for completions, images, found in calls:
         wanted = cosines(CLIPModel.from_pretrained(clip_folder), clip_folder, images, completions)
         assert found == pytest.approx(wanted.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_every_architecture_has_the_cosines_of_transformers(kind, tmp_path):
+    model, _ = tiny_dual_encoder(kind, tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    tokens = processor.tokenizer(
+        TEXTS, return_tensors="pt", padding="max_length", max_length=POSITIONS, truncation=True
+    )
+    with torch.no_grad():
+        outputs = model(**tokens, **processor.image_processor(IMAGES, return_tensors="pt"))
+    expected = torch.nn.functional.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
+    rewards, _ = RewardModel(tmp_path, batch_size=4)(IMAGES, TEXTS)
+    torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
+    assert rewards.std() > 1e-3
 
 
 def test_trl_names_it_and_takes_it_for_an_ordinary_function(reward, clip_folder):

@@ -32,7 +32,8 @@ class UnpairedScores:
 
     Attributes:
         logit: Array [N], logit_scale * cos(image, text).
-        probability: Array [N], pi(text | image) among all texts of the dataset.
+        probability: Array [N], pi(text | image) among all texts of the dataset; for a model that is trained by a
+            sigmoid of each pair, the sigmoid of the logit.
         label: Array [N] of truth values: whether the text is right.
         weight: Array [N] of weights >= 0.
         row: Array [N] of row numbers.
@@ -115,8 +116,11 @@ def evaluate_unpaired(
 
 
 def _probabilities(model: Any, image_embeds: Tensor, text_embeds: Tensor, own: Tensor) -> np.ndarray:
-    """Return pi(own text | image) among all texts, [N]."""
-    scale = as_dual_encoder(model).scale.detach().float()
+    """Return pi(own text | image) among all texts, or the sigmoid of their logit, [N]."""
+    encoder = as_dual_encoder(model)
+    if encoder.pairwise:
+        return pair_logits(model, image_embeds, text_embeds[own]).sigmoid().cpu().double().numpy()
+    scale = encoder.scale.detach().float()
     at_once = max(1, _CELLS_AT_ONCE // len(text_embeds))
     parts = []
     for start in range(0, len(image_embeds), at_once):
@@ -133,8 +137,8 @@ def unpaired_report(
     - pairwise_accuracy: the share of pairs of a right and a wrong row of which the right one has the higher logit,
       0..1; equal logits count half. This is the area under the ROC curve. Its interval is that of DeLong's placements.
     - margin: mean logit of the right rows less that of the wrong ones.
-    - calibration_error: expected calibration error of pi(text | image) among all texts of the dataset, 0..1. It is
-      missing for a single text, whose probability is always 1.
+    - calibration_error: expected calibration error of `probability`, 0..1. It is missing for a single text, whose
+      probability among all texts is always 1.
     - <metric>_difference: against the base, paired on the same rows; percentage points, logits for the margin.
 
     Args:

@@ -6,11 +6,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from dual_encoders import POSITIONS, SUPPORTED, tiny_dual_encoder
 from PIL import Image
 from samples import logged, make_preferences, make_trainer
 from sklearn.metrics import roc_auc_score
 from transformers import CLIPModel, CLIPProcessor
 
+from clip_po.dual_encoder import as_dual_encoder
 from clip_po.evaluation import PreferenceEvaluator, UnpairedEvaluator
 from clip_po.evaluation.calibration import bins_of, reliability
 from clip_po.evaluation.preferences import PreferenceMargins, preference_report
@@ -30,11 +32,14 @@ def stored(number):
     return datasets.Image().encode_example(image(number))
 
 
-def logits_of(model, processor, images, texts):
+def logits_of(model, processor, images, texts, padding=True):
     """Logits Tensor[I, T] by transformers' own forward pass."""
-    inputs = processor(text=texts, images=images, return_tensors="pt", padding=True)
+    length = {"max_length": POSITIONS, "truncation": True} if padding == "max_length" else {}
+    tokens = processor.tokenizer(texts, return_tensors="pt", padding=padding, **length)
     with torch.no_grad():
-        return model.eval()(**inputs).logits_per_image.double()
+        return model.eval()(
+            **tokens, **processor.image_processor(images, return_tensors="pt")
+        ).logits_per_image.double()
 
 
 def text_preferences(rows=9):
@@ -64,10 +69,10 @@ def image_preferences(rows=8, several=True):
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def margins_of_texts(model, processor, dataset):
+def margins_of_texts(model, processor, dataset, padding=True):
     found = []
     for row in dataset:
-        logits = logits_of(model, processor, [row["image"]], [row["chosen"], *row["rejected"]])[0]
+        logits = logits_of(model, processor, [row["image"]], [row["chosen"], *row["rejected"]], padding)[0]
         found += (logits[0] - logits[1:]).tolist()
     return np.array(found)
 
@@ -250,6 +255,26 @@ def test_a_dataset_of_one_kind_has_no_accuracy_and_a_single_text_no_calibration(
     found = UnpairedEvaluator(rows, processor, resamples=2)({"m": model}, disable_tqdm=True)["m"]
     assert np.isnan(found["pairwise_accuracy"].value)
     assert "calibration_error" not in found
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_every_architecture_agrees_as_its_logits_in_transformers(kind):
+    model, processor = tiny_dual_encoder(kind)
+    rows = unpaired()
+    logits = logits_of(model, processor, rows["image"][:], TEXTS[:4], "max_length")
+    own = torch.arange(14)[:, None] % 4
+    logit = logits.gather(1, own)[:, 0].numpy()
+    pairwise = as_dual_encoder(model).pairwise
+    probability = (logits.sigmoid() if pairwise else logits.softmax(1)).gather(1, own)[:, 0].numpy()
+    label = np.array(rows["label"])
+    found = UnpairedEvaluator(rows, processor, resamples=2)({"m": model}, disable_tqdm=True)["m"]
+    assert found["pairwise_accuracy"].value == pytest.approx(roc_auc_score(label, logit))
+    assert found["calibration_error"].value == pytest.approx(plain_calibration(probability, label), abs=1e-4)
+    pairs = PreferenceEvaluator(make_preferences(8), processor, resamples=2)({"m": model}, disable_tqdm=True)["m"]
+    margins = margins_of_texts(
+        model, processor, [{**row, "rejected": [row["rejected"]]} for row in make_preferences(8)], "max_length"
+    )
+    check(pairs, margins)
 
 
 # ---- Calibration
