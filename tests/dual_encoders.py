@@ -10,6 +10,8 @@ from samples import IMAGE_SIZE, tiny_config, tiny_processor
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
+from clip_po.dual_encoder import FAMILIES
+
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
 IMAGE = {"image_size": IMAGE_SIZE, "patch_size": 8}
 POSITIONS = 32
@@ -153,6 +155,23 @@ def vision_text_dual_encoder():
     return config, transformers.VisionTextDualEncoderProcessor(images, bert_tokenizer())
 
 
+def tipsv2():
+    text = {**TOWER, "vocab_size": 64, "max_position_embeddings": POSITIONS}
+    vision = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "mlp_ratio": 2, **IMAGE}
+    config = transformers.Tipsv2Config(text_config=text, vision_config=vision, temperature_init_value=0.07)
+    tokens = ("<pad>", "<unk>")
+    tokenizer = tiny_tokenizer(tokens, "$A", ("input_ids", "attention_mask"), pad_token="<pad>", unk_token="<unk>")
+    # Its own image processor needs torchvision, and does the same.
+    images = image_processor("ViTImageProcessor", size=SQUARE, do_normalize=False)
+    return config, transformers.Tipsv2Processor(images, tokenizer)
+
+
+def aimv2():
+    text = {**TOWER, "vocab_size": 64, "max_position_embeddings": POSITIONS, "eos_token_id": 1}
+    config = transformers.Aimv2Config(text_config=text, vision_config={**TOWER, **IMAGE}, projection_dim=16)
+    return config, tiny_processor()
+
+
 KINDS: dict[str, Callable] = {
     "clip": clip,
     "siglip": siglip,
@@ -162,10 +181,12 @@ KINDS: dict[str, Callable] = {
     "chinese_clip": chinese_clip,
     "align": align,
     "vision-text-dual-encoder": vision_text_dual_encoder,
+    "tipsv2": tipsv2,
+    "aimv2": aimv2,
 }
 """Functions that return configuration and processor, by model type."""
 
-SUPPORTED = ("clip",)
+SUPPORTED = [kind for kind in KINDS if kind in FAMILIES]
 """The kinds that tests try."""
 
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
+from clip_po.baselines.clip_layers import clip_model
 from clip_po.baselines.frozen_towers import encode_drawings, epoch_batches
 from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.encoding import evaluating
 from clip_po.evaluation.zero_shot import class_embeddings
 from clip_po.losses import kl_regularization
-from clip_po.models import dual_encoder
 from clip_po.policy import candidate_logps
 from clip_po.validation import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, check_class_names, check_number, check_template
 
@@ -112,7 +112,7 @@ def learn_prefix(
         The token.
 
     Raises:
-        TypeError: If a number has the wrong type; also as in `clip_po.encoding.dual_encoder`.
+        TypeError: If a number has the wrong type; also as in `clip_po.baselines.clip_layers.clip_model`.
         ValueError: If an argument is out of range; also as in `prefix_class_embeddings`.
 
     Source: Azuma and Matsui 2023, arXiv 2304.04512, the defense loss and the identity loss, with the settings of
@@ -124,7 +124,7 @@ def learn_prefix(
     check_number("batch_size", batch_size, COUNT)
     check_number("defense_weight", defense_weight, NOT_NEGATIVE)
     check_number("identity_weight", identity_weight, NOT_NEGATIVE)
-    encoder = dual_encoder(model)
+    encoder = clip_model(model, "Defense-Prefix")
     templates = [preferences.template] if templates is None else list(templates)
     names = preferences.class_names
     prompts = [_Prompts(encoder, processor, names, template) for template in templates]
@@ -172,14 +172,14 @@ def prefix_class_embeddings(
         Tensor[C, D], float32, unit-norm, on the device of the model, without gradients.
 
     Raises:
-        TypeError: As in `clip_po.encoding.dual_encoder`.
+        TypeError: As in `clip_po.baselines.clip_layers.clip_model`.
         ValueError: If a name is missing, a template does not have exactly one `{}`, the token has
             another size, or a name does not begin with a token of its own.
 
     Source: Azuma and Matsui 2023, arXiv 2304.04512.
     """
     check_class_names(class_names)
-    encoder = dual_encoder(model)
+    encoder = clip_model(model, "Defense-Prefix")
     size = encoder.config.text_config.hidden_size
     if prefix.vector.shape != (size,):
         raise ValueError(

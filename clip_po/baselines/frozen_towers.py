@@ -10,7 +10,7 @@ import torch
 from datasets.utils import tqdm
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 
 from clip_po.data.images import to_pixels
 from clip_po.data.typographic_preferences import TypographicPreferences
@@ -20,7 +20,7 @@ _ENCODING_BATCH = 64
 
 
 def encode_rows(
-    encoder: CLIPModel,
+    encoder: PreTrainedModel,
     processor: Any,
     image_of: Callable[[int], Image.Image],
     rows: int,
@@ -31,7 +31,7 @@ def encode_rows(
 
     Args:
         encoder: The model.
-        processor: Its CLIPProcessor.
+        processor: Its processor.
         image_of: Function that returns the image of a row.
         rows: N, the number of rows.
         title: Label of the progress bar.
@@ -49,7 +49,7 @@ def encode_rows(
 
 
 def encode_drawings(
-    encoder: CLIPModel,
+    encoder: PreTrainedModel,
     processor: Any,
     preferences: TypographicPreferences,
     drawings: int,
@@ -59,7 +59,7 @@ def encode_drawings(
 
     Args:
         encoder: The model.
-        processor: Its CLIPProcessor.
+        processor: Its processor.
         preferences: N labelled images with a typographic attack.
         drawings: Number of epochs.
         disable_tqdm: Whether to hide progress bars.

@@ -255,7 +255,7 @@ def _check(model: CLIPModel) -> None:
     if not isinstance(model, CLIPModel):
         raise TypeError(
             f"model must be a plain transformers.CLIPModel, got {type(model).__name__}. Merge adapters first: "
-            "model = model.merge_and_unload()."
+            "model = model.merge_and_unload(). The attention of other two-tower models is not read."
         )
 
 

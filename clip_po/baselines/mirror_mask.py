@@ -17,8 +17,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from clip_po.baselines.clip_layers import clip_model
 from clip_po.encoding import unit_norm
-from clip_po.models import dual_encoder
 
 
 def visual_features(image_embeds: Tensor, mirrored_embeds: Tensor) -> Tensor:
@@ -55,12 +55,12 @@ def mask_by_mirror(model: CLIPModel | PeftModel) -> CLIPModel | PeftModel:
         The copy.
 
     Raises:
-        TypeError: As in `clip_po.models.dual_encoder`.
+        TypeError: As in `clip_po.baselines.clip_layers.clip_model`.
 
     Source: Wang et al. 2024 (MirrorCLIP).
     """
     masked = copy.deepcopy(model)
-    encoder = dual_encoder(masked)
+    encoder = clip_model(masked, "MirrorCLIP")
     encoder.vision_model.register_forward_pre_hook(_add_mirror_images, with_kwargs=True)
     encoder.visual_projection.register_forward_hook(_keep_visual_features)
     return masked

@@ -19,8 +19,8 @@ from transformers import CLIPModel
 from clip_po.baselines.frozen_towers import encode_drawings, epoch_batches
 from clip_po.concept.transform import ConceptTransform
 from clip_po.data.typographic_preferences import TypographicPreferences
+from clip_po.dual_encoder import as_dual_encoder, dual_encoder
 from clip_po.encoding import encode_texts
-from clip_po.models import dual_encoder
 from clip_po.validation import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, check_number
 
 
@@ -82,7 +82,7 @@ def learn_spelling_projection(
         The projection, with one W for both towers, on the device of the model.
 
     Raises:
-        TypeError: If a number has the wrong type; also as in `clip_po.models.dual_encoder`.
+        TypeError: If a number has the wrong type; also as in `clip_po.dual_encoder.dual_encoder`.
         ValueError: If an argument is out of range.
 
     Source: Materzynska et al. 2022, arXiv 2206.07835: the losses of the visual concepts in Fig. 4, with the optimizer,
@@ -94,7 +94,7 @@ def learn_spelling_projection(
     check_number("batch_size", batch_size, COUNT)
     check_number("penalty_weight", penalty_weight, NOT_NEGATIVE)
     encoder = dual_encoder(model)
-    dim = encoder.config.projection_dim
+    dim = as_dual_encoder(encoder).dim
     concept = ConceptTransform(dim, dim // 2 if output_dim is None else output_dim, start="orthogonal", seed=seed)
     concept.to(encoder.device)
     prompts = encode_texts(encoder, processor, preferences.candidate_texts)

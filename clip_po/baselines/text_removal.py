@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from transformers import CLIPProcessor
+from transformers import ProcessorMixin
 
 Polygon = tuple[tuple[float, float], ...]
 """Corners (x, y), in pixels of the image."""
@@ -134,7 +134,7 @@ class TextRemoval:
         return Image.fromarray(cv2.inpaint(np.asarray(image.convert("RGB")), np.asarray(mask), 3, cv2.INPAINT_TELEA))
 
 
-def processor_without_text(processor: CLIPProcessor, removal: TextRemoval) -> CLIPProcessor:
+def processor_without_text(processor: ProcessorMixin, removal: TextRemoval) -> ProcessorMixin:
     """Return a copy of a processor that removes the text from images before processing them.
 
     The copy can replace the processor anywhere, and it can be pickled for the workers of a data loader.

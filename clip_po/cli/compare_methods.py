@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import CLIPModel, CLIPProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 
+from clip_po.baselines.clip_layers import clip_model
 from clip_po.baselines.defense_prefix import learn_prefix, prefix_class_embeddings
 from clip_po.baselines.head_ablation import ablate_reading_heads
 from clip_po.baselines.mirror_mask import mask_by_mirror
@@ -23,6 +24,7 @@ from clip_po.cli import train
 from clip_po.cli.arguments import DEFAULT_TEMPLATE
 from clip_po.cli.flags import similar_names
 from clip_po.cli.promise import check_bounds, cost_measures, load_promised_sets
+from clip_po.concept.folding import check_foldable
 from clip_po.data.attacks.attack import TypographicAttack
 from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.data.vocabulary import open_vocabulary
@@ -44,8 +46,8 @@ class MethodResult:
         details: What the method selected or learned, for the report.
     """
 
-    model: CLIPModel | PeftModel
-    processor: CLIPProcessor
+    model: PreTrainedModel | PeftModel
+    processor: ProcessorMixin
     class_embeds: Tensor | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -70,7 +72,7 @@ class ComparisonSetup:
     """
 
     model: str
-    processor: CLIPProcessor
+    processor: ProcessorMixin
     train: Dataset
     validation: Dataset
     class_names: list[str]
@@ -82,7 +84,7 @@ class ComparisonSetup:
     folder: Path
     batch_size: int
 
-    def load_base(self) -> CLIPModel | PeftModel:
+    def load_base(self) -> PreTrainedModel | PeftModel:
         """Load the model before alignment.
 
         Returns:
@@ -283,6 +285,12 @@ SETTINGS: Mapping[str, list[str]] = {
 }
 """Names of the settings of a method. Those of `train` are flags."""
 
+CLIP_METHODS: Mapping[str, Callable[[PreTrainedModel | PeftModel, str], Any]] = {
+    **dict.fromkeys(("head_ablation", "defense_prefix", "mirror_mask"), clip_model),
+    "spelling_projection": lambda model, method: check_foldable(model),
+}
+"""Checks of the model that a method takes, of those that do not take every two-tower model."""
+
 DETERMINISTIC_METHODS = frozenset({"text_removal", "mirror_mask"})
 """Methods that draw nothing at random and therefore run with one seed only."""
 
@@ -310,6 +318,25 @@ def check_settings(shared: Mapping[str, Any], method: str = "train", **settings:
         retention = settings.get("retention")
         check_bounds(Bounds(**{name: bound for name, bound in settings.items() if name.startswith("max_")}), retention)
         load_promised_sets(retention, [DEFAULT_TEMPLATE])
+
+
+def check_model(model: str, methods: Iterable[str]) -> None:
+    """Raise if a method can't change a model, before any method has run.
+
+    Args:
+        model: Folder or Hub id of the model.
+        methods: Names in `METHODS`.
+
+    Raises:
+        TypeError: If a method changes the layers of CLIP, and the model is another one.
+        ValueError: If a method ends in a projection, and the model has none.
+    """
+    checked = CLIP_METHODS.keys() & set(methods)
+    if not checked:
+        return
+    base = load_any(model)
+    for method in sorted(checked):
+        CLIP_METHODS[method](base, method)
 
 
 def run_method(setup: ComparisonSetup, name: str, seed: int, method: str = "train", **settings: Any) -> MethodResult:

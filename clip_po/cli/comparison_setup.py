@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clip_po.cli.compare_arguments import CompareArguments, Recipe
-from clip_po.cli.compare_methods import DETERMINISTIC_METHODS, ComparisonSetup
+from clip_po.cli.compare_methods import DETERMINISTIC_METHODS, ComparisonSetup, check_model
 from clip_po.cli.compare_retention import OtherTasks
 from clip_po.cli.retention_sets import load_retention_sets
 from clip_po.data.attacks.fonts import training_fonts, unseen_fonts
@@ -136,6 +136,7 @@ def load(args: CompareArguments, recipe: Recipe) -> Comparison:
         The comparison.
     """
     setup = _load_setup(args, recipe)
+    check_model(setup.model, [settings.get("method", "train") for settings in recipe.methods.values()])
     images = _load_test_images(args, recipe, setup)
     count = args.max_test_samples
     sets = load_retention_sets(args.retention or [], [setup.template])

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from clip_po.cli.outcome import NothingChanged
 from clip_po.cli.steer_arguments import DEFAULTS, SteerArguments, parse
 from clip_po.cli.steer_data import Case, digits_case, labelled_case
+from clip_po.concept.folding import check_foldable
 from clip_po.concept.sweep import (
     ScalePoint,
     VariantEmbeddings,
@@ -25,6 +26,7 @@ from clip_po.concept.sweep import (
 )
 from clip_po.concept.trainer import ConceptConfig, ConceptTrainer
 from clip_po.concept.transform import CONCEPT_FILE, ConceptTransform, ScalePath
+from clip_po.dual_encoder import as_dual_encoder
 from clip_po.evaluation.bounds import describe_promise
 from clip_po.evaluation.report.figures import save_figure
 from clip_po.evaluation.report.plots import sweep_plot
@@ -103,11 +105,12 @@ def trained_transform(
     Returns:
         W on the CPU, and the accelerator that the model is on.
     """
+    transform = loaded or ConceptTransform(as_dual_encoder(case.model).dim, towers=args.towers)
+    check_foldable(case.model, transform.projections)  # as `write` does in the end
     if loaded is not None:
-        transform, accelerator = loaded, Accelerator(cpu=config.use_cpu)
+        accelerator = Accelerator(cpu=config.use_cpu)
         case.model.to(accelerator.device)
     else:
-        transform = ConceptTransform(case.model.config.projection_dim, towers=args.towers)
         trainer = concept_trainer(case, transform, config)
         print_numbers(trainer)
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

@@ -19,8 +19,9 @@ from clip_po.config import ContrastivePOConfig
 from clip_po.data.collator import FEWEST_ROWS, row_totals
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.streamed_pairs import StreamedPairs, is_stream
+from clip_po.dual_encoder import as_dual_encoder
 from clip_po.hub.card import CheckpointKind
-from clip_po.models import default_output_dir, dual_encoder, load_policy
+from clip_po.models import default_output_dir, load_policy
 from clip_po.policy import CandidateLogps, known_image_embeds
 from clip_po.reference import ReferencePolicy
 from clip_po.trainer import ContrastivePOTrainer
@@ -157,7 +158,7 @@ class ConceptTrainer(ContrastivePOTrainer):
             TypeError, OSError: As for `load_policy`.
         """
         encoder = load_policy(model, ref_model, args, peft_config)
-        dim = dual_encoder(encoder).config.projection_dim
+        dim = as_dual_encoder(encoder).dim
         if self.concept.dim != dim:
             raise ValueError(
                 f"concept transforms embeddings of {self.concept.dim} dimensions, but the model's have {dim}. Pass "

@@ -40,16 +40,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from clip_po.concept.folding import PROJECTIONS, check_foldable, multiply_projection, to_float64
+from clip_po.dual_encoder import as_dual_encoder, dual_encoder
 from clip_po.hub.retries import call_hub, find_file
-from clip_po.models import dual_encoder
 from clip_po.validation import FINITE, check_number
 from clip_po.weights import check_in_memory
-
-WITHOUT_FLOAT64 = ("mps",)
-"""Types of devices that can't compute in float64."""
 
 CONCEPT_FILE = "concept.safetensors"
 """Name of the file that `ConceptTransform.save` writes."""
@@ -87,7 +85,7 @@ class ConceptTransform(  # type: ignore[call-arg]  # mypy does not see __init_su
         neutral.save_pretrained("neutral")
 
     Args:
-        dim: D, the size of an embedding: `model.config.projection_dim`.
+        dim: D, the size of an embedding: `model.config.projection_dim` of a CLIPModel.
         output_dim: K, the size of a transformed embedding, 1 <= K <= D. Defaults to D.
         towers: "shared": one W for both towers; "each": one W for each; "image": W for images only.
         start: "identity": the identity, for K < D its first K rows; "orthogonal": a random matrix with orthonormal
@@ -148,6 +146,11 @@ class ConceptTransform(  # type: ignore[call-arg]  # mypy does not see __init_su
         """W of the images and W of the texts, Tensor[K, D] each. None if texts are not transformed."""
         return self.image_weight, self.image_weight if self.towers == "shared" else self.text_weight
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the layers of a model that `fold_into` replaces."""
+        return PROJECTIONS[:1] if self.towers == "image" else PROJECTIONS
+
     def forward(self, image_embeds: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Transform embeddings and normalize them.
 
@@ -200,7 +203,7 @@ class ConceptTransform(  # type: ignore[call-arg]  # mypy does not see __init_su
         self._check_path(path)
         scaled = copy.deepcopy(self)
         for matrix in scaled.parameters():
-            wide = _to_float64(matrix)
+            wide = to_float64(matrix)
             if not wide.isfinite().all():
                 raise ValueError("W has values that are not finite: its training diverged. Lower learning_rate.")
             if path == "straight":
@@ -211,13 +214,14 @@ class ConceptTransform(  # type: ignore[call-arg]  # mypy does not see __init_su
         return scaled
 
     @torch.no_grad()
-    def fold_into(self, model: nn.Module, t: float | None = None, path: ScalePath = "singular") -> CLIPModel:
-        """Return a plain CLIPModel with W multiplied into its projections, so that its embeddings are transformed.
+    def fold_into(self, model: nn.Module, t: float | None = None, path: ScalePath = "singular") -> PreTrainedModel:
+        """Return a plain model with W multiplied into its projections, so that its embeddings are transformed.
 
         It can be saved, loaded and used without clip_po. If W has K < D rows, its `projection_dim` is K.
 
         Args:
-            model: CLIPModel (or PeftModel around one) whose embeddings W was trained on. Not changed.
+            model: CLIPModel, or another model that ends with projections (or PeftModel around one), whose embeddings
+                W was trained on. Not changed.
             t: Scale, as in `at`. None folds W itself.
             path: As in `at`. Ignored if `t` is None.
 
@@ -226,12 +230,13 @@ class ConceptTransform(  # type: ignore[call-arg]  # mypy does not see __init_su
             computed in float64 and stored in the model's dtype.
 
         Raises:
-            ValueError: If the embeddings of the model have another size, its weights are not in memory, or the product
-                is out of range of its dtype; and as in `at`.
-            TypeError: As in `clip_po.encoding.dual_encoder`.
+            ValueError: If the embeddings of the model have another size or come from no projection, its weights are
+                not in memory, or the product is out of range of its dtype; and as in `at`.
+            TypeError: As in `clip_po.dual_encoder.dual_encoder`.
         """
         check_in_memory(dual_encoder(model))
-        dim = dual_encoder(model).config.projection_dim
+        check_foldable(model, self.projections)
+        dim = as_dual_encoder(model).dim
         if dim != self.dim:
             raise ValueError(
                 f"The transformation is for embeddings of {self.dim} numbers, but the model's have {dim}. Fold it "
@@ -240,14 +245,12 @@ class ConceptTransform(  # type: ignore[call-arg]  # mypy does not see __init_su
         scaled = self if t is None else self.at(t, path)
         copied = copy.deepcopy(model)
         folded = dual_encoder(copied.merge_and_unload() if isinstance(copied, PeftModel) else copied).eval()
-        image_weight, text_weight = scaled.weights
-        folded.visual_projection = _product(image_weight, folded.visual_projection)
-        if text_weight is not None:
-            folded.text_projection = _product(text_weight, folded.text_projection)
-        folded.projection_dim = scaled.output_dim
-        for config in (folded.config, folded.config.vision_config, folded.config.text_config):
-            if config.projection_dim == dim:
-                config.projection_dim = scaled.output_dim
+        for name, weight in zip(PROJECTIONS, scaled.weights, strict=True):
+            if weight is not None:
+                setattr(folded, name, multiply_projection(weight, getattr(folded, name)))
+        for sized in (folded, folded.config, folded.config.vision_config, folded.config.text_config):
+            if getattr(sized, "projection_dim", None) == dim:
+                sized.projection_dim = scaled.output_dim
         return folded
 
     def save(self, folder: str | Path) -> None:
@@ -367,11 +370,6 @@ def _transformed(embeds: Tensor, matrix: Tensor) -> Tensor:
         return F.normalize(embeds.to(dtype) @ matrix.to(dtype).T, dim=-1)
 
 
-def _to_float64(matrix: Tensor) -> Tensor:
-    """Return a matrix in float64, on the CPU if its own device has no float64."""
-    return (matrix.cpu() if matrix.device.type in WITHOUT_FLOAT64 else matrix).double()
-
-
 def _singular_power(matrix: Tensor, t: float) -> Tensor:
     """Return U S^t V^T of a square matrix in float64."""
     u, s, vh = torch.linalg.svd(matrix)
@@ -384,16 +382,3 @@ def _singular_power(matrix: Tensor, t: float) -> Tensor:
             "of the penalty or the regularization."
         )
     return (u * s**t) @ vh
-
-
-def _product(matrix: Tensor, projection: nn.Linear) -> nn.Linear:
-    before = projection.weight
-    product = (_to_float64(matrix.to(before.device)) @ _to_float64(before)).to(before.dtype).to(before.device)
-    if not product.isfinite().all():
-        raise ValueError(
-            f"A folded projection has values out of range of {before.dtype}: W is too large at this t. Use a t "
-            "closer to 0, or fold into the model in float32 (model.float())."
-        )
-    folded = nn.Linear(product.shape[1], product.shape[0], bias=False, device=before.device, dtype=before.dtype)
-    folded.weight = nn.Parameter(product, requires_grad=before.requires_grad)
-    return folded

@@ -14,14 +14,14 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
-from transformers import CLIPModel
+from transformers import PreTrainedModel
 
+from clip_po.dual_encoder import dual_encoder
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.bounds import COSTS, Bounds, Cost, describe_broken, describe_cost
 from clip_po.evaluation.evaluator import Metrics
 from clip_po.evaluation.robustness import Answers, RobustnessImages, evaluate_robustness, robustness_report
 from clip_po.evaluation.tables import format_estimate, format_number, format_table
-from clip_po.models import dual_encoder
 from clip_po.weights import check_in_memory
 
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
@@ -31,7 +31,7 @@ _ONE_SIDED = 0.9  # A two-sided 90 % interval leaves out 5 % above its upper end
 
 
 @torch.no_grad()
-def interpolate(base: nn.Module, aligned: nn.Module, alpha: float) -> CLIPModel:
+def interpolate(base: nn.Module, aligned: nn.Module, alpha: float) -> PreTrainedModel:
     """Return a new model with the weights (1 - alpha) * base + alpha * aligned.
 
     Between 0 and 1, alpha trades the knowledge of the base for the effect of the training. Outside [0, 1] the
@@ -40,17 +40,17 @@ def interpolate(base: nn.Module, aligned: nn.Module, alpha: float) -> CLIPModel:
     the weights of a frozen tower, stay equal bit for bit.
 
     Args:
-        base: CLIPModel, or PeftModel around one, before alignment. It is not changed.
+        base: Two-tower model, or PeftModel around one, before alignment. It is not changed.
         aligned: The model trained from `base`, on any device. It is not changed.
         alpha: Any finite number. 0 gives the weights of `base` and 1 the weights of `aligned`, bit for bit.
 
     Returns:
-        A plain CLIPModel on the device of `base`, in evaluation mode, with adapters merged. Weights are computed in
+        A plain model on the device of `base`, in evaluation mode, with adapters merged. Weights are computed in
         float32 or wider, and have the wider of the dtypes of both models.
 
     Raises:
         ValueError: If `alpha` is not finite, the architectures differ, or weights are not in memory.
-        TypeError: As in `clip_po.encoding.dual_encoder`.
+        TypeError: As in `clip_po.dual_encoder.dual_encoder`.
 
     Source: Wortsman et al. 2022 (WiSE-FT), arXiv 2109.01903, Sec. 3; Ilharco et al. 2022 (PAINT), arXiv
     2208.05592, Sec. 2.
@@ -70,23 +70,23 @@ def interpolate(base: nn.Module, aligned: nn.Module, alpha: float) -> CLIPModel:
     return mixed
 
 
-def _plain_copy(model: nn.Module) -> CLIPModel:
+def _plain_copy(model: nn.Module) -> PreTrainedModel:
     copied = copy.deepcopy(model)
     return copied.merge_and_unload() if isinstance(copied, PeftModel) else copied
 
 
-def _plain(model: nn.Module) -> CLIPModel:
+def _plain(model: nn.Module) -> PreTrainedModel:
     return _plain_copy(model) if isinstance(model, PeftModel) else dual_encoder(model)
 
 
-def _check_same_architecture(base: CLIPModel, aligned: CLIPModel) -> None:
+def _check_same_architecture(base: PreTrainedModel, aligned: PreTrainedModel) -> None:
     shapes = [{name: tuple(weight.shape) for name, weight in m.state_dict().items()} for m in (base, aligned)]
     names = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
     found = [f"{name} ({shapes[0].get(name)} and {shapes[1].get(name)})" for name in names]
     # These settings change what the weights compute, but not their shapes.
     for tower in ("text_config", "vision_config"):
         for setting in ("hidden_act", "num_attention_heads"):
-            values = [getattr(getattr(model.config, tower), setting) for model in (base, aligned)]
+            values = [getattr(getattr(model.config, tower), setting, None) for model in (base, aligned)]
             if values[0] != values[1]:
                 found.append(f"{tower}.{setting} ({values[0]!r} and {values[1]!r})")
     if found:
@@ -253,7 +253,7 @@ def sweep_interpolation(
     """Measure the interpolations of two models against the base, on the same images.
 
     Args:
-        base: CLIPModel, or PeftModel around one, before alignment.
+        base: Two-tower model, or PeftModel around one, before alignment.
         aligned: The model trained from `base`.
         images: Validation images. Measure the chosen model again on other images, because the best of several
             points is partly best by chance.
