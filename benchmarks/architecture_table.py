@@ -29,7 +29,16 @@ from clip_po.evaluation.tables import format_table
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # where the tiny models and pictures are
 
 from dual_encoders import KINDS, POSITIONS, tiny_dual_encoder
-from samples import CLASSES, PROMPTS, make_labelled, make_preferences, picture
+from samples import (
+    CLASSES,
+    PROMPTS,
+    make_captioned,
+    make_image_pairs,
+    make_labelled,
+    make_preferences,
+    make_unpaired,
+    picture,
+)
 
 STEPS = 3
 ROWS = 8
@@ -43,11 +52,13 @@ class Format:
         rows: Makes the training rows.
         arguments: Arguments of `ContrastivePOConfig`.
         candidate_texts: The candidate texts of every row, or None.
+        reg_dataset: Makes the regularization images, or None.
     """
 
     rows: Callable[[], Any]
     arguments: dict[str, Any] = field(default_factory=dict)
     candidate_texts: list[str] | None = None
+    reg_dataset: Callable[[], Any] = lambda: None
 
 
 def typographic():
@@ -68,11 +79,28 @@ def graded():
     return make_preferences(ROWS).add_column("margin", [row / ROWS for row in range(ROWS)])
 
 
+def pick_a_pic():
+    """Two images of a caption, one of which is better, or neither."""
+    better = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]
+    columns = {
+        "caption": [PROMPTS[row % len(PROMPTS)] for row in range(ROWS)],
+        "jpg_0": [picture(row) for row in range(ROWS)],
+        "jpg_1": [picture(100 + row) for row in range(ROWS)],
+        **{f"label_{side}": [better[row % 3][side] for row in range(ROWS)] for side in (0, 1)},
+    }
+    rows = datasets.Dataset.from_dict(columns)
+    return rows.cast_column("jpg_0", datasets.Image()).cast_column("jpg_1", datasets.Image())
+
+
 FORMATS = {
     "typographic": Format(typographic),
     "preferences": Format(lambda: make_preferences(ROWS)),
     "classes": Format(classes, {"reg_weight": 0.0}, PROMPTS),
     "graded": Format(graded, {"loss_type": "sigmoid"}),
+    "image_pairs": Format(lambda: make_image_pairs(ROWS, rejected=2), {"reg_weight": 0.0}),
+    "pick_a_pic": Format(pick_a_pic, {"loss_type": "sigmoid", "reg_weight": 0.0}),
+    "unpaired": Format(lambda: make_unpaired(ROWS), {"loss_type": "kto", "reg_weight": 0.0}, PROMPTS),
+    "captioned": Format(lambda: make_image_pairs(ROWS), reg_dataset=lambda: make_captioned(ROWS)),
 }
 
 
@@ -131,10 +159,14 @@ def run_cell(kind: str, form: str, folder: Path) -> Cell:
     args = ContrastivePOConfig(
         str(folder / "run"),
         **{"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_strategy": "no"},
-        **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, **chosen.arguments},
+        **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "log_level": "error", **chosen.arguments},
     )
     trainer = ContrastivePOTrainer(
-        str(start), args=args, train_dataset=chosen.rows(), candidate_texts=chosen.candidate_texts
+        str(start),
+        args=args,
+        train_dataset=chosen.rows(),
+        reg_dataset=chosen.reg_dataset(),
+        candidate_texts=chosen.candidate_texts,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
