@@ -122,7 +122,7 @@ PROMISES = {
         "averaged/model.safetensors",
     ],
     "score.md": ["cats.jsonl", "labels.csv", "scores.parquet"],
-    "agreement.md": ["agreement/report.json", "agreement/reliability.csv"],
+    "agreement.md": ["agreement/report.json", "agreement/reliability.csv", "agreement/reliability.png"],
     "steer.md": [
         "steered-photos/concept.safetensors",
         "steered-photos/checkpoint/model.safetensors",

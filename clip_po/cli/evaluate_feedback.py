@@ -18,6 +18,8 @@ from clip_po.evaluation.calibration import ReliabilityBin
 from clip_po.evaluation.evaluator import Metrics, RetrievalEvaluator
 from clip_po.evaluation.feedback_evaluators import PreferenceEvaluator, UnpairedEvaluator
 from clip_po.evaluation.preferences import IMAGE_TO_TEXT, TEXT_TO_IMAGE
+from clip_po.evaluation.report.figures import save_figure
+from clip_po.evaluation.report.reliability_plot import reliability_plot
 from clip_po.evaluation.retrieval import KS
 from clip_po.evaluation.tables import format_table
 
@@ -79,10 +81,11 @@ class FeedbackMeasurement(Measurement):
     reliability: Mapping[str, Sequence[ReliabilityBin]] = field(default_factory=dict)
 
     def write(self, folder: Path, seconds: float) -> dict[str, Path]:
-        """Write report.json and reliability.csv."""
+        """Write report.json, reliability.csv and reliability.png."""
         files = super().write(folder, seconds)
         if self.reliability:
-            files["Reliability"] = write_reliability(folder / "reliability.csv", self.reliability)
+            write_reliability(folder / "reliability.csv", self.reliability)
+            files["Picture"] = save_figure(reliability_plot(self.reliability), folder / "reliability.png")
         return files
 
 

@@ -61,15 +61,23 @@ def read_rows(file: str | Path) -> Iterator[dict[str, Any]]:
     check_suffix(file, "The table")
     suffix = Path(file).suffix.lower()
     if suffix == ".parquet":
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
-                yield from batch.to_pylist()
+        yield from _parquet_rows(file)
         return
     with open(file, encoding="utf-8-sig", newline="") as stream:
-        if suffix in JSON_LINES:
-            yield from _json_lines(stream, file)
-        else:
-            yield from _cells(stream, file, DELIMITERS[suffix])
+        try:
+            yield from _json_lines(stream, file) if suffix in JSON_LINES else _cells(stream, file, DELIMITERS[suffix])
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error}). Save it in this encoding.") from error
+
+
+def _parquet_rows(file: str | Path) -> Iterator[dict[str, Any]]:
+    try:
+        table = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a Parquet file ({error}). Write it again.") from error
+    with table:
+        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
 
 
 def _json_lines(stream: TextIO, file: str | Path) -> Iterator[dict[str, Any]]:

@@ -8,8 +8,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from clip_po.evaluation.bootstrap import Estimate
+from clip_po.evaluation.calibration import ReliabilityBin
 from clip_po.evaluation.report.figures import figure_svg, save_figure
 from clip_po.evaluation.report.plots import cost_plot, format_seconds, retention_plot, sweep_plot, trade_off_plot
+from clip_po.evaluation.report.reliability_plot import reliability_plot
 
 
 def around(value, width=0.01):
@@ -187,3 +189,13 @@ def test_wrong_arguments_are_refused(tmp_path):
 )
 def test_durations_have_at_most_two_units(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_a_reliability_diagram_has_each_bin_with_an_area_of_its_rows():
+    bins = [ReliabilityBin(0.5, 0.55, 0.52, 0.4, 10), ReliabilityBin(0.95, 1.0, 0.99, 0.7, 40)]
+    figure = reliability_plot({"base": bins, "aligned": bins[:1]})
+    base, aligned = figure.axes[0].collections
+    assert base.get_offsets().tolist() == [[0.52, 0.4], [0.99, 0.7]]
+    assert base.get_sizes()[0] < base.get_sizes()[1]
+    assert aligned.get_offsets().tolist() == [[0.52, 0.4]]
+    assert {"base", "aligned", "probability"} <= set(texts(figure))
