@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ProcessorMixin
 
-from clip_po.dual_encoder import DualEncoder, as_dual_encoder, dual_encoder
+from clip_po.dual_encoder import as_dual_encoder, dual_encoder
+from clip_po.families import DualEncoder
 from clip_po.text_identity import check_tokenizer
 
 
@@ -78,7 +79,7 @@ def encode_texts_autocast(
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts must be a list of at least one text, got {texts!r}.")
     encoder = as_dual_encoder(model)
-    check_tokenizer(processor.tokenizer, encoder)
+    check_tokenizer(processor.tokenizer, model)
     embeds = []
     with evaluating(encoder.model):
         for start in range(0, len(texts), batch_size):

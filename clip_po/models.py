@@ -24,12 +24,14 @@ from transformers.utils import CONFIG_NAME, logging
 from clip_po.adapters import add_adapters, check_adapters
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.images import probe_image, to_pixels
-from clip_po.dual_encoder import FAMILIES, as_dual_encoder, dual_encoder
+from clip_po.dual_encoder import as_dual_encoder, dual_encoder
+from clip_po.families import FAMILIES
 from clip_po.hub.checkpoint_files import LIMITS, check_config, check_files, check_rank
 from clip_po.hub.retries import find_file
 from clip_po.hub.safe_loading import refuse_pickles
 from clip_po.other_kinds import type_remedy
 from clip_po.text_identity import check_tokenizer
+from clip_po.training.batch_statistics import keep_batch_statistics
 from clip_po.training.resuming import differences
 from clip_po.validation import check_finite
 from clip_po.weights import check_in_memory, to_float32
@@ -200,6 +202,7 @@ def load_policy(
     elif args.model_init_kwargs:
         logger.warning("model_init_kwargs are ignored because the model is an object, not a name.")
     encoder = dual_encoder(model)
+    keep_batch_statistics(encoder)
     for given, name in ((model, "model"), (ref_model, "ref_model")):
         if given is not None:
             check_in_memory(given, name)
@@ -329,7 +332,7 @@ def check_processor(processor: Any, model: nn.Module) -> None:
             f"The tokenizer has {len(processor.tokenizer)} tokens, but the model only "
             f"{config.text_config.vocab_size}. Load the processor of the same checkpoint as the model."
         )
-    check_tokenizer(processor.tokenizer, encoder)
+    check_tokenizer(processor.tokenizer, model)
 
 
 def image_size(processor: ProcessorMixin) -> int | None:

@@ -29,10 +29,11 @@ ONE_TOWER = ("_vision_model", "_text_model")
 OTHER_WAYS: Mapping[str, str] = {
     "blip": "BLIP scores a pair by a text tower that reads the image, and transformers deprecates BlipModel.",
     "blip-2": "BLIP-2 embeds an image as several queries and takes the best of them, so no cosine scores a pair.",
+    "aimv2": "transformers computes other text embeddings for AIMv2 with padding than without.",
     "clipseg": "CLIPSeg trains a decoder that segments images. Its two towers are a CLIP checkpoint of their own.",
     "videoprism": "VideoPrism embeds videos, not images.",
 }
-"""Model types that transformers lists for zero-shot image classification but that are not supported, and why."""
+"""Model types of models with two towers that are not supported, and why."""
 
 
 def model_remedy(model: Any) -> str:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from clip_po.candidate_logps import batch_logps, candidate_logps
 from clip_po.candidates import CandidateTexts, embeds_of_all, share_of_texts
 from clip_po.data.images import blank_image, to_pixels
-from clip_po.dual_encoder import DualEncoder, as_dual_encoder
+from clip_po.dual_encoder import as_dual_encoder
 from clip_po.encoding import CachedTextEmbeddings, tokenize, unit_norm
+from clip_po.families import DualEncoder
 from clip_po.losses import PreferenceLogps, embedding_distillation_loss, kl_regularization
 
 PIXELS = {"image": "pixel_values", "reg_image": "reg_pixel_values"}

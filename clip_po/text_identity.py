@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from clip_po.dual_encoder import HIGHEST_ENDS, DualEncoder, as_dual_encoder
+from clip_po.dual_encoder import as_dual_encoder
+from clip_po.families import HIGHEST_ID
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +30,7 @@ class TextTokens:
     Args:
         tokenizer: Tokenizer of the model.
         longest: Largest number of tokens that the text tower reads.
-        end: Id of the token whose embedding is that of the text; `HIGHEST_ENDS` for the highest id of each text, None
+        end: Id of the token whose embedding is that of the text; `HIGHEST_ID` for the highest id of each text, None
             if all tokens count.
     """
 
@@ -80,7 +81,7 @@ class TextTokens:
         return {**self.__dict__, "_known": {}}  # worker processes need none of it
 
     def _until_end(self, ids: Sequence[int]) -> TokenIds:
-        end = max(ids) if self.end == HIGHEST_ENDS else self.end
+        end = max(ids) if self.end == HIGHEST_ID else self.end
         return tuple(ids[: ids.index(end) + 1]) if end is not None and end in ids else tuple(ids)
 
     def check_differ(self, texts: Sequence[str], where: str, remedy: str) -> None:
@@ -118,16 +119,17 @@ class TextTokens:
             )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: DualEncoder) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
     """Raise if the embeddings of a text tower would not depend on the text alone.
 
     Args:
         tokenizer: Tokenizer of the processor.
-        encoder: The model.
+        model: The model.
 
     Raises:
         ValueError: If the tokenizer pads on the left, or writes no end-of-text token that the model knows.
     """
+    encoder = as_dual_encoder(model)
     pads_others = encoder.padding == "longest"  # a text padded to the full length does not depend on its batch
     if pads_others and getattr(tokenizer, "padding_side", "right") != "right":
         raise ValueError(
@@ -139,10 +141,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: DualEncoder) ->
     if end is None:
         return
     ids = tokenizer(["a"])["input_ids"][0]
-    found = ids.index(max(ids)) == len(ids) - 1 if end == HIGHEST_ENDS else end in ids[1:]
+    found = ids.index(max(ids)) == len(ids) - 1 if end == HIGHEST_ID else end in ids[1:]
     if not found:
+        own = encoder.model.text_model.eos_token_id
         raise ValueError(
-            f"The end-of-text token of the model is {end}, but the tokenizer turns a text into {ids}, which does not "
+            f"The end-of-text token of the model is {own}, but the tokenizer turns a text into {ids}, which does not "
             "end with it, so texts would get the same embedding. Load the processor of the same checkpoint as the "
             f"model, or set eos_token_id in the text_config of its config.json to {tokenizer.eos_token_id}, the "
             "tokenizer's, and load the model again."

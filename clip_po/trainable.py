@@ -12,7 +12,8 @@ from torch import nn
 from transformers.utils import logging
 
 from clip_po.config import ContrastivePOConfig
-from clip_po.dual_encoder import FAMILIES, DualEncoder, Tower, as_dual_encoder
+from clip_po.dual_encoder import as_dual_encoder
+from clip_po.families import FAMILIES, DualEncoder, Tower
 
 logger = logging.get_logger(__name__)
 
@@ -70,8 +71,9 @@ def choose_trainable(model: nn.Module, args: ContrastivePOConfig) -> None:
     """
     encoder = as_dual_encoder(model)
     _check_layers(encoder, args)
-    for name in encoder.unused:
-        encoder.model.get_submodule(name).requires_grad_(False)
+    for name, parameter in encoder.model.named_parameters():
+        if name.startswith(encoder.unused):
+            parameter.requires_grad_(False)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     excluded = {name: found for name in trainable if (found := _excluded(name, encoder, args)) is not None}
     if isinstance(model, PeftModel):

@@ -8,9 +8,7 @@ import torch
 import transformers
 from samples import IMAGE_SIZE, tiny_config, tiny_processor
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
-
-from clip_po.dual_encoder import FAMILIES
+from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
 IMAGE = {"image_size": IMAGE_SIZE, "patch_size": 8}
@@ -166,12 +164,6 @@ def tipsv2():
     return config, transformers.Tipsv2Processor(images, tokenizer)
 
 
-def aimv2():
-    text = {**TOWER, "vocab_size": 64, "max_position_embeddings": POSITIONS, "eos_token_id": 1}
-    config = transformers.Aimv2Config(text_config=text, vision_config={**TOWER, **IMAGE}, projection_dim=16)
-    return config, tiny_processor()
-
-
 KINDS: dict[str, Callable] = {
     "clip": clip,
     "siglip": siglip,
@@ -182,12 +174,11 @@ KINDS: dict[str, Callable] = {
     "align": align,
     "vision-text-dual-encoder": vision_text_dual_encoder,
     "tipsv2": tipsv2,
-    "aimv2": aimv2,
 }
 """Functions that return configuration and processor, by model type."""
 
-SUPPORTED = [kind for kind in KINDS if kind in FAMILIES]
-"""The kinds that tests try."""
+SUPPORTED = tuple(kind for kind in KINDS if kind in CONFIG_MAPPING)
+"""The kinds that the installed transformers has."""
 
 
 def tiny_dual_encoder(kind: str, folder: Path | None = None, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:

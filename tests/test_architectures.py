@@ -91,7 +91,7 @@ def test_embeddings_are_those_of_transformers(folder, plain):
     torch.testing.assert_close(images, plain.images, **EXACT)
     torch.testing.assert_close(texts, plain.texts, **EXACT)
     assert torch.pdist(texts).min() > 0.05
-    assert torch.pdist(images).min() > 0.05
+    assert torch.pdist(images).min() > 0.01
 
 
 def test_logits_are_those_of_transformers(folder, plain):
@@ -102,7 +102,7 @@ def test_logits_are_those_of_transformers(folder, plain):
 
 
 RUN = {"max_steps": 3, "learning_rate": 1e-3, "reg_weight": 0.5, "beta": 0.7}
-UNREAD: set[str] = set()
+UNREAD = {"vision_model.embeddings.mask_token"}
 """Parameters of vision towers that no embedding depends on."""
 
 

@@ -1,47 +1,36 @@
-"""Every supported architecture: embeddings and logits as plain transformers computes them, training, and reloading."""
+"""The interface to two-tower models, for every supported architecture. See also `test_architectures.py`."""
+
+import re
 
 import pytest
 import torch
-from architectures import KINDS, LIMIT, tiny_dual_encoder
+import transformers
+from dual_encoders import KINDS, POSITIONS, SUPPORTED, tiny_dual_encoder
 from peft import LoraConfig, PeftModel
-from samples import PROMPTS, make_trainer, picture, run_config, same, weights
-from transformers import AutoModel
+from samples import PROMPTS, make_trainer, picture, run_config, same
+from transformers import AutoModel, CLIPConfig, CLIPModel
 
 from clip_po.data.images import to_pixels
-from clip_po.dual_encoder import FAMILIES, as_dual_encoder
+from clip_po.data.patches import pack_patches, unpack_patches
+from clip_po.dual_encoder import as_dual_encoder
 from clip_po.encoding import encode_images, encode_texts, tokenize, unit_norm
-from clip_po.models import check_processor, load_model, read_processor
-from clip_po.policy import candidate_logps
-from clip_po.trainable import tower_of, trained_linear_layers
+from clip_po.families import FAMILIES
+from clip_po.models import load_model, read_processor
+from clip_po.trainable import choose_trainable, tower_of, trained_linear_layers
 
 IMAGES = [picture(number) for number in range(3)]
-PLAIN_TEXTS = {  # as the documentation of transformers says for each model
-    "siglip": {"padding": "max_length"},
-    "siglip2": {"padding": "max_length"},
-}
-WITHOUT_MASK = ("siglip", "siglip2")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=SUPPORTED)
 def kind(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def folder(kind, tmp_path_factory):
-    return str(tiny_dual_encoder(kind, tmp_path_factory.mktemp(kind)))
-
-
-def plain_outputs(folder, kind, images=IMAGES, texts=PROMPTS):
-    """What transformers itself computes, without this package."""
-    model, processor = AutoModel.from_pretrained(folder).eval(), read_processor(folder)
-    options = {"padding": True, **PLAIN_TEXTS.get(kind, {})}
-    tokens = processor.tokenizer(texts, truncation=True, max_length=LIMIT, return_tensors="pt", **options)
-    if kind in WITHOUT_MASK:
-        del tokens["attention_mask"]
-    tokens.pop("token_type_ids", None)
-    with torch.no_grad():
-        return model(**tokens, **processor.image_processor(images, return_tensors="pt"))
+    folder = tmp_path_factory.mktemp(kind)
+    tiny_dual_encoder(kind, folder)
+    return str(folder)
 
 
 def embeddings(model, processor):
@@ -53,80 +42,49 @@ def test_every_family_has_a_tiny_model():
     assert set(KINDS) == set(FAMILIES)
 
 
-def test_embeddings_and_logits_are_those_of_plain_transformers(folder, kind):
+def test_one_call_of_the_model_gives_its_embeddings_and_logits_with_gradients(folder):
     model, processor = load_model(folder), read_processor(folder)
-    check_processor(processor, model)
-    encoder, plain = as_dual_encoder(model), plain_outputs(folder, kind)
-    images, texts = embeddings(model, processor)
-    torch.testing.assert_close(images, plain.image_embeds, atol=1e-6, rtol=0)
-    torch.testing.assert_close(texts, plain.text_embeds, atol=1e-6, rtol=0)
-    with torch.no_grad():
-        logits = encoder.logits(images, texts)
-        pairs = encoder.pair_logits(images, texts[:3])
-        logps = candidate_logps(images, texts, encoder.scale)
-    torch.testing.assert_close(logits, plain.logits_per_image, atol=1e-4, rtol=0)
-    torch.testing.assert_close(pairs, plain.logits_per_image[:, :3].diagonal(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(logps, plain.logits_per_image.log_softmax(dim=-1), atol=1e-4, rtol=0)
-    assert images.shape[1] == encoder.dim
-    assert encoder.token_limit == LIMIT
-
-
-def test_one_call_of_the_model_gives_the_embeddings_with_gradients(folder, kind):
-    model, processor = load_model(folder), read_processor(folder)
-    encoder, plain = as_dual_encoder(model), plain_outputs(folder, kind)
+    encoder = as_dual_encoder(model)
     inputs = encoder.inputs(to_pixels(processor, IMAGES), tokenize(encoder, processor, PROMPTS))
-    image_features, text_features = encoder.features_of(model(**inputs))
-    torch.testing.assert_close(unit_norm(image_features), plain.image_embeds, atol=1e-6, rtol=0)
-    torch.testing.assert_close(unit_norm(text_features), plain.text_embeds, atol=1e-6, rtol=0)
-    (unit_norm(image_features)[0] @ unit_norm(text_features)[1]).backward()
+    outputs = model(**inputs)
+    images, texts = map(unit_norm, encoder.features_of(outputs))
+    torch.testing.assert_close(images, outputs.image_embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(texts, outputs.text_embeds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoder.logits(images, texts), outputs.logits_per_image, atol=1e-4, rtol=0)
+    pairs = outputs.logits_per_image[:, :3].diagonal()
+    torch.testing.assert_close(encoder.pair_logits(images, texts[:3]), pairs, atol=1e-4, rtol=0)
+    encoder.logits(images, texts)[0, 1].backward()
     reached = {tower_of(name) for name, weight in model.named_parameters() if weight.grad is not None}
-    assert reached == {"vision", "text"}
+    assert reached == {"vision", "text", None}
+    assert all(getattr(model, name).grad is not None for name in encoder.scales)
+    assert (images.shape[1], encoder.token_limit) == (encoder.dim, POSITIONS)
 
 
 def test_an_embedding_depends_on_the_text_alone(folder):
     model, processor = load_model(folder), read_processor(folder)
-    together = encode_texts(model, processor, ["a cat", "a much longer text"])
-    alone = encode_texts(model, processor, ["a cat"])
-    torch.testing.assert_close(together[:1], alone, atol=1e-6, rtol=0)
-    cut = encode_texts(model, processor, ["a" * 500, "b" * 500])
-    assert cut.isfinite().all()
-    assert not torch.equal(cut[0], cut[1])
+    together = encode_texts(model, processor, ["a cat", "", "a much longer text"])
+    torch.testing.assert_close(together[:1], encode_texts(model, processor, ["a cat"]), atol=1e-6, rtol=0)
+    assert together.isfinite().all()
 
 
-def test_three_steps_train_the_vision_tower_and_load_in_plain_transformers(folder, tmp_path):
-    before, processor = load_model(folder), read_processor(folder)
-    images, texts = embeddings(before, processor)
-    trainer = make_trainer(folder, tmp_path, max_steps=3, learning_rate=1e-3)
+def test_both_towers_train_on_request_and_no_parameter_waits_for_a_gradient(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path, max_steps=1, learning_rate=1e-3, train_text_model=True)
+    reached = set()
+    for name, weight in trainer.model.named_parameters():
+        if weight.requires_grad:
+            weight.register_hook(lambda gradient, name=name: reached.add(name))
     trainer.train()
-    assert trainer.state.log_history[-1]["train_loss"] > 0
-    trainer.save_model(str(tmp_path / "saved"))
-    trained, loaded = (
-        embeddings(model, processor) for model in (trainer.model, AutoModel.from_pretrained(tmp_path / "saved"))
-    )
-    assert torch.equal(loaded[0], trained[0])
-    assert torch.equal(loaded[1], texts)
-    assert (loaded[0] - images).abs().max() > 1e-3
-    changed = {name for name, value in weights(trainer.model).items() if not torch.equal(value, weights(before)[name])}
-    assert {tower_of(name) for name in changed} == {"vision"}
-    buffers = {name for name, _ in before.named_buffers()}
-    assert not changed & buffers
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert {tower_of(name) for name in trained} == {"vision", "text"}
+    assert reached == trained  # DDP would wait for the others
 
 
-def test_both_towers_train_on_request(folder, tmp_path):
-    trainer = make_trainer(folder, tmp_path, max_steps=2, learning_rate=1e-3, train_text_model=True)
-    before = weights(trainer.model)
-    trainer.train()
-    changed = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
-    assert {tower_of(name) for name in changed} == {"vision", "text"}
-    idle = [n for n, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None and n not in changed]
-    assert not idle  # DDP would wait for their gradients
-
-
-def test_a_loaded_model_starts_with_the_loss_of_no_change(folder, tmp_path):
-    trainer = make_trainer(folder, tmp_path, max_steps=1, logging_steps=1, beta=0.1)
+def test_training_starts_at_the_reference(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path, max_steps=1, logging_steps=1, disable_dropout=True)
     trainer.train()
     first = trainer.state.log_history[0]
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert first["kl"] == pytest.approx(0, abs=1e-5)
     assert first["loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-4)
 
 
@@ -134,18 +92,68 @@ def test_adapters_are_in_the_linear_layers_of_the_vision_tower(folder, tmp_path)
     model = load_model(folder)
     targets = trained_linear_layers(model, run_config(tmp_path))
     trainer = make_trainer(
-        model, tmp_path, max_steps=3, learning_rate=1e-2, peft_config=LoraConfig(r=2, target_modules=targets)
+        model, tmp_path, max_steps=2, learning_rate=1e-2, peft_config=LoraConfig(r=2, target_modules=targets)
     )
-    adapted = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
-    assert adapted
+    adapted = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     assert {tower_of(name) for name in adapted} == {"vision"}
-    before = weights(trainer.model)
     trainer.train()
-    idle = [name for name in adapted if ".lora_B." in name and torch.equal(before[name], weights(trainer.model)[name])]
-    assert not idle
+    assert all(bool(weight.any()) for name, weight in trainer.model.named_parameters() if ".lora_B." in name)
     trainer.save_model(str(tmp_path / "saved"))
     processor = read_processor(folder)
-    trained = embeddings(trainer.model, processor)
     plain = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), tmp_path / "saved")
-    loaded = embeddings(plain, processor)
-    assert same(dict(enumerate(loaded)), dict(enumerate(trained)))
+    first, second = (dict(enumerate(embeddings(found, processor))) for found in (plain, trainer.model))
+    assert same(first, second)
+
+
+def test_the_last_block_trains_alone(folder, tmp_path):
+    model = load_model(folder)
+    choose_trainable(model, run_config(tmp_path, trainable_layers=1))
+    blocks = {
+        (tower_of(name), int(number)): weight.requires_grad
+        for name, weight in model.named_parameters()
+        for number in re.findall(r"[.](?:layers?|blocks)[.](\d+)[.]", name)[:1]
+    }
+    last = max(number for tower, number in blocks if tower == "vision")
+    assert {block for block, trains in blocks.items() if trains} == {("vision", last)}
+    assert not [n for n, weight in model.named_parameters() if weight.requires_grad and "embeddings" in n]
+
+
+def test_a_trained_scale_stays_below_its_bound(folder):
+    model = load_model(folder)
+    encoder = as_dual_encoder(model)
+    for name in encoder.scales:
+        getattr(model, name).data.fill_(1e-9 if name == "temperature" else 50.0)
+    encoder.bound_scale()
+    assert encoder.scale.item() == pytest.approx(min(encoder.largest_scale, torch.tensor(50.0).exp().item()), rel=1e-5)
+
+
+def test_patches_travel_as_one_tensor():
+    shapes = torch.tensor([[2, 3], [1, 5]])
+    inputs = {
+        "pixel_values": torch.randn(2, 6, 12),
+        "pixel_attention_mask": torch.tensor([[1] * 6, [1] * 5 + [0]]),
+        "spatial_shapes": shapes,
+    }
+    found = unpack_patches(pack_patches(inputs))
+    assert all(torch.equal(found[name], value) for name, value in inputs.items())
+    sixteen = unpack_patches(pack_patches(inputs).bfloat16())
+    assert torch.equal(sixteen["spatial_shapes"], shapes)
+
+
+class WithTowers(CLIPModel):
+    """A subclass of its own, outside of transformers."""
+
+
+def test_a_subclass_is_of_the_family_of_its_base():
+    config = CLIPConfig(
+        text_config={"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 8},
+        vision_config={"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1},
+    )
+    assert as_dual_encoder(WithTowers(config)).class_name == "CLIPModel"
+
+
+def test_the_families_are_those_of_transformers():
+    for kind, family in FAMILIES.items():
+        if kind in SUPPORTED:
+            model_class = getattr(transformers, family.class_name)
+            assert model_class.config_class.model_type == kind

@@ -13,6 +13,7 @@ from clip_po.data.typographic_preferences import TypographicPreferences, Typogra
 from clip_po.encoding import encode_texts
 from clip_po.evaluation.retrieval import evaluate_retrieval
 from clip_po.evaluation.zero_shot import class_embeddings
+from clip_po.families import HIGHEST_ID
 from clip_po.text_identity import TextTokens
 
 LONG = "a" + " a" * 31  # as many tokens as the tiny model reads, and more
@@ -51,7 +52,7 @@ def test_texts_are_alike_exactly_where_the_model_gives_them_one_embedding(kind, 
 
 
 def test_old_configs_end_a_text_at_its_highest_token(tokens, processor):
-    old = TextTokens(processor.tokenizer, 32, 2)
+    old = TextTokens(processor.tokenizer, 32, HIGHEST_ID)
     assert old("az b") == old("az c") != old("ab z")
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import CLIPModel, CLIPProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_utils import HubStrategy
 from trl import ModelConfig, get_peft_config
 
@@ -26,6 +26,7 @@ from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.generic_images import MixedPreferences
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.typographic_preferences import TypographicPreferences
+from clip_po.dual_encoder import as_dual_encoder
 from clip_po.evaluation.evaluator import RobustnessEvaluator
 from clip_po.evaluation.interpolation import interpolate
 from clip_po.evaluation.pseudo_labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
@@ -174,8 +175,8 @@ class TrainPreferences:
 def load_preferences(
     dataset: Dataset,
     task: Task,
-    model: CLIPModel,
-    processor: CLIPProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     task_args: TrainArguments,
     args: ContrastivePOConfig,
 ) -> TrainPreferences:
@@ -211,8 +212,8 @@ def load_preferences(
 
 
 def make_trainer(
-    model: CLIPModel,
-    processor: CLIPProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     rows: TrainPreferences,
     task_args: TrainArguments,
     args: ContrastivePOConfig,
@@ -220,8 +221,7 @@ def make_trainer(
 ) -> ContrastivePOTrainer:
     """Return the trainer. Arguments that are not given are filled in from the size of model and data."""
     peft_config = adapters(model_args, model, args)
-    towers = model.config
-    width = (towers.vision_config if args.train_vision_model else towers.text_config).hidden_size
+    width = as_dual_encoder(model).width("vision" if args.train_vision_model else "text")
     for name, value in fit_to_size(width, len(rows.train), bool(peft_config)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -241,7 +241,7 @@ def make_trainer(
     )
 
 
-def adapters(model_args: ModelConfig, model: CLIPModel, args: ContrastivePOConfig) -> PeftConfig | None:
+def adapters(model_args: ModelConfig, model: PreTrainedModel, args: ContrastivePOConfig) -> PeftConfig | None:
     """Return the adapters that the LoRA flags describe, by default on the linear layers of the blocks that train."""
     model_args.lora_task_type = None
     if model_args.lora_target_modules is None:
@@ -252,7 +252,7 @@ def adapters(model_args: ModelConfig, model: CLIPModel, args: ContrastivePOConfi
     return config
 
 
-def load_start(args: ContrastivePOConfig, model_args: ModelConfig) -> tuple[CLIPModel, CLIPProcessor]:
+def load_start(args: ContrastivePOConfig, model_args: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load the model that training starts from, and its processor."""
     init = {"dtype": model_args.dtype, "revision": model_args.model_revision, **init_kwargs(args.model_init_kwargs)}
     if model_args.attn_implementation is not None:
@@ -265,7 +265,12 @@ def load_start(args: ContrastivePOConfig, model_args: ModelConfig) -> tuple[CLIP
 
 
 def own_answers(
-    rows: Dataset, model: CLIPModel, processor: CLIPProcessor, task: Task, image_column: str, args: ContrastivePOConfig
+    rows: Dataset,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    task: Task,
+    image_column: str,
+    args: ContrastivePOConfig,
 ) -> Dataset:
     """Return the rows with the model's own predictions as labels and its confidence as weights."""
     # Configured as the trainer's own: all accelerators of a process share one state.
@@ -284,7 +289,7 @@ def own_answers(
     )
 
 
-def validation_images(rows: TypographicPreferences, processor: CLIPProcessor) -> RobustnessImages:
+def validation_images(rows: TypographicPreferences, processor: ProcessorMixin) -> RobustnessImages:
     """Return the images of validation preferences, with the same attacks."""
     return RobustnessImages(
         rows.dataset,

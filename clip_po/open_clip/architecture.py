@@ -15,7 +15,7 @@ from typing import Any
 from transformers import CLIPConfig, CLIPModel
 
 from clip_po.bounded_text import parse_json
-from clip_po.dual_encoder import HIGHEST_ENDS
+from clip_po.families import HIGHEST_ENDS
 from clip_po.hub.checkpoint_files import LIMITS
 from clip_po.validation import COUNT, POSITIVE, check_number
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerBase
 
-from clip_po.dual_encoder import HIGHEST_ENDS
+from clip_po.families import HIGHEST_ENDS
 from clip_po.hub.checkpoint_files import check_files
 from clip_po.models import check_processor, load_any, read_processor
 from clip_po.open_clip.architecture import VOCABULARY, clip_config, open_clip_config

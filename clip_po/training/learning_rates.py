@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from clip_po.config import ContrastivePOConfig
-from clip_po.dual_encoder import Tower
+from clip_po.families import Tower
 from clip_po.trainable import tower_of
 
 _BLOCK = re.compile(r"\.(?:layers?|blocks)\.(\d+)\.")
