@@ -26,7 +26,7 @@ from clip_po.config import ContrastivePOConfig
 from clip_po.data.images import probe_image, to_pixels
 from clip_po.dual_encoder import as_dual_encoder, dual_encoder
 from clip_po.families import FAMILIES
-from clip_po.hub.checkpoint_files import LIMITS, check_config, check_files, check_rank
+from clip_po.hub.checkpoint_files import CONCEPT_FILE, LIMITS, check_config, check_files, check_rank
 from clip_po.hub.retries import find_file
 from clip_po.hub.safe_loading import refuse_pickles
 from clip_po.other_kinds import type_remedy
@@ -69,6 +69,12 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
         if not os.path.isdir(name):  # transformers says "couldn't connect" of a refusal too
             find_file(name, CONFIG_NAME, "Give a folder or Hub id of a CLIP checkpoint.", **hub)
         raise
+    if "model_type" not in written and os.path.isfile(os.path.join(name, CONCEPT_FILE)):
+        raise TypeError(
+            f"{name!r} holds a concept transformation ({CONCEPT_FILE}) and no model. Give the checkpoint into which "
+            f"clip-po steer has folded it, such as {os.path.join(name, 'checkpoint')!r}, or fold it with "
+            "ConceptTransform.fold_into(model)."
+        )
     kind = written.get("model_type") or AutoConfig.from_pretrained(name, trust_remote_code=False, **hub).model_type
     if kind not in FAMILIES:
         raise TypeError(

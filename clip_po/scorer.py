@@ -40,8 +40,8 @@ class Scorer:
     ) -> None:
         check_number("batch_size", batch_size, COUNT)
         name = os.fspath(checkpoint)
-        self.processor = read_processor(name)
         self.model = load_any(name).requires_grad_(False)
+        self.processor = read_processor(name)
         check_processor(self.processor, self.model)
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.model.to(device or found or "cpu")

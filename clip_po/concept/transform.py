@@ -45,12 +45,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from clip_po.concept.folding import PROJECTIONS, check_foldable, multiply_projection, to_float64
 from clip_po.dual_encoder import as_dual_encoder, dual_encoder
+from clip_po.hub.checkpoint_files import CONCEPT_FILE
 from clip_po.hub.retries import call_hub, find_file
 from clip_po.validation import FINITE, check_number
 from clip_po.weights import check_in_memory
-
-CONCEPT_FILE = "concept.safetensors"
-"""Name of the file that `ConceptTransform.save` writes."""
 
 Towers = Literal["shared", "each", "image"]
 Start = Literal["identity", "orthogonal"]

@@ -38,6 +38,9 @@ TEXTS = frozenset(
 )
 """Names of the texts that transformers and PEFT read."""
 
+CONCEPT_FILE = "concept.safetensors"
+"""Name of the file that `ConceptTransform.save` writes."""
+
 MAX_TEXT = 100 * 2**20
 """Largest size of a configuration, vocabulary or template, in bytes."""
 

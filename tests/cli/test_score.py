@@ -15,6 +15,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from clip_po.cli import score as command
 from clip_po.cli.main import main
+from clip_po.concept import ConceptTransform
 from clip_po.data.candidate_rows import CandidateRow
 from clip_po.ranking import BestImages
 
@@ -286,6 +287,16 @@ def test_bfloat16_changes_the_last_digits(score, images, expected):
     found = torch.tensor([line["cosine"] for line in sorted(lines, key=lambda line: line["row"])])
     torch.testing.assert_close(found, expected[0][:, 0], atol=0.03, rtol=0)
     assert not torch.allclose(found, expected[0][:, 0], atol=1e-6)
+
+
+def test_a_concept_without_its_model_is_named(clip_folder, images, tmp_path, capsys):
+    ConceptTransform(16).save(tmp_path)
+    words = ["score", "--model_name_or_path", str(tmp_path), "--dataset_name", str(images), "--text", "a"]
+    assert main(words) == 2
+    assert (
+        "holds a concept transformation (concept.safetensors) and no model. Give the checkpoint"
+        in capsys.readouterr().err
+    )
 
 
 def test_two_processes_write_what_one_does(score, images, clip_folder, two_processes, tmp_path):
