@@ -4,10 +4,10 @@
 
 The model is a CLIPModel that was trained with a bias; the faces have the columns gender, group (man, woman, child,
 elder), race and age, and the things are other labelled images. Each face of a man is trained towards the reference's
-answer over occupations on the face of a woman of the same race and similar age, and the reverse; other rows keep what
-the model says of people and things. How far to go on that way (share of the weights, or scale t) is the step with the
-lowest NDKL by gender over the trained occupations on training faces that were left out. The last part of the table are
-closed forms. All is measured on the test splits.
+answer over occupations and everyday nouns on the face of a woman of the same race and similar age, and the reverse;
+other rows keep what the model says of people and things. How far to go on that way (share of the weights, or scale t)
+is the step with the lowest NDKL by gender over the trained occupations on training faces that were left out. The last
+part of the table are closed forms. All is measured on the test splits.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, disable_progress_bars
+from people_tables import bias_tables, draw_plots, steering_table
 from transformers import CLIPModel, CLIPProcessor, PrinterCallback
 from transformers.utils import logging
 from trl import ModelConfig
@@ -41,13 +42,12 @@ from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.counterfactual import counterfactual_rows, counterparts
 from clip_po.data.loading import load_split
+from clip_po.data.vocabulary import EVERYDAY_WORDS
 from clip_po.encoding import encode_images, encode_texts, evaluating
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.fairness import FairnessEvaluator, chance_level, fairness_report
 from clip_po.evaluation.interpolation import interpolate
-from clip_po.evaluation.report.plots import sweep_plot
 from clip_po.evaluation.retention import RetentionEvaluator, RetentionSet
-from clip_po.evaluation.tables import format_table
 from clip_po.evaluation.zero_shot import CleanImages, collect_answers
 from clip_po.models import load_model
 from clip_po.trainer import ContrastivePOTrainer
@@ -62,8 +62,11 @@ SCALES = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 BEFORE = "before"
 KEEP, KEEP_STEERED = 5.0, 10.0
 """Weights of the rows that keep answers, when occupations are trained and when gender is turned."""
-TURN = 0.25
+TURN = 0.32
 """Weight of the reversed answer against the own one in the training of the steered W: t = 1 turns so far."""
+NOUNS = 15
+"""Everyday nouns beside the occupations in the rows that exchange answers. With them, the answers over occupations
+that are in no row change too."""
 DROPPED = 32
 """Dimensions that feature clipping drops, of 128."""
 
@@ -78,7 +81,7 @@ TRAINING: Mapping[str, Any] = {
 }
 WEIGHTS: Mapping[str, Any] = {
     **TRAINING,
-    "learning_rate": 2e-4,
+    "learning_rate": 4e-4,
     "num_train_epochs": 2,
     "per_device_train_batch_size": 64,
 }
@@ -86,7 +89,7 @@ LORA: Mapping[str, Any] = {**WEIGHTS, "learning_rate": 8e-4}
 CONCEPT: Mapping[str, Any] = {
     **TRAINING,
     "learning_rate": 3e-3,
-    "num_train_epochs": 4,
+    "num_train_epochs": 3,
     "per_device_train_batch_size": 128,
     "penalty_weight": 0.0,
 }
@@ -132,13 +135,17 @@ class Data:
 
 
 def debiasing_rows(data: Data, occupations: Sequence[str], seed: int) -> Dataset:
-    """Return rows that exchange what the model says of men and women over occupations, and keep the rest."""
-    grown = adults(data.faces)
+    """Return rows that exchange what the model says of men and women, and rows that keep the rest.
+
+    What is exchanged are the answers over all occupations, and over each of them, among everyday nouns.
+    """
+    grown, words = adults(data.faces), np.random.default_rng(seed)
     alike = [f"{race}, {age // 10}" for race, age in zip(names(grown, "race"), grown["age"], strict=True)]
-    texts = prompts(occupations)
-    exchanged = [
-        counterfactual_rows(grown, counterparts(grown["gender"], alike, seed + draw), texts) for draw in range(2)
-    ]
+    exchanged = []
+    for draw, asked in enumerate([occupations, *([name] for name in occupations)]):
+        texts = prompts([*asked, *words.choice(EVERYDAY_WORDS, NOUNS, replace=False)])
+        targets = counterparts(grown["gender"], alike, seed + draw)
+        exchanged.append(counterfactual_rows(grown, targets, texts))
     return concatenate_datasets([*exchanged, *data.kept(KEEP, GROUPS)])
 
 
@@ -333,67 +340,6 @@ def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def bias_tables(found: Mapping[str, Mapping[str, Estimate]], k: int, chance: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the table by gender, and the table of race, intersections and what was kept."""
-    skew = f"max_skew@{k}"
-    first = ["all: {}", "all: {}_reduction"]
-    gender = [
-        [
-            name,
-            *(metrics.get(column.format(key)) for key in (skew, "ndkl") for column in first),
-            *(metrics[f"{part}: {key}"].value for part in ("seen", "never seen") for key in (skew, "ndkl")),
-        ]
-        for name, metrics in found.items()
-    ]
-    gender.append(["random order", chance["all"][skew], None, chance["all"]["ndkl"], *[None] * 5])
-    heads = [
-        "",
-        f"MaxSkew@{k}",
-        "less (%)",
-        "NDKL",
-        "less (%)",
-        "MaxSkew, first three",
-        "NDKL",
-        "MaxSkew, others",
-        "NDKL",
-    ]
-    parts, sets = ("race", "race and gender"), ("man or woman", "things")
-    rest = [
-        [
-            name,
-            *(metrics[f"{part}: {key}"].value for part in parts for key in (skew, "ndkl")),
-            *(metrics.get(f"{kept}: {key}") for kept in sets for key in ("accuracy", "retention_cost")),
-        ]
-        for name, metrics in found.items()
-    ]
-    rest.append(["random order", *(chance[part][key] for part in parts for key in (skew, "ndkl")), *[None] * 4])
-    others = ["", "race: MaxSkew", "NDKL", "race and gender: MaxSkew", "NDKL"]
-    others += [head for kept in sets for head in (kept, "cost (points)")]
-    return f"{format_table(heads, gender)}\n\n{format_table(others, rest)}"
-
-
-def steering_table(found: Mapping[float, Mapping[str, Estimate]]) -> str:
-    """Return the table of the scales."""
-    keys = ("man or woman: accuracy", "groups: accuracy", "groups: retention_cost")
-    rows = [
-        [f"{t:g}", *(m[key] for key in (*keys, "things: accuracy", "things: retention_cost"))]
-        for t, m in found.items()
-    ]
-    return format_table(["t", "man or woman", "age", "cost (points)", "things", "cost (points)"], rows)
-
-
-def draw(folder: Path, curves: Mapping[str, list[float]], steered: Mapping[float, Mapping[str, Estimate]]) -> None:
-    """Write the plots: NDKL by step on the faces left out, and accuracies by t."""
-    folder.mkdir(parents=True, exist_ok=True)
-    steps = {name: [Estimate(value) for value in curve] for name, curve in curves.items()}
-    sweep_plot(STEPS, steps, xlabel="share of the weights, or t", ylabel="NDKL").savefig(folder / "people_bias.png")
-    lines = {
-        label: [metrics[f"{name}: accuracy"] for metrics in steered.values()]
-        for name, label in (("man or woman", "man or woman"), ("groups", "age"), ("things", "things"))
-    }
-    sweep_plot(list(steered), lines, xlabel="t").savefig(folder / "people_steer.png")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a CLIPModel")
@@ -430,7 +376,7 @@ def main() -> None:
     steered = steering(args, processor, data, base, left_out, tested.kept)
     print(f"\n{steering_table(steered)}")
     if args.plots is not None:
-        draw(args.plots, curves, steered)
+        draw_plots(args.plots, STEPS, curves, steered)
     log(f"{len(tested.faces)} adults, {time.time() - start:.0f} s")
 
 
