@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of a CLIPModel")
     parser.add_argument("--faces", required=True, help="faces with gender, group, race and age, folder or Hub id")
     parser.add_argument("--things", required=True, help="other labelled images, folder or Hub id")
-    parser.add_argument("--left_out", type=float, default=0.2, help="share of the training faces for choosing")
+    parser.add_argument("--left_out", type=float, default=0.4, help="share of the training faces for choosing")
     parser.add_argument("--things_rows", type=int, default=2200, help="things in training")
     parser.add_argument("--ways", nargs="+", default=["full", "LoRA", "W"], choices=["full", "LoRA", "W"])
     parser.add_argument("--k", type=int, default=100, help="number of top-ranked images")
