@@ -11,12 +11,11 @@ from typing import Any
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from clip_po.bounded_text import parse_json
 from clip_po.data.formats import as_list
 from clip_po.data.image_folder import find_images
 from clip_po.data.images import to_rgb
 from clip_po.data.path_safety import check_links, check_resolved
-from clip_po.data.row_files import read_rows
+from clip_po.data.row_files import parse_list, read_rows
 from clip_po.validation import UnreadableImage, unreadable_image
 
 
@@ -136,15 +135,5 @@ def table_rows(
                 f"{str(file)!r} has no column {missing[0]!r}; its columns are {list(row)}. Name the columns with "
                 "--image_column and --text_column, or give the texts with --text or --texts."
             )
-        own = _listed(row.get(text_column)) if texts is None else texts
-        yield CandidateRow(number, _listed(row.get(image_column)), own, file.parent)
-
-
-def _listed(value: Any) -> list[Any]:
-    """Return the values of a cell. A text that is a JSON list is a list."""
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        try:
-            value = parse_json(value)
-        except ValueError:
-            return [value]
-    return as_list(value)
+        own = as_list(parse_list(row.get(text_column))) if texts is None else texts
+        yield CandidateRow(number, as_list(parse_list(row.get(image_column))), own, file.parent)

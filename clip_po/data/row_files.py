@@ -164,3 +164,20 @@ def _parquet_writer(file: Path, schema: pa.Schema) -> Iterator[Write]:
 
         yield write
         flush()
+
+
+def parse_list(cell: Any) -> Any:
+    """Return the list that a cell of CSV or TSV holds in JSON.
+
+    Args:
+        cell: The value of a cell.
+
+    Returns:
+        The list; any other value unchanged.
+    """
+    if not isinstance(cell, str) or not (cell.startswith("[") and cell.endswith("]")):
+        return cell
+    try:
+        return parse_json(cell)
+    except ValueError:
+        return cell

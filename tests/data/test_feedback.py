@@ -153,6 +153,16 @@ def test_ratings_of_one_text_have_the_meaning_that_is_given(folder):
     assert read_answers(file, positive=(4, 5), negative=(1, 2))["label"] == [True, False]
 
 
+def test_rankings_and_ratings_of_each_candidate(folder):
+    file = write_csv(folder, ["image,a,b,c,answer", '0.png,x,y,z,"[""c"", ""a"", ""b""]"'])
+    found = contents(read_answers(file, text=("a", "b", "c")))
+    assert {(row["chosen"], row["rejected"]) for row in found} == {("z", "x"), ("z", "y"), ("x", "y")}
+    file = write_csv(folder, ["image,a,b,stars_a,stars_b", "0.png,x,y,2,4.5", "0.png,x,y,3,3", "1.png,x,y,5,"])
+    assert contents(read_answers(file, text=("a", "b"), answer=("stars_a", "stars_b"), agreement="soft")) == [
+        {"image": 0, "chosen": "y", "rejected": "x", "label_smoothing": 0.25}
+    ]
+
+
 def test_what_cannot_be_used_is_named_by_row(folder, tmp_path_factory, caplog):
     outside = tmp_path_factory.mktemp("outside") / "x.png"
     picture(0).save(outside)
