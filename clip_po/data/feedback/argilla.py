@@ -33,7 +33,8 @@ def read_argilla(
 
     Read are exports of Argilla 2 (`dataset.records.to_datasets()`, `dataset.to_hub`), where the answers to a question
     are the columns `<question>.responses`, `.responses.users` and `.responses.status`, and those of `FeedbackDataset`
-    in Argilla 1, where they are one column of `user_id`, `value` and `status`. Only submitted answers count.
+    in Argilla 1, where they are one column of `user_id`, `value` and `status`. Only submitted answers count. The
+    first layout was checked with the exporter of Argilla 2.8.0.
 
     Args:
         records: The export, as `datasets.load_dataset` or `datasets.load_from_disk` reads it.
