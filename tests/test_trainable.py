@@ -6,7 +6,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from samples import CHECKPOINTING, logged, make_preferences, same, typographic, weights
+from samples import (
+    CHECKPOINTING,
+    logged,
+    make_image_pairs,
+    make_preferences,
+    make_unpaired,
+    same,
+    typographic,
+    weights,
+)
 from tolerances import LOGPS, RUNS
 from transformers import CLIPModel
 
@@ -189,6 +198,24 @@ def test_a_warm_cache_embeds_no_image(make_trainer, tmp_path):
     arguments = {**TEXT_ALONE, "embeddings_cache": str(tmp_path / "cache")}
     assert images_seen(make_trainer(**arguments)) == 2 * 13 + probe + steps * stand_in
     assert images_seen(make_trainer(**arguments)) == probe + steps * stand_in
+
+
+ROW_KINDS = {
+    "fixed-attack": (lambda: typographic(redraw="never"), {}, 2 * 16),
+    "image-pairs": (lambda: make_image_pairs(8, rejected=2), {"candidate_texts": None, "reg_weight": 0.0}, 8 + 12),
+    "unpaired": (lambda: make_unpaired(12), {"candidate_texts": None, "loss_type": "kto", "reg_weight": 0.0}, 12),
+}
+
+
+@pytest.mark.parametrize(("rows", "arguments", "images"), ROW_KINDS.values(), ids=ROW_KINDS)
+def test_each_image_is_embedded_once_with_rows_of_every_kind(make_trainer, rows, arguments, images):
+    """The same losses as with a vision tower that runs in each step, without its passes."""
+    run = {**TEXT_ALONE, **arguments, "max_steps": 8}
+    once = make_trainer(rows(), **run, folder="once")
+    assert images_seen(once) == images + 8  # and the stand-in of each step
+    each_step = make_trainer(rows(), **run, precompute_ref_log_probs=False, folder="steps")
+    assert images_seen(each_step) > images + 8
+    assert logged(once, "loss") == pytest.approx(logged(each_step, "loss"), abs=RUNS)
 
 
 def test_a_stream_is_embedded_once_a_step(make_trainer):
