@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from clip_po.candidate_logps import batch_logps, candidate_logps
 from clip_po.candidates import CandidateTexts, embeds_of_all, share_of_texts
+from clip_po.chunked_towers import in_chunks
 from clip_po.data.images import blank_image, to_pixels
 from clip_po.dual_encoder import as_dual_encoder
 from clip_po.encoding import CachedTextEmbeddings, tokenize, unit_norm
@@ -168,6 +169,7 @@ class Policy:
         candidates: The candidate texts.
         text_embeddings: Cached embeddings if the text tower is frozen; None if it trains.
         reg_texts: Texts over which the regularization images are compared too. They need a frozen text tower.
+        chunk_size: Largest number of images or texts that a tower encodes at a time, as for `in_chunks`.
     """
 
     def __init__(
@@ -176,7 +178,9 @@ class Policy:
         candidates: CandidateTexts,
         text_embeddings: CachedTextEmbeddings | None,
         reg_texts: Sequence[str] = (),
+        chunk_size: int | None = None,
     ) -> None:
+        self.chunk_size = chunk_size
         self.processor = processor
         self.reg_texts = reg_texts
         self.candidates = candidates
@@ -204,7 +208,8 @@ class Policy:
         else:
             tokens = tokenize(towers, self.processor, [*(share_of_texts(texts) if shared else texts), *reg_texts])
         shown = torch.cat([*pixels.values()]) if pixels else self._unused_image(towers)
-        image_features, text_features = towers.features_of(model(**towers.inputs(shown, tokens)))
+        with in_chunks(towers, self.chunk_size):
+            image_features, text_features = towers.features_of(model(**towers.inputs(shown, tokens)))
         if pixels:
             sizes = [*map(len, pixels.values())]
             image_embeds = dict(zip(pixels, unit_norm(image_features).split(sizes), strict=True))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from clip_po.validation import COUNT_OR_NONE, NOT_NEGATIVE, Allowed, check_number
+from clip_po.validation import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, Allowed, check_number
 
 TOWER_NUMBERS: Mapping[str, Allowed] = {
     "trainable_layers": COUNT_OR_NONE,
     "vision_learning_rate": NOT_NEGATIVE,
     "text_learning_rate": NOT_NEGATIVE,
+    "tower_chunk_size": COUNT,
     "layer_decay": Allowed("lie in (0, 1]", lambda number: 0 < number <= 1),
 }
 """Values that numeric arguments may have. None is allowed too."""
@@ -37,6 +38,10 @@ class TowerArguments:
             block below it. The final norm and the projection train at the full rate, the last of n blocks at
             `layer_decay` times the rate, and the embeddings at `layer_decay ** (n + 1)` times. Refused without blocks
             that train.
+        tower_chunk_size (`int`, *optional*): Let each tower that trains encode at most so many images or texts of a
+            process at a time, and compute each such chunk again in the backward pass. The memory of a step then hardly
+            grows with the number of candidates, and the gradients are the same. It costs another forward pass of the
+            tower. Defaults to the whole batch at once. Refused with FSDP, DeepSpeed and `torch_compile`.
     """
 
     train_vision_model: bool = field(default=True, metadata={"help": "Train the vision tower."})
@@ -58,6 +63,14 @@ class TowerArguments:
     layer_decay: float | None = field(
         default=None,
         metadata={"help": "Factor of the learning rate from each block to the block below it, in (0, 1]; default: 1."},
+    )
+
+    tower_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Let a trained tower encode at most so many images or texts at a time, and compute them again in "
+            "the backward pass, so that memory does not grow with the number of candidates; default: all at once."
+        },
     )
 
     @property
@@ -83,6 +96,10 @@ class TowerArguments:
                     f"{tower}_learning_rate={rate!r} has no effect with train_{tower}_model=False. Leave it out, or "
                     f"set train_{tower}_model=True."
                 )
+        if self.tower_chunk_size is not None and not (self.train_vision_model or self.train_text_model):
+            raise ValueError(
+                f"tower_chunk_size={self.tower_chunk_size!r} has no effect, because no tower trains. Leave it out."
+            )
         blocks = (self.train_vision_model or self.train_text_model) and self.trainable_layers != 0
         if self.layer_decay is not None and not blocks:
             raise ValueError(

@@ -347,7 +347,13 @@ class ContrastivePOTrainer(Trainer):
         elif ref_model is not None:
             own = frozen_copy(encoder) if self.is_fsdp_enabled else encoder
             texts = CachedTextEmbeddings(own, self.processing_class)
-        return Policy(self.processing_class, self.candidates, texts, self.reg_texts)
+        chunk_size = self.args.tower_chunk_size
+        if chunk_size is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile):
+            raise ValueError(
+                f"tower_chunk_size={chunk_size} changes how a tower is called, which was not tried with FSDP, "
+                "DeepSpeed and torch_compile. Leave one of the two out."
+            )
+        return Policy(self.processing_class, self.candidates, texts, self.reg_texts, chunk_size)
 
     # ---- The method ------------------------------------------------------------------------------------------
 

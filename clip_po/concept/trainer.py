@@ -273,6 +273,7 @@ def _check_args(concept: Any, args: Any) -> None:
         "train_logit_scale=True": args.train_logit_scale,
         f"trainable_layers={args.trainable_layers}": args.trainable_layers is not None,
         **{f"{name}={value!r}": True for name, value in args.learning_rates.items()},
+        f"tower_chunk_size={args.tower_chunk_size}": args.tower_chunk_size is not None,
         "disable_dropout=False": not args.disable_dropout,
         "sync_ref_model=True": args.sync_ref_model,
         "activation_checkpointing=True": checkpoints_activations(args),

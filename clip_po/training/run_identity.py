@@ -64,6 +64,7 @@ OTHER_SETTINGS = frozenset(
         "on_bad_image",
         "precompute_ref_log_probs",
         "embeddings_cache",
+        "tower_chunk_size",
         "overwrite_output_dir",
         "ignore_run_differences",
     }

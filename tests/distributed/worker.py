@@ -44,6 +44,7 @@ RUNS = {
     "followed": {"sync_ref_model": True, "ref_model_sync_steps": 3, "train_text_model": True, "max_steps": 10},
     "accumulated": {"loss_type": ["ipo", "sft"], "gradient_accumulation_steps": 2, "train_text_model": True},
     "in_batch": {**IN_BATCH, "gradient_accumulation_steps": 2, "train_text_model": True},
+    "in_chunks": {**IN_BATCH, "train_text_model": True, "tower_chunk_size": 2, "max_steps": 10},
     "in_batch_frozen": {**IN_BATCH, "loss_type": ["sigmoid", "distillation"], "max_steps": 10},
     "text_alone": {**TEXT_ALONE, "trainable_layers": 1, "learning_rate": 1e-3, "max_steps": 10},
     "scale": {"train_logit_scale": True, "precompute_ref_log_probs": False, "max_steps": 10},
