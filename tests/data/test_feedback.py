@@ -321,6 +321,22 @@ def test_label_studio_pairwise(folder):
     ]
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/data/local-files/?d=upload/a%20b.png",
+        "http://localhost:8080/data/local-files/?d=upload%2Fa%20b.png",
+        "/data/upload/a%20b.png",
+        "https://labels.example.com/data/upload/a%20b.png",
+        "upload/a b.png",
+    ],
+)
+def test_label_studio_files_are_found_below_the_folder(folder, url):
+    picture(3).save(folder / "upload" / "a b.png")
+    file = label_studio(folder, [({"image": url, "text": "a"}, [result("choices", {"choices": ["yes"]})])])
+    assert contents(read_label_studio(file, "better")) == [{"image": 3, "text": "a", "label": True}]
+
+
 def test_label_studio_choices_between_texts_and_thumbs(folder):
     data = {"image": "2.png", "caption_1": "a", "caption_2": "b"}
     results = [result("choices", {"choices": [choice]}) for choice in ("B is better", "Tie")]

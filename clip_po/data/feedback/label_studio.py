@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from datasets import Dataset
 
@@ -41,7 +41,8 @@ def read_label_studio(
     """Return the feedback in a JSON export of Label Studio, in one of the row formats.
 
     Read is the format called JSON of Label Studio 1, a list of tasks with `data` and `annotations`; JSON-MIN and CSV
-    leave out who answered. Annotations that were cancelled do not count, predictions neither. Supported controls:
+    leave out who answered. The values of controls are those of label-studio-sdk 2.1.2. Annotations that were cancelled
+    do not count, predictions neither. Supported controls:
 
     - Pairwise: the left or the right of two candidates.
     - Choices: the name of a candidate, a tie, or whether one image and one text belong together (thumbs).
@@ -124,9 +125,10 @@ def _path(image: Any) -> Any:
     if "<" in image and (source := _SOURCE.search(image)):
         image = source[1]
     parts = urlsplit(image)
-    if not parts.scheme and parts.path.rstrip("/") == "/data/local-files":
+    if parts.path.rstrip("/").endswith("/data/local-files"):
         return next(iter(parse_qs(parts.query).get("d", [])), image)
-    return image.removeprefix("/data/") if image.startswith("/data/upload/") else image
+    _, upload, name = parts.path.partition("/data/upload/")
+    return f"upload/{unquote(name)}" if upload else image
 
 
 def _scores(task: Mapping[str, Any], controls: Sequence[str], words: Words) -> list[Scores]:
