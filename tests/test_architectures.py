@@ -101,7 +101,7 @@ def test_logits_are_those_of_transformers(folder, plain):
     torch.testing.assert_close(logits, plain.logits, rtol=1e-5, atol=1e-4)
 
 
-RUN = {"max_steps": 3, "learning_rate": 1e-3, "reg_weight": 0.5, "beta": 0.7}
+RUN = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "reg_weight": 0.5, "beta": 0.7}
 UNREAD = {"vision_model.embeddings.mask_token"}
 """Parameters of vision towers that no embedding depends on."""
 
@@ -126,6 +126,13 @@ def test_three_steps_train_the_vision_tower_alone(folder, aligned):
     assert not {name for name, _ in before.named_buffers()} & moved, "statistics of batch norm"
     still = {name for name, _ in before.named_parameters() if name.startswith("vision_")} - moved
     assert all("pooler" in name or name in UNREAD for name in still), still
+
+
+def test_in_training_too_the_policy_starts_as_its_reference(aligned):
+    """Also where dropout, paths dropped at random or statistics of the batch would make another model of it."""
+    first = aligned[0].state.log_history[0]
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
 def test_what_is_saved_is_what_was_trained(folder, kind, aligned):

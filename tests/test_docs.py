@@ -19,6 +19,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from dual_encoders import tiny_dual_encoder
 from samples import CLASSES, PROMPTS, make_preferences, picture
 
 from clip_po.cli.main import main
@@ -35,6 +36,7 @@ EXAMPLES = ROOT / "examples"
 STAND_INS = {
     "openai/clip-vit-base-patch32": "clip_folder",
     "openai/clip-vit-large-patch14": "clip_folder",
+    "google/siglip2-base-patch16-224": "siglip_folder",
     "path/to/photos": "photos",
     "path/to/images": "unlabelled",
     "path/to/answers": "answers",
@@ -132,6 +134,7 @@ PROMISES = {
         "steered-python/concept.safetensors",
         "steered-python/plain/model.safetensors",
     ],
+    "models.md": ["aligned-siglip/model.safetensors", "aligned-siglip/evaluation/*/*/report.json"],
     "open_clip.md": ["for-open-clip/open_clip_model.safetensors", "converted/model.safetensors"],
     "compare.md": [
         "comparison/report.json",
@@ -211,13 +214,21 @@ def answers(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-siglip")
+    tiny_dual_encoder("siglip", folder)
+    return folder
+
+
 @pytest.fixture
-def localized(clip_folder, photos, unlabelled, answers, tmp_path, tmp_path_factory, monkeypatch):
+def localized(clip_folder, siglip_folder, photos, unlabelled, answers, tmp_path, tmp_path_factory, monkeypatch):
     """An empty current folder, and a function that puts local folders for the names in a text."""
     cache = tmp_path_factory.getbasetemp() / "datasets-cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    folders = {"clip_folder": clip_folder, "photos": photos, "unlabelled": unlabelled, "answers": answers}
+    folders = {"clip_folder": clip_folder, "siglip_folder": siglip_folder, "photos": photos}
+    folders |= {"unlabelled": unlabelled, "answers": answers}
 
     def localize(text):
         for name, fixture in STAND_INS.items():
