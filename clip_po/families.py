@@ -17,6 +17,8 @@ from clip_po.data.patches import COLUMNS, unpack_patches
 
 Tower = Literal["vision", "text"]
 
+PolicyKind = Literal["softmax", "sigmoid"]
+
 HIGHEST_ENDS = 2
 """`eos_token_id` of old CLIP configs, for which transformers takes the highest token id as the end of a text."""
 
@@ -46,7 +48,8 @@ class DualEncoder:
         class_name: Name of the class in transformers.
         towers: Names of the modules of each tower, by tower.
         unused: Names of modules and parameters that no embedding depends on.
-        scales: Names of the parameters that turn cosines into logits.
+        scales: Names of the parameters that multiply or divide cosines.
+        biases: Names of the parameters that are added to them.
         linear_layers: By tower, a regular expression for the names of its linear layers, which LoRA adapts by default.
         text_inputs: What the text tower reads of a tokenizer's output.
         padding: How a tokenizer pads the texts of a batch.
@@ -61,6 +64,7 @@ class DualEncoder:
     }
     unused: ClassVar[tuple[str, ...]] = ()
     scales: ClassVar[tuple[str, ...]] = ("logit_scale",)
+    biases: ClassVar[tuple[str, ...]] = ()
     linear_layers: ClassVar[Mapping[Tower, str]] = {"vision": LINEAR_LAYERS, "text": LINEAR_LAYERS}
     text_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
     padding: ClassVar[Literal["longest", "max_length"]] = "longest"
@@ -339,7 +343,7 @@ class _Siglip(_Pooled):
 
     class_name = "SiglipModel"
     towers: ClassVar[Mapping[Tower, tuple[str, ...]]] = {"vision": ("vision_model",), "text": ("text_model",)}
-    scales = ("logit_scale", "logit_bias")
+    biases = ("logit_bias",)
     text_inputs = ("input_ids",)
     padding = "max_length"
     largest_scale = math.inf  # that of published checkpoints is above CLIP's bound

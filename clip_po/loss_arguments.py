@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
+from clip_po.families import PolicyKind
 from clip_po.losses import F_DIVERGENCES, LOSSES, REFERENCED, LossSettings, readers
 from clip_po.validation import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, Allowed, check_number
 
@@ -37,6 +39,10 @@ class LossArguments:
     Args:
         > The losses
 
+        policy (`str`, defaults to `"softmax"`): How logits become probabilities. `"softmax"`: the candidates of a row
+            share one probability. `"sigmoid"`: each candidate is right or wrong by itself, with log pi = log
+            sigmoid(logit); the KL is the sum of the KLs of the candidates. Only for models trained by a sigmoid of
+            each pair, such as SigLIP; refused for others.
         loss_type (`list[str]`, defaults to `["sigmoid"]`): `"sigmoid"` (DPO, and S-DPO with several rejected
             texts), `"sft"` (cross-entropy on the chosen text), `"kto_pair"` (the paper's KTO), `"distillation"` (the
             reference's answer on the clean image as a soft target, without labels), `"embedding_distillation"` (1 -
@@ -75,6 +81,10 @@ class LossArguments:
             `sync_ref_model`.
     """
 
+    policy: PolicyKind = field(
+        default="softmax",
+        metadata={"help": "softmax over the candidates, or sigmoid of each candidate (SigLIP and SigLIP 2 only)."},
+    )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={
@@ -150,6 +160,13 @@ class LossArguments:
             raise ValueError(
                 f"loss_type must name one or more of {sorted(LOSSES)}, got {self.loss_type!r}. "
                 "DPO is 'sigmoid', KTO on pairs 'kto_pair', cross-entropy 'sft'."
+            )
+        if self.policy not in get_args(PolicyKind):
+            raise ValueError(f"policy must be one of {list(get_args(PolicyKind))}, got {self.policy!r}.")
+        if self.policy == "sigmoid" and "distillation" in self.loss_type:
+            raise ValueError(
+                "loss_type='distillation' compares probabilities that sum to 1 over the candidates, which those of "
+                "policy='sigmoid' do not. Use policy='softmax', or loss_type='embedding_distillation'."
             )
         self._check_weights()
         check_number(

@@ -25,7 +25,7 @@ from clip_po.adapters import add_adapters, check_adapters
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.images import probe_image, to_pixels
 from clip_po.dual_encoder import as_dual_encoder, dual_encoder
-from clip_po.families import FAMILIES
+from clip_po.families import FAMILIES, PolicyKind
 from clip_po.hub.checkpoint_files import CONCEPT_FILE, LIMITS, check_config, check_files, check_rank
 from clip_po.hub.retries import find_file
 from clip_po.hub.safe_loading import refuse_pickles
@@ -208,6 +208,9 @@ def load_policy(
     elif args.model_init_kwargs:
         logger.warning("model_init_kwargs are ignored because the model is an object, not a name.")
     encoder = dual_encoder(model)
+    check_policy(args.policy, model, "model")
+    if ref_model is not None:
+        check_policy(args.policy, ref_model, "ref_model")
     keep_batch_statistics(encoder)
     for given, name in ((model, "model"), (ref_model, "ref_model")):
         if given is not None:
@@ -235,6 +238,26 @@ def load_policy(
         for config in model.peft_config.values():
             config.base_model_name_or_path = args.base_model_id
     return model
+
+
+def check_policy(policy: PolicyKind, model: nn.Module, name: str) -> None:
+    """Raise if a model can't be the policy.
+
+    Args:
+        policy: As in `ContrastivePOConfig`.
+        model: Two-tower model or PeftModel.
+        name: Name of the argument, for messages.
+
+    Raises:
+        ValueError: If the policy is "sigmoid", and the model was not trained by a sigmoid of each pair.
+    """
+    encoder = as_dual_encoder(model)
+    if policy == "sigmoid" and not encoder.pairwise:
+        raise ValueError(
+            f"policy='sigmoid' reads the sigmoid of a logit as a probability, but {name} is a {encoder.class_name}, "
+            "whose logits were trained to be compared by a softmax: without a bias, the sigmoid of nearly all of them "
+            "is 1. Leave policy out, or choose a SigLIP checkpoint."
+        )
 
 
 def init_kwargs(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,18 @@ from clip_po.chunked_towers import in_chunks
 from clip_po.data.images import blank_image, to_pixels
 from clip_po.dual_encoder import as_dual_encoder
 from clip_po.encoding import CachedTextEmbeddings, tokenize, unit_norm
-from clip_po.families import DualEncoder
-from clip_po.losses import PreferenceLogps, embedding_distillation_loss, kl_regularization
+from clip_po.families import DualEncoder, PolicyKind
+from clip_po.losses import PreferenceLogps, bernoulli_kl, embedding_distillation_loss, kl_regularization
 
 PIXELS = {"image": "pixel_values", "reg_image": "reg_pixel_values"}
 """Keys of a batch with the pixels of preference and regularization images, by name of the images."""
+
+
+DIVERGENCES: Mapping[PolicyKind, Callable[[Tensor, Tensor], Tensor]] = {
+    "softmax": kl_regularization,
+    "sigmoid": bernoulli_kl,
+}
+"""KL(reference || policy) of log-probabilities, by kind of the policy."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class CandidateLogps:
         embeds: Tensor[P, D], unit-norm, by name of the images in `clip_po.reference.ROW_IMAGES`. Empty if the
             embeddings of policy and reference can't be compared.
         open_regularization: Tensor[B, V], on the regularization images over `reg_candidate_texts`; None without these.
+        divergence: KL(reference || policy) of two such log-probabilities, Tensor[B, N] each -> Tensor[B].
     """
 
     preference: Tensor
@@ -41,6 +49,7 @@ class CandidateLogps:
     target: Tensor | None = None
     embeds: Mapping[str, Tensor] = field(default_factory=dict)
     open_regularization: Tensor | None = None
+    divergence: Callable[[Tensor, Tensor], Tensor] = kl_regularization
 
 
 def preference_logps(
@@ -102,7 +111,7 @@ def regularization_kl(policy: CandidateLogps, reference: CandidateLogps) -> Tens
     """
     if policy.regularization is None or reference.regularization is None:
         return policy.preference.new_zeros(len(policy.preference))
-    return kl_regularization(reference.regularization, policy.regularization)
+    return policy.divergence(reference.regularization, policy.regularization)
 
 
 def regularization_loss(policy: CandidateLogps, reference: CandidateLogps, reg_type: str) -> Tensor:
@@ -120,8 +129,21 @@ def regularization_loss(policy: CandidateLogps, reference: CandidateLogps, reg_t
     if reg_type == "embedding" and "reg_image" in policy.embeds:
         return embedding_distillation_loss(reference.embeds["reg_image"], policy.embeds["reg_image"])
     if policy.open_regularization is not None and reference.open_regularization is not None:
-        return kl_regularization(reference.open_regularization, policy.open_regularization)
+        return policy.divergence(reference.open_regularization, policy.open_regularization)
     return regularization_kl(policy, reference)
+
+
+def policy_bias(encoder: DualEncoder, kind: PolicyKind) -> Tensor | None:
+    """Return the `logit_bias` of `candidate_logps`.
+
+    Args:
+        encoder: The model.
+        kind: As for `Policy`.
+
+    Returns:
+        The bias of the model, Tensor[], for "sigmoid"; None for "softmax".
+    """
+    return encoder.bias if kind == "sigmoid" else None
 
 
 def known_image_embeds(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -141,6 +163,7 @@ def open_logps(
     text_embeddings: CachedTextEmbeddings | None,
     texts: Sequence[str],
     logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
 ) -> Tensor | None:
     """Compute log pi(y | x) over the texts of an open vocabulary.
 
@@ -149,13 +172,14 @@ def open_logps(
         text_embeddings: Cached embeddings of a frozen text tower; None if the tower trains.
         texts: V texts, in the same list at each call; none for no vocabulary.
         logit_scale: As for `candidate_logps`.
+        logit_bias: As for `candidate_logps`.
 
     Returns:
         Tensor[B, V] in nats; None without images, texts or a frozen text tower.
     """
     if image_embeds is None or text_embeddings is None or not texts:
         return None
-    return candidate_logps(image_embeds, text_embeddings(texts), logit_scale)
+    return candidate_logps(image_embeds, text_embeddings(texts), logit_scale, logit_bias=logit_bias)
 
 
 class Policy:
@@ -170,6 +194,7 @@ class Policy:
         text_embeddings: Cached embeddings if the text tower is frozen; None if it trains.
         reg_texts: Texts over which the regularization images are compared too. They need a frozen text tower.
         chunk_size: Largest number of images or texts that a tower encodes at a time, as for `in_chunks`.
+        kind: "softmax" or "sigmoid", as `policy` in `ContrastivePOConfig`.
     """
 
     def __init__(
@@ -179,8 +204,9 @@ class Policy:
         text_embeddings: CachedTextEmbeddings | None,
         reg_texts: Sequence[str] = (),
         chunk_size: int | None = None,
+        kind: PolicyKind = "softmax",
     ) -> None:
-        self.chunk_size = chunk_size
+        self.chunk_size, self.kind = chunk_size, kind
         self.processor = processor
         self.reg_texts = reg_texts
         self.candidates = candidates
@@ -222,14 +248,16 @@ class Policy:
             own = unit_norm(text_features)
             own, reg_embeds = own.split([len(own) - len(reg_texts), len(reg_texts)])
             text_embeds = embeds_of_all(own, len(texts)) if shared else own
-        logps = batch_logps(image_embeds, text_embeds, reg_embeds, towers.scale, batch, shared)
+        scale, bias = towers.scale, policy_bias(towers, self.kind)
+        logps = batch_logps(image_embeds, text_embeds, reg_embeds, scale, batch, shared, bias)
         return CandidateLogps(
             logps["image"],
             logps.get("reg_image"),
             embeds=image_embeds,
             open_regularization=open_logps(
-                image_embeds.get("reg_image"), self.text_embeddings, self.reg_texts, towers.scale
+                image_embeds.get("reg_image"), self.text_embeddings, self.reg_texts, scale, bias
             ),
+            divergence=DIVERGENCES[self.kind],
         )
 
     def _unused_text(self, encoder: DualEncoder) -> dict[str, Tensor]:

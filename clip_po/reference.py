@@ -24,7 +24,8 @@ from clip_po.data.images import blank_image, probe_image, to_pixels
 from clip_po.data.pairs import PreferencePairs
 from clip_po.dual_encoder import as_dual_encoder
 from clip_po.encoding import CachedTextEmbeddings, encode_images
-from clip_po.policy import CandidateLogps, open_logps
+from clip_po.families import PolicyKind
+from clip_po.policy import DIVERGENCES, CandidateLogps, open_logps, policy_bias
 
 ROW_IMAGES = ("image", "reg_image", "target_image")
 """Images of a row: the image of the preference, the regularization image, and the clean image of a soft target."""
@@ -45,6 +46,7 @@ class ReferencePolicy:
         images: Names in `ROW_IMAGES` of the images that the losses ask about. Without "image" the log-probabilities of
             preferences are 0.
         reg_texts: Texts over which the regularization images are compared too.
+        kind: "softmax" or "sigmoid", as for `clip_po.policy.Policy`.
 
     Attributes:
         initial_model: The reference model before training, with which a trained model is compared afterwards. It is
@@ -59,13 +61,15 @@ class ReferencePolicy:
         text_embeddings: CachedTextEmbeddings | None = None,
         images: Sequence[str] = ROW_IMAGES,
         reg_texts: Sequence[str] = (),
+        kind: PolicyKind = "softmax",
     ) -> None:
+        self.kind = kind
         self.model = self.initial_model = model
         self.reg_texts = reg_texts
         self.images = tuple(images)
         self.candidates = candidates
         self.text_embeddings = text_embeddings or CachedTextEmbeddings(model, processor)
-        self.logit_scale = as_dual_encoder(model).scale.item()
+        self._read_scale()
 
     @torch.no_grad()
     def replace_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -77,7 +81,12 @@ class ReferencePolicy:
         parameters = dict(self.model.named_parameters())
         for name, value in weights:
             parameters[name].copy_(value)
-        self.logit_scale = as_dual_encoder(self.model).scale.item()
+        self._read_scale()
+
+    def _read_scale(self) -> None:
+        encoder = as_dual_encoder(self.model)
+        bias = policy_bias(encoder, self.kind)
+        self.logit_scale, self.logit_bias = encoder.scale.item(), None if bias is None else bias.item()
 
     @torch.no_grad()
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
@@ -136,7 +145,8 @@ class ReferencePolicy:
         text_embeds = self.text_embeddings(self.candidates.of_batch(batch))
         reg_embeds = self.text_embeddings(batch["reg_texts"]) if "reg_texts" in batch else None
         found, shared = self.batch_embeds(batch, self.images), self.candidates.are_shared(batch)
-        logps = batch_logps(found, text_embeds, reg_embeds, self.logit_scale, batch, shared)
+        scale, bias = self.logit_scale, self.logit_bias
+        logps = batch_logps(found, text_embeds, reg_embeds, scale, batch, shared, bias)
         count = batch["candidates"].shape[1] if "candidates" in batch else len(text_embeds)
         unused = text_embeds.new_zeros(len(batch["weight"]), count)
         return CandidateLogps(
@@ -144,7 +154,8 @@ class ReferencePolicy:
             logps.get("reg_image"),
             logps.get("target_image"),
             found,
-            open_logps(found.get("reg_image"), self.text_embeddings, self.reg_texts, self.logit_scale),
+            open_logps(found.get("reg_image"), self.text_embeddings, self.reg_texts, scale, bias),
+            DIVERGENCES[self.kind],
         )
 
 

@@ -28,7 +28,7 @@ FINAL_LAYERS = (
 )
 """The layers above the blocks of both towers, which train with any `trainable_layers`."""
 
-_SCALES = {name for family in FAMILIES.values() for name in family.scales}
+_SCALES = {name for family in FAMILIES.values() for name in (*family.scales, *family.biases)}
 _BLOCK = re.compile(r"\.(layers?|blocks?)\.(\d+)\.")
 
 
@@ -221,6 +221,8 @@ def _excluded(name: str, encoder: DualEncoder, args: ContrastivePOConfig) -> tup
     if tower is None:
         if _is_scale(name) and not args.train_logit_scale:
             return "the logit scale", "Freeze it in the model, too."
+        if name.endswith(encoder.biases) and args.policy == "softmax":  # which a bias does not change
+            return "the logit bias", "Freeze it in the model, too."
         return None
     other: Tower = "text" if tower == "vision" else "vision"
     if tower not in _trained_towers(args):

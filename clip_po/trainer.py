@@ -329,7 +329,9 @@ class ContrastivePOTrainer(Trainer):
         texts = CachedTextEmbeddings(model, self.processing_class, encode)
         compares = REFERENCED & set(self.args.loss_type) and not self.args.reference_free
         images = ROW_IMAGES if compares else ROW_IMAGES[1:]
-        return ReferencePolicy(model, self.processing_class, self.candidates, texts, images, self.reg_texts)
+        return ReferencePolicy(
+            model, self.processing_class, self.candidates, texts, images, self.reg_texts, self.args.policy
+        )
 
     def build_policy(self, encoder: nn.Module, ref_model: nn.Module | None) -> Any:
         """Build the policy. A frozen text tower is shared with the reference, whose copy is never sharded.
@@ -353,7 +355,7 @@ class ContrastivePOTrainer(Trainer):
                 f"tower_chunk_size={chunk_size} changes how a tower is called, which was not tried with FSDP, "
                 "DeepSpeed and torch_compile. Leave one of the two out."
             )
-        return Policy(self.processing_class, self.candidates, texts, self.reg_texts, chunk_size)
+        return Policy(self.processing_class, self.candidates, texts, self.reg_texts, chunk_size, self.args.policy)
 
     # ---- The method ------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from clip_po.data.streamed_pairs import StreamedPairs, is_stream
 from clip_po.dual_encoder import as_dual_encoder
 from clip_po.hub.card import CheckpointKind
 from clip_po.models import default_output_dir, load_policy
-from clip_po.policy import CandidateLogps, known_image_embeds
+from clip_po.policy import DIVERGENCES, CandidateLogps, known_image_embeds
 from clip_po.reference import ReferencePolicy
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.activation_checkpointing import checkpoints_activations
@@ -76,9 +76,9 @@ class ConceptPolicy:
         image_embeds, text_embeds = model(torch.cat([*images.values()]), texts)
         embeds = dict(zip(images, image_embeds.split([*map(len, images.values())]), strict=True))
         text_embeds, reg_embeds = text_embeds.split([len(texts) - len(reg_texts), len(reg_texts)])
-        scale, shared = self.reference.logit_scale, candidates.are_shared(batch)
-        logps = batch_logps(embeds, text_embeds, reg_embeds, scale, batch, shared)
-        return CandidateLogps(logps["image"], logps.get("reg_image"))
+        scale, bias, shared = self.reference.logit_scale, self.reference.logit_bias, candidates.are_shared(batch)
+        logps = batch_logps(embeds, text_embeds, reg_embeds, scale, batch, shared, bias)
+        return CandidateLogps(logps["image"], logps.get("reg_image"), divergence=DIVERGENCES[self.reference.kind])
 
 
 class ConceptTrainer(ContrastivePOTrainer):

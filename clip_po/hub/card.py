@@ -54,6 +54,7 @@ METHODS = {
 """Name of the method in the card, by loss type."""
 
 CARD_SETTINGS = (
+    "policy",
     "loss_type",
     "loss_weights",
     "beta",

@@ -2,6 +2,7 @@ from .distillation import distillation_loss as distillation_loss
 from .distillation import embedding_distillation_loss as embedding_distillation_loss
 from .distillation import sft_loss as sft_loss
 from .divergences import F_DIVERGENCES as F_DIVERGENCES
+from .divergences import bernoulli_kl as bernoulli_kl
 from .divergences import f_divergence_scores as f_divergence_scores
 from .divergences import kl_regularization as kl_regularization
 from .logps import PreferenceLogps as PreferenceLogps

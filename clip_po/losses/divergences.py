@@ -30,6 +30,37 @@ def kl_regularization(ref_logps: Tensor, policy_logps: Tensor) -> Tensor:
     return (ref_logps.exp() * ratios).sum(dim=-1)
 
 
+def bernoulli_kl(ref_logps: Tensor, policy_logps: Tensor) -> Tensor:
+    """Compute KL(reference || policy) where each candidate is right or wrong by itself, summed over the candidates.
+
+        sum_y ref(y) log(ref(y) / pi(y)) + (1 - ref(y)) log((1 - ref(y)) / (1 - pi(y)))
+
+    Args:
+        ref_logps: Tensor[B, N], log ref(y | x) in nats, < 0; -inf for an absent candidate.
+        policy_logps: Tensor[B, N], log pi(y | x); -inf for the same candidates.
+
+    Returns:
+        Tensor[B], >= 0, one divergence per image.
+
+    Source: the KL of Bernoulli distributions, in the place of that of the softmax in Afzali et al. 2025,
+        arXiv 2411.08923, for models trained as in Zhai et al. 2023, arXiv 2303.15343.
+    """
+    absent = ref_logps.isneginf()
+    found = [logps.masked_fill(absent, -1.0) for logps in (ref_logps, policy_logps)]
+    (right, other_right), (wrong, other_wrong) = found, [_log_complement(logps) for logps in found]
+    kl = right.exp() * (right - other_right) + wrong.exp() * (wrong - other_wrong)
+    return kl.masked_fill(absent, 0.0).sum(dim=-1)
+
+
+def _log_complement(logps: Tensor) -> Tensor:
+    """Return log(1 - p) of log p, exactly near both ends."""
+    logps = logps.clamp(max=-torch.finfo(logps.dtype).tiny)
+    near_one = logps > -math.log(2)
+    # The branch that is not used must be finite too, or its gradient would be nan.
+    small, large = logps.masked_fill(near_one, -1.0), logps.masked_fill(~near_one, -0.1)
+    return torch.where(near_one, (-torch.expm1(large)).log(), torch.log1p(-small.exp()))
+
+
 def _alpha_score(logratios: Tensor, alpha: float) -> Tensor:
     if math.isclose(alpha, 1.0, rel_tol=0.0, abs_tol=1e-6):
         return logratios

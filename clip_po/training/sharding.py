@@ -37,7 +37,8 @@ def allow_sharding(encoder: PreTrainedModel) -> None:
             f"FSDP with torch {torch.__version__}: sharded gradients are wrong before torch 2.11. Update torch, or "
             "train with DDP."
         )
-    scales = {name: getattr(encoder, name) for name in as_dual_encoder(encoder).scales}
+    towers = as_dual_encoder(encoder)
+    scales = {name: getattr(encoder, name) for name in (*towers.scales, *towers.biases)}
     if any(scale.requires_grad for scale in scales.values()):
         raise ValueError(
             "train_logit_scale=True under FSDP: a single number can't be split among processes. Leave it frozen, or "
