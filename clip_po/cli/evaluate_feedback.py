@@ -13,22 +13,24 @@ from datasets import Dataset, Value
 from clip_po.atomic_write import atomic_write
 from clip_po.cli.evaluate_arguments import EvaluateArguments
 from clip_po.cli.evaluate_common import Measurement, Models, measurable_rows
+from clip_po.data.row_kinds import UNPAIRED_TEXT
 from clip_po.evaluation.bootstrap import Estimate
 from clip_po.evaluation.calibration import ReliabilityBin
 from clip_po.evaluation.evaluator import Metrics, RetrievalEvaluator
 from clip_po.evaluation.feedback_evaluators import PreferenceEvaluator, UnpairedEvaluator
-from clip_po.evaluation.preferences import IMAGE_TO_TEXT, TEXT_TO_IMAGE
+from clip_po.evaluation.preference_pairs import IMAGE_TO_TEXT, TEXT_TO_IMAGE, has_preferences
 from clip_po.evaluation.report.figures import save_figure
 from clip_po.evaluation.report.reliability_plot import reliability_plot
 from clip_po.evaluation.retrieval import KS
 from clip_po.evaluation.tables import format_table
 
-Kind = Literal["labelled", "preferences", "unpaired", "captions"]
+Kind = Literal["labelled", "preferences", "unpaired", "mixed", "captions"]
 
 FOUND: Mapping[str, str] = {
     "labelled": "labelled images: clean and typographic accuracy",
     "preferences": "preferences: agreement, margin and calibration",
     "unpaired": "texts labelled right or wrong: agreement, margin and calibration",
+    "mixed": "preferences, and texts labelled right or wrong: agreement, margin and calibration",
     "captions": "captions: recall and NDCG",
 }
 """What the columns of a dataset say, and what is measured on it."""
@@ -41,10 +43,15 @@ _AGREEMENT = {
     "margin_difference": "margin against base",
     "calibration_error_difference": "calibration against base (points)",
 }
-_DIRECTIONS = {"": "all", f"{IMAGE_TO_TEXT}_": "texts of an image", f"{TEXT_TO_IMAGE}_": "images of a text"}
 _RETRIEVAL = {
     **{f"{metric}@{k}": f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS},
     "recall@1_difference": "recall@1 against base (points)",
+}
+_PARTS = {
+    "": "all",
+    f"{IMAGE_TO_TEXT}_": "texts of an image",
+    f"{TEXT_TO_IMAGE}_": "images of a text",
+    "unpaired_": "right or wrong texts",
 }
 _WAYS = {f"{IMAGE_TO_TEXT}_": "texts of an image", f"{TEXT_TO_IMAGE}_": "images of a text"}
 
@@ -57,17 +64,26 @@ def kind_of_rows(dataset: Dataset, args: EvaluateArguments) -> Kind:
         args: Arguments of the command, which may name the columns of images, classes and captions.
 
     Returns:
-        "preferences" for image, chosen, rejected, or text, chosen_image, rejected_image; "unpaired" for image, text
-        and a truth value as label; "captions" for images with captions or texts and without classes; else "labelled".
+        "preferences" for image, chosen, rejected, for text, chosen_image, rejected_image, and for Pick-a-Pic's
+        columns; "unpaired" for image, text and a truth value as label; "mixed" for both; "captions" for images with
+        captions or texts and without classes; else "labelled".
     """
-    names, label = set(dataset.column_names), dataset.features.get("label")
-    if {args.image_column, "chosen", "rejected"} <= names or {"text", "chosen_image", "rejected_image"} <= names:
-        return "preferences"
-    if {args.image_column, "text"} <= names and isinstance(label, Value) and label.dtype == "bool":
-        return "unpaired"
+    renamed = as_image(dataset, args)
+    names, label = set(renamed.column_names), renamed.features.get("label")
+    preferences = has_preferences(renamed)
+    unpaired = names >= UNPAIRED_TEXT and isinstance(label, Value) and label.dtype == "bool"
+    if preferences or unpaired:
+        return "mixed" if preferences and unpaired else "preferences" if preferences else "unpaired"
     if args.label_column not in names and names & {args.caption_column, "text"}:
         return "captions"
     return "labelled"
+
+
+def as_image(dataset: Dataset, args: EvaluateArguments) -> Dataset:
+    """Return a dataset whose column of images is called `image`."""
+    if args.image_column in dataset.column_names and "image" not in dataset.column_names:
+        return dataset.rename_column(args.image_column, "image")
+    return dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +126,7 @@ def measure_feedback(kind: Kind, args: EvaluateArguments, dataset: Dataset, mode
     """Measure the agreement of models with preferences or labels.
 
     Args:
-        kind: "preferences" or "unpaired".
+        kind: "preferences", "unpaired" or "mixed", where the metrics of unpaired rows begin with "unpaired_".
         args: Arguments of the command.
         dataset: The rows.
         models: The models.
@@ -121,26 +137,33 @@ def measure_feedback(kind: Kind, args: EvaluateArguments, dataset: Dataset, mode
     Raises:
         ValueError: As for `evaluate_preferences` and `evaluate_unpaired`.
     """
-    if args.image_column in dataset.column_names and "image" not in dataset.column_names:
-        dataset = dataset.rename_column(args.image_column, "image")
-    evaluator: Any = (PreferenceEvaluator if kind == "preferences" else UnpairedEvaluator)(
-        dataset,
-        models.processor,
-        args.cluster_column,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        on_bad_image=args.on_bad_image,
-    )
-    measured = evaluator.measure(models.by_name, accelerator=models.accelerator)
-    metrics = models.report(evaluator, measured)
-    first = next(iter(measured.values()))
+    kinds = (PreferenceEvaluator, UnpairedEvaluator)
+    chosen = {"preferences": kinds[:1], "unpaired": kinds[1:], "mixed": kinds}[kind]
+    metrics: dict[str, dict[str, Estimate]] = {name: {} for name in models.by_name}
+    reliability: dict[str, Sequence[ReliabilityBin]] = {}
+    skipped = 0
+    for evaluator_class in chosen:
+        evaluator: Any = evaluator_class(
+            as_image(dataset, args),
+            models.processor,
+            args.cluster_column,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            on_bad_image=args.on_bad_image,
+        )
+        measured = evaluator.measure(models.by_name, accelerator=models.accelerator)
+        prefix = "unpaired_" if kind == "mixed" and evaluator_class is UnpairedEvaluator else ""
+        skipped += next(iter(measured.values())).skipped_rows
+        for model, found in models.report(evaluator, measured).items():
+            metrics[model] |= {f"{prefix}{name}": estimate for name, estimate in found.items()}
+        reliability |= {f"{model}{' (unpaired)' * bool(prefix)}": r.reliability() for model, r in measured.items()}
     return FeedbackMeasurement(
         metrics=metrics,
-        table=metrics_table(metrics, _DIRECTIONS, _AGREEMENT, "preferences" if kind == "preferences" else "rows"),
-        data=describe_data(args, kind, dataset, first.skipped_rows),
+        table=metrics_table(metrics, _PARTS, _AGREEMENT, "rows"),
+        data=describe_data(args, kind, dataset, skipped),
         settings=asdict(args),
         name=data_folder(args),
-        reliability={name: result.reliability() for name, result in measured.items()},
+        reliability=reliability,
     )
 
 

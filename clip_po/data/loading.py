@@ -26,10 +26,8 @@ from huggingface_hub import DatasetCard, constants
 from clip_po.bounded_text import parse_yaml
 from clip_po.data.image_folder import has_images, load_image_folder
 from clip_po.data.path_safety import check_links, check_resolved
+from clip_po.data.row_kinds import PAIR_IMAGES
 from clip_po.data.table_files import READERS, decode_images, find_tables, load_tables
-
-PAIR_IMAGES = ("chosen_image", "rejected_image")
-"""Columns of a table that are read as images too: of preferences between images."""
 
 
 def load_split(name: str, split: str, config: str | None = None, image_column: str = "image") -> Dataset:
@@ -42,7 +40,7 @@ def load_split(name: str, split: str, config: str | None = None, image_column: s
             folder without splits, and a single dataset written by `save_to_disk` are the split "train".
         config: Name of the configuration, for datasets that have several.
         image_column: Column of a table that is read as images: paths relative to the file, or bytes. So are the
-            columns in `PAIR_IMAGES`.
+            columns of preferences between images.
 
     Returns:
         The split.

@@ -9,44 +9,14 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from clip_po.data.column_images import Place, image_counts
-from clip_po.data.formats import as_list
 from clip_po.evaluation.bootstrap import Estimate, Statistic
 from clip_po.evaluation.calibration import ReliabilityBin, calibration_error, gap_columns, reliability
 from clip_po.evaluation.differences import estimates_against_base
 from clip_po.evaluation.embeddings import pair_logits
 from clip_po.evaluation.feedback_embeddings import Measuring, embed_feedback
-from clip_po.validation import check_row_weight, check_text
-
-IMAGE_TO_TEXT, TEXT_TO_IMAGE = "image_to_text", "text_to_image"
-"""Directions of preferences: between texts for an image, and between images for a text."""
+from clip_po.evaluation.preference_pairs import IMAGE_TO_TEXT, TEXT_TO_IMAGE, preference_pairs
 
 _SHARES = frozenset({"pairwise_accuracy", "calibration_error"})
-
-
-@dataclass(frozen=True)
-class PreferencePairs:
-    """Pairs of a chosen and a rejected candidate, as positions of images and texts.
-
-    Attributes:
-        places: Where the images are.
-        texts: M different texts.
-        chosen: Array [P, 2]: position of the image and of the text of the chosen pair.
-        rejected: Array [P, 2], likewise.
-        row: Array [P], the row of each pair.
-        direction: Array [P] of `IMAGE_TO_TEXT` or `TEXT_TO_IMAGE`.
-        doubt: Array [P], the share of annotators for whom the preference is the other way round, in [0, 0.5].
-        weight: Array [P] of weights >= 0.
-    """
-
-    places: list[Place]
-    texts: list[str]
-    chosen: np.ndarray
-    rejected: np.ndarray
-    row: np.ndarray
-    direction: np.ndarray
-    doubt: np.ndarray
-    weight: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -90,70 +60,6 @@ class PreferenceMargins:
     def reliability(self) -> list[ReliabilityBin]:
         """Return the reliability diagram of the preferences: confidence and agreement in bins."""
         return reliability(self.confidence, self.agreement, self.weight)
-
-
-def preference_pairs(dataset: Dataset) -> PreferencePairs:
-    """Read the pairs of a dataset. Images are not read.
-
-    Args:
-        dataset: Rows with image, chosen, rejected (texts); rows with text, chosen_image, rejected_image; or both, with
-            None in the columns of the other kind. `rejected` and `rejected_image` may be lists. Optional columns:
-            `label_smoothing`, the share of annotators against the preference, and `weight`.
-
-    Returns:
-        A pair for each rejected candidate.
-
-    Raises:
-        ValueError: If columns are missing, there are no pairs, or a text, weight or `label_smoothing` can't be used;
-            the message names the row.
-    """
-    names = set(dataset.column_names)
-    of_texts, of_images = {"image", "chosen", "rejected"} <= names, {"text", "chosen_image", "rejected_image"} <= names
-    if not of_texts and not of_images:
-        raise ValueError(
-            f"The dataset has the columns {dataset.column_names}, but preferences need image, chosen and rejected, or "
-            "text, chosen_image and rejected_image. Rename its columns with dataset.rename_column(old, new)."
-        )
-    counts = image_counts(dataset, "rejected_image") if of_images else []
-    used = [*(("chosen", "rejected") if of_texts else ()), *(("text",) if of_images else ())]
-    used += [name for name in ("weight", "label_smoothing") if name in names]
-    images: dict[Place, int] = {}
-    texts: dict[str, int] = {}
-    found: list[tuple[tuple[int, int], tuple[int, int], int, str, float, float]] = []
-
-    def place(column: str, row: int, position: int = 0) -> int:
-        return images.setdefault((column, row, position), len(images))
-
-    def known(text: Any, row: int, column: str) -> int:
-        check_text(text, f"Row {row}: column {column!r}", "Fill it in or drop the row.")
-        return texts.setdefault(text, len(texts))
-
-    for number, row in enumerate(dataset.with_format(None).select_columns(used)):
-        doubt, weight = _doubt(row.get("label_smoothing"), number), row.get("weight", 1.0)
-        check_row_weight(weight, f"Row {number}: column 'weight'")
-        pairs: list[tuple[tuple[int, int], tuple[int, int], str]] = []
-        if of_texts and (row["chosen"] is not None or not of_images):
-            image, chosen = place("image", number), known(row["chosen"], number, "chosen")
-            for text in as_list(row["rejected"]):
-                pairs.append(((image, chosen), (image, known(text, number, "rejected")), IMAGE_TO_TEXT))
-        if of_images and (row["text"] is not None or not of_texts):
-            text, best = known(row["text"], number, "text"), place("chosen_image", number)
-            for position in range(counts[number]):
-                pairs.append(((best, text), (place("rejected_image", number, position), text), TEXT_TO_IMAGE))
-        found += [(*pair[:2], number, pair[2], doubt, weight) for pair in pairs]
-    if not found:
-        raise ValueError("The dataset has no preferences: no row has a chosen and a rejected candidate.")
-    return PreferencePairs([*images], [*texts], *(np.array(column) for column in zip(*found, strict=True)))
-
-
-def _doubt(value: Any, row: int) -> float:
-    doubt = 0.0 if value is None else float(value)
-    if not 0 <= doubt <= 0.5:
-        raise ValueError(
-            f"Row {row}: column 'label_smoothing' is {value!r}, expected a share from 0 to 0.5. Exchange the chosen "
-            "and the rejected candidate of a row whose preference is probably wrong."
-        )
-    return doubt
 
 
 def evaluate_preferences(

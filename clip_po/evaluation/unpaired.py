@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from clip_po.data.column_images import Place
+from clip_po.data.row_kinds import kind_of, standard_row
 from clip_po.dual_encoder import as_dual_encoder
 from clip_po.evaluation.bootstrap import Estimate, Statistic
 from clip_po.evaluation.calibration import ReliabilityBin, calibration_error, gap_columns, reliability
@@ -68,7 +69,7 @@ def evaluate_unpaired(
     Args:
         models: CLIPModels, or PeftModels around one, by name. They share the processor.
         processor: CLIPProcessor of the models.
-        dataset: Rows with image, text and label (bool), and maybe weight.
+        dataset: As for `unpaired_rows`. An optional column is `weight`.
         how: Batches, processes and unreadable images.
         cluster_column: As for `evaluate_preferences`.
 
@@ -76,26 +77,19 @@ def evaluate_unpaired(
         Scores by model, of the same rows.
 
     Raises:
-        ValueError: If a column is missing, a text, label or weight can't be used (the message names the row), or as
-            for `embed_feedback` and `cluster_of`.
+        ValueError: If a column is missing, or as for `unpaired_rows`, `embed_feedback` and `cluster_of`.
         TypeError: As for `embed_feedback`.
     """
     if missing := [column for column in ("image", "text", "label") if column not in dataset.column_names]:
         raise ValueError(f"The dataset has no column {missing[0]!r}, only {dataset.column_names}.")
-    used = [name for name in ("text", "label", "weight") if name in dataset.column_names]
-    place: dict[str, int] = {}
-    for number, row in enumerate(rows := dataset.with_format(None).select_columns(used)):
-        check_text(row["text"], f"Row {number}: column 'text'", "Fill it in or drop the row.")
-        check_row_weight(row.get("weight", 1.0), f"Row {number}: column 'weight'")
-        if not isinstance(row["label"], bool):
-            raise ValueError(f"Row {number}: column 'label' is {row['label']!r}, expected True or False.")
-        place.setdefault(row["text"], len(place))
-    text = np.array([place[row["text"]] for row in rows])
-    label = np.array([row["label"] for row in rows])
-    weight = np.array([row.get("weight", 1.0) for row in rows], dtype=np.float64)
-    row_numbers = np.arange(len(dataset))
+    rows = unpaired_rows(dataset)
+    row_numbers = np.array([number for number, _ in rows])
+    place = {text: position for position, text in enumerate(dict.fromkeys(row["text"] for _, row in rows))}
+    text = np.array([place[row["text"]] for _, row in rows])
+    label = np.array([row["label"] for _, row in rows])
+    weight = np.array([row.get("weight", 1.0) for _, row in rows], dtype=np.float64)
     cluster = cluster_of(dataset, row_numbers, cluster_column)
-    images: list[Place] = [("image", number, 0) for number in range(len(dataset))]
+    images: list[Place] = [("image", number, 0) for number, _ in rows]
     embeds = embed_feedback(models, processor, dataset, images, [*place], how)
     kept = embeds.readable
     found = {}
@@ -113,6 +107,35 @@ def evaluate_unpaired(
             int((~kept).sum()),
         )
     return found
+
+
+def unpaired_rows(dataset: Dataset) -> list[tuple[int, dict[str, Any]]]:
+    """Return the rows of unpaired feedback in a dataset, without images.
+
+    Args:
+        dataset: Rows with image, text and label (bool). Rows of other kinds of `clip_po.data.row_kinds` among them are
+            left out.
+
+    Returns:
+        Number and values of each row, at least one.
+
+    Raises:
+        ValueError: If a text, label or weight can't be used (the message names the row), or there is no such row.
+    """
+    used = [name for name in ("text", "label", "chosen", "rejected_label", "weight") if name in dataset.column_names]
+    rows = []
+    for number, values in enumerate(dataset.with_format(None).select_columns(used)):
+        row = standard_row(values)
+        if kind_of(row) != "unpaired":
+            continue
+        check_text(row.get("text"), f"Row {number}: column 'text'", "Fill it in or drop the row.")
+        check_row_weight(row.get("weight", 1.0), f"Row {number}: column 'weight'")
+        if not isinstance(row["label"], bool):
+            raise ValueError(f"Row {number}: column 'label' is {row['label']!r}, expected True or False.")
+        rows.append((number, row))
+    if not rows:
+        raise ValueError("The dataset has no row with a text and a label. Fill in the column 'label'.")
+    return rows
 
 
 def _probabilities(model: Any, image_embeds: Tensor, text_embeds: Tensor, own: Tensor) -> np.ndarray:

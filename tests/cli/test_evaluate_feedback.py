@@ -58,7 +58,7 @@ def test_preferences_between_texts(evaluate, clip_folder, other_folder, processo
     printed = evaluate(tmp_path / "rows")
     assert "holds preferences: agreement, margin and calibration" in printed.err
     assert printed.out.count("texts of an image") == 0
-    assert "| model   | preferences | pairwise accuracy" in printed.out
+    assert "| model   | rows | pairwise accuracy" in printed.out
     check(report_of(tmp_path), PreferenceEvaluator(make_preferences(13), processor), clip_folder, other_folder)
     assert report_of(tmp_path)["data"] == {
         "name": "rows",
@@ -102,6 +102,32 @@ def test_texts_labelled_right_or_wrong(evaluate, clip_folder, other_folder, proc
     }
     expected = datasets.Dataset.from_dict(columns)
     check(report_of(tmp_path), UnpairedEvaluator(expected, processor), clip_folder, other_folder)
+
+
+def test_preferences_and_labelled_texts_in_one_dataset(evaluate, clip_folder, other_folder, processor, tmp_path):
+    preferences = make_preferences(5).remove_columns("clean_image")
+    columns = {"image": [picture(n) for n in range(6)], "text": PROMPTS + PROMPTS[:2], "label": [True, False] * 3}
+    labelled = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"test": datasets.concatenate_datasets([preferences, labelled])}).save_to_disk(
+        tmp_path / "rows"
+    )
+    printed = evaluate(tmp_path / "rows")
+    assert "holds preferences, and texts labelled right or wrong" in printed.err
+    assert {"all", "right or wrong texts"} <= {cell.strip() for cell in printed.out.split("|")}
+    report = report_of(tmp_path)
+    for prefix, evaluator in (
+        ("", PreferenceEvaluator(preferences, processor)),
+        ("unpaired_", UnpairedEvaluator(labelled, processor)),
+    ):
+        parts = {
+            model: {
+                name.removeprefix(prefix): numbers
+                for name, numbers in metrics.items()
+                if name.startswith(prefix) and (prefix or not name.startswith("unpaired_"))
+            }
+            for model, metrics in report["models"].items()
+        }
+        check({"models": parts}, evaluator, clip_folder, other_folder)
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "sentence"])

@@ -152,6 +152,27 @@ def test_both_directions_in_one_dataset_are_reported_apart_too(model, processor)
         check({name.removeprefix(prefix): e for name, e in found.items() if name.startswith(prefix)}, margins)
 
 
+def test_pick_a_pic_is_read_as_it_is_with_ties(model, processor):
+    shares = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.0, 1.0)]
+    columns = {
+        "caption": TEXTS[:4],
+        "jpg_0": [stored(number) for number in range(4)],
+        "jpg_1": [stored(100 + number) for number in range(4)],
+        "label_0": [first for first, _ in shares],
+        "label_1": [second for _, second in shares],
+    }
+    rows = datasets.Dataset.from_dict(columns)
+    rows = rows.cast_column("jpg_0", datasets.Image()).cast_column("jpg_1", datasets.Image())
+    found = PreferenceEvaluator(rows, processor, resamples=2)({"m": model}, disable_tqdm=True)["m"]
+    margins = []
+    for row in rows:
+        logits = logits_of(model, processor, [row["jpg_0"], row["jpg_1"]], [row["caption"]])[:, 0]
+        margins.append((logits[0] - logits[1]).item() * (1 if row["label_0"] >= row["label_1"] else -1))
+    agreement = [0.5 if number == 2 else float(margin > 0) for number, margin in enumerate(margins)]
+    assert found["margin"].value == pytest.approx(np.mean(margins), abs=1e-4)
+    assert found["pairwise_accuracy"].value == pytest.approx(np.mean(agreement))
+
+
 def margins_by_hand(margin, doubt=None, weight=None, row=None):
     size = len(margin)
     row = np.arange(size) if row is None else np.array(row)
