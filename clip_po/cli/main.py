@@ -13,7 +13,7 @@ from clip_po.hub.redaction import redacted
 from clip_po.worker_errors import raised_message
 
 COMMANDS = {
-    "train": "Align a CLIP model on labelled images with words written on them.",
+    "train": "Align a model on labelled images with words written on them, or on feedback.",
     "evaluate": "Measure a checkpoint before and after alignment: words on images, preferences, retrieval.",
     "score": "Rank texts for images, or images for texts, with any checkpoint.",
     "compare": "Run several methods and seeds on one model and dataset, and compare them in one table.",

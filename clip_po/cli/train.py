@@ -1,4 +1,4 @@
-"""clip-po train: align a CLIP on labelled images with words written on them."""
+"""clip-po train: align a model on labelled images with words written on them, or on feedback of any kind."""
 
 from __future__ import annotations
 
@@ -9,45 +9,30 @@ from typing import cast
 
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_utils import HubStrategy
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from clip_po.cli.arguments import Task
 from clip_po.cli.idle_flags import check_lora_flags
-from clip_po.cli.outcome import NothingChanged
 from clip_po.cli.promise import keep_bounds, load_promised_sets, promised
 from clip_po.cli.train_arguments import TrainArguments, fit_to_size, parse
 from clip_po.cli.train_drift import log_drift
-from clip_po.config import ContrastivePOConfig, check_precision
+from clip_po.cli.train_feedback import load_feedback, train_on_feedback
+from clip_po.cli.train_model import adapters, check_model_arguments, finish, load_start
+from clip_po.config import ContrastivePOConfig
 from clip_po.data.attacks.fonts import training_fonts
 from clip_po.data.generic_images import MixedPreferences
 from clip_po.data.pairs import PreferencePairs
 from clip_po.data.typographic_preferences import TypographicPreferences
 from clip_po.dual_encoder import as_dual_encoder
 from clip_po.evaluation.evaluator import RobustnessEvaluator
-from clip_po.evaluation.interpolation import interpolate
 from clip_po.evaluation.pseudo_labelling import LABEL_COLUMN, WEIGHT_COLUMN, pseudo_labels
 from clip_po.evaluation.readable import readable_rows
 from clip_po.evaluation.robustness import RobustnessImages
-from clip_po.models import init_kwargs, load_model, load_processor
-from clip_po.trainable import trained_linear_layers
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.callbacks import EvaluatorCallback
-from clip_po.training.output_folder import check_unused
 from clip_po.training.printed_logs import print_numbers
-from clip_po.validation import check_writable
-
-SAVED_FILES = ("model*.safetensors", SAFETENSORS_WEIGHTS_NAME)
-"""Patterns of the files of a model or of adapters that the command saves."""
-
-UNCHANGED_REMEDY = (
-    "With a bound such as --max_clean_cost, the table above shows what each interpolation costs: give more validation "
-    "images or a higher bound. Otherwise, train longer or with a higher --learning_rate."
-)
-"""What to do if training left the model as it was."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,6 +44,10 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         NothingChanged: If the saved model is the one that training started from.
     """
+    feedback = load_feedback(argv)
+    if feedback is not None:
+        train_on_feedback(argv, feedback)
+        return
     task_args, args, model_args = parse(argv)
     start = time.time()
     trainer, task = align(task_args, args, model_args)
@@ -67,15 +56,7 @@ def main(argv: Sequence[str]) -> None:
         print(drift.describe())
         drift.save(args.output_dir)
     save(trainer, task)
-    changed = is_changed(trainer)
-    if changed and trainer.is_world_process_zero():
-        print(f"Aligned {model_args.model_name_or_path} in {time.time() - start:.0f} s: {args.output_dir}")
-    trainer.accelerator.end_training()
-    if not changed:
-        raise NothingChanged(
-            f"nothing was changed. {args.output_dir!r} holds {model_args.model_name_or_path!r} as it was. "
-            f"{UNCHANGED_REMEDY}"
-        )
+    finish(trainer, str(model_args.model_name_or_path), start)
 
 
 def align(
@@ -137,24 +118,6 @@ def describe_training(trainer: ContrastivePOTrainer) -> str:
         shown = f"{len(preferences.task):,} images, and {len(preferences.generic):,} crops and collages of {whose}"
     precision = {"bf16": "bfloat16 (--bf16 false for float32)", "fp16": "float16"}
     return f"Training on {shown}, in {precision.get(str(trainer.args.mixed_precision), 'float32')}."
-
-
-def check_model_arguments(args: ContrastivePOConfig, model_args: ModelConfig) -> None:
-    """Raise if the model or the output folder can't be used, before anything is loaded.
-
-    Raises:
-        ValueError: If there is no model, it is to be quantized, a CPU is to compute in float16, or the output folder
-            holds an earlier run.
-        OSError: If the output folder is not writable.
-    """
-    if model_args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing. Give a Hub id or the folder of a CLIPModel.")
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("--load_in_4bit and --load_in_8bit are not supported: a CLIP is small. Leave them out.")
-    check_precision(args)
-    if args.should_save:
-        check_writable(args.output_dir, "--output_dir")
-        check_unused(args, args.resume_from_checkpoint, SAVED_FILES)
 
 
 @dataclass(frozen=True)
@@ -241,29 +204,6 @@ def make_trainer(
     )
 
 
-def adapters(model_args: ModelConfig, model: PreTrainedModel, args: ContrastivePOConfig) -> PeftConfig | None:
-    """Return the adapters that the LoRA flags describe, by default on the linear layers of the blocks that train."""
-    model_args.lora_task_type = None
-    if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = trained_linear_layers(model, args)
-    config = get_peft_config(model_args)
-    if config is not None and model_args.model_revision != "main":
-        config.revision = model_args.model_revision
-    return config
-
-
-def load_start(args: ContrastivePOConfig, model_args: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load the model that training starts from, and its processor."""
-    init = {"dtype": model_args.dtype, "revision": model_args.model_revision, **init_kwargs(args.model_init_kwargs)}
-    if model_args.attn_implementation is not None:
-        init["attn_implementation"] = model_args.attn_implementation
-    model = load_model(str(model_args.model_name_or_path), **init)
-    args.model_init_kwargs = {k: v for k, v in init.items() if k in ("revision", "token")}
-    processor = load_processor(model, args)
-    args.model_init_kwargs = None
-    return model, processor
-
-
 def own_answers(
     rows: Dataset,
     model: PreTrainedModel,
@@ -299,14 +239,6 @@ def validation_images(rows: TypographicPreferences, processor: ProcessorMixin) -
         image_column=rows.image_column,
         label_column=rows.label_column,
     )
-
-
-def is_changed(trainer: ContrastivePOTrainer) -> bool:
-    """Return whether the trained model differs from the reference. Adapters and sharded models count as changed."""
-    if isinstance(trainer.model, PeftModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return True
-    base = interpolate(trainer.reference.initial_model, trainer.model, 0).state_dict()
-    return not all(weight.equal(base[name].to(weight)) for name, weight in trainer.model.state_dict().items())
 
 
 def save(trainer: ContrastivePOTrainer, task: Task) -> None:

@@ -154,8 +154,8 @@ class TrainArguments(TaskArguments):
             check_number("--early_stopping_patience", self.early_stopping_patience, COUNT)
         check_number("--reg_max_samples", self.reg_max_samples, COUNT)
 
-    def generic_images(self, seed: int) -> Dataset | None:
-        """Return the images of --reg_dataset_name; None without it.
+    def generic_images(self, seed: int, others: Sequence[str] = ()) -> Dataset | None:
+        """Return the images of --reg_dataset_name, and other columns that it has; None without it.
 
         Raises:
             ValueError: As for `load_images`.
@@ -163,7 +163,7 @@ class TrainArguments(TaskArguments):
         if self.reg_dataset_name is None:
             return None
         try:
-            return load_images(self.reg_dataset_name, self.reg_dataset_split, self.reg_max_samples, seed)
+            return load_images(self.reg_dataset_name, self.reg_dataset_split, self.reg_max_samples, seed, others)
         except ValueError as error:
             raise ValueError(f"--reg_dataset_name: {error} Its split is --reg_dataset_split.") from error
 
@@ -279,8 +279,21 @@ def method_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
     return method
 
 
-def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, ModelConfig]:
-    """Parse the arguments. Flags override `--config` (YAML), that overrides the preset or method, that `DEFAULTS`."""
+def parse(
+    argv: Sequence[str], method: Mapping[str, Any] | None = None
+) -> tuple[TrainArguments, ContrastivePOConfig, ModelConfig]:
+    """Parse the arguments. Flags override `--config` (YAML), that overrides the preset or method, that `DEFAULTS`.
+
+    Args:
+        argv: Command line after `clip-po train`.
+        method: Defaults of the method; None for those of typographic robustness.
+
+    Returns:
+        The arguments of the task, the trainer and the model.
+
+    Raises:
+        ValueError, OSError: As for `parse_flags`.
+    """
     parser = FlagParser([TrainArguments, ContrastivePOConfig, ModelConfig], "train")
     chosen = flag_value("preset", argv)
     share = workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -288,7 +301,10 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, ContrastivePOConfig, Mod
     defaults = {**DEFAULTS, "output_dir": "", "lora_target_modules": None, "dataloader_num_workers": share}
     defaults["disable_tqdm"] = not sys.stderr.isatty()
     defaults |= precision_defaults(argv)
-    defaults |= preset(chosen) if chosen is not None else method_defaults(argv)
+    if chosen is not None:
+        defaults |= preset(chosen)
+    else:
+        defaults |= method_defaults(argv) if method is None else method
     parser.set_defaults_with_config(**defaults)
     task_args, args, model_args = parse_flags(parser, argv)
     if args.per_device_train_batch_size is None:

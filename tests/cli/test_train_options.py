@@ -12,7 +12,7 @@ from tolerances import LOGPS
 from transformers import CLIPModel
 
 from clip_po import BetaMovingAverageCallback, ContrastivePOTrainer, interpolate
-from clip_po.cli import promise, train
+from clip_po.cli import promise, train, train_model
 from clip_po.cli.main import main
 from clip_po.cli.outcome import UNCHANGED
 from clip_po.cli.train_arguments import parse
@@ -432,7 +432,7 @@ def test_adapters_are_by_default_where_training_is(command, more, expected):
 )
 def test_what_the_command_line_tells_is_said_before_anything_is_loaded(command, capsys, monkeypatch, more, said):
     monkeypatch.setattr("clip_po.cli.arguments.load_split", lambda *_, **__: pytest.fail("it loaded data"))
-    monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("it loaded a model"))
+    monkeypatch.setattr(train_model, "load_model", lambda *_, **__: pytest.fail("it loaded a model"))
     assert main(["train", *command(*more)]) == 2
     assert said in capsys.readouterr().err
 
