@@ -15,6 +15,8 @@ from .evaluation.robustness import evaluate_robustness as evaluate_robustness
 from .evaluation.robustness import robustness_report as robustness_report
 from .evaluation.robustness import robustness_table as robustness_table
 from .evaluation.zero_shot import zero_shot_accuracy as zero_shot_accuracy
+from .hard_candidates import hard_images as hard_images
+from .hard_candidates import hard_texts as hard_texts
 from .losses import distillation_loss as distillation_loss
 from .losses import ipo_loss as ipo_loss
 from .losses import kl_regularization as kl_regularization
@@ -22,6 +24,7 @@ from .losses import kto_pair_loss as kto_pair_loss
 from .losses import sft_loss as sft_loss
 from .losses import sigmoid_loss as sigmoid_loss
 from .reward import RewardModel as RewardModel
+from .scorer import Scorer as Scorer
 from .trainer import ContrastivePOTrainer as ContrastivePOTrainer
 from .training.averaging import BetaMovingAverageCallback as BetaMovingAverageCallback
 from .training.callbacks import EvaluatorCallback as EvaluatorCallback

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -75,3 +75,28 @@ def _forward(whole: Callable[..., Any], size: int, *args: Any, **kwargs: Any) ->
     return BaseModelOutputWithPooling(
         last_hidden_state=torch.cat(states), pooler_output=None if pooled[0] is None else torch.cat(pooled)
     )
+
+
+def check_chunks(model: nn.Module, size: int | None, *, wrapped: bool) -> None:
+    """Raise if a model can't encode its inputs in chunks.
+
+    Args:
+        model: The two-tower model.
+        size: As for `in_chunks`.
+        wrapped: Whether FSDP, DeepSpeed or torch.compile changes how the towers are called.
+
+    Raises:
+        ValueError: If chunks were not tried with what wraps the model, or would change its answers.
+    """
+    if size is None:
+        return
+    if wrapped:
+        raise ValueError(
+            f"tower_chunk_size={size} changes how a tower is called, which was not tried with FSDP, DeepSpeed and "
+            "torch_compile. Leave one of the two out."
+        )
+    if any(isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) for module in model.modules()):
+        raise ValueError(
+            f"tower_chunk_size={size} would change the answers of {type(model).__name__}, which normalizes over the "
+            "images of a batch. Leave it out, or use activation_checkpointing=True or gradient_accumulation_steps."
+        )

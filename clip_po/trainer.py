@@ -16,6 +16,7 @@ from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer, Tr
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from clip_po.candidates import CandidateTexts, in_batch_candidates
+from clip_po.chunked_towers import check_chunks
 from clip_po.config import ADAMAX, ContrastivePOConfig, check_args
 from clip_po.data.bad_images import SkippedRows
 from clip_po.data.collator import FEWEST_ROWS, DataCollatorForContrastivePreference, row_totals
@@ -350,11 +351,8 @@ class ContrastivePOTrainer(Trainer):
             own = frozen_copy(encoder) if self.is_fsdp_enabled else encoder
             texts = CachedTextEmbeddings(own, self.processing_class)
         chunk_size = self.args.tower_chunk_size
-        if chunk_size is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile):
-            raise ValueError(
-                f"tower_chunk_size={chunk_size} changes how a tower is called, which was not tried with FSDP, "
-                "DeepSpeed and torch_compile. Leave one of the two out."
-            )
+        wrapped = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile
+        check_chunks(dual_encoder(encoder), chunk_size, wrapped=wrapped)
         return Policy(self.processing_class, self.candidates, texts, self.reg_texts, chunk_size, self.args.policy)
 
     # ---- The method ------------------------------------------------------------------------------------------

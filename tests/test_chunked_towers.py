@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dual_encoders import SUPPORTED, tiny_dual_encoder
 from peft import LoraConfig
 from samples import (
     CHECKPOINTING,
@@ -10,6 +11,7 @@ from samples import (
     make_image_pairs,
     make_preferences,
     make_trainer,
+    picture,
     tiny_config,
     tiny_processor,
 )
@@ -19,8 +21,11 @@ from transformers import CLIPModel
 from clip_po.chunked_towers import in_chunks
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
+from clip_po.data.images import to_pixels
 from clip_po.dual_encoder import as_dual_encoder
 from clip_po.encoding import tokenize, unit_norm
+from clip_po.models import load_model, read_processor
+from clip_po.trainable import tower_of
 
 BOTH = {"train_text_model": True, "train_logit_scale": True}
 MANY = [f"a {first}{second}" for first in "abcdefgh" for second in "stuvwxyz"]
@@ -79,6 +84,28 @@ def test_the_gradients_are_those_of_the_whole_batch(tmp_path, case, size):
     assert sum(float(gradient.abs().max()) > 1e-6 for gradient in whole.values()) > 5
     for name, gradient in whole.items():
         torch.testing.assert_close(chunked[name], gradient, atol=1e-6, rtol=0)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_the_gradients_of_every_architecture_are_those_of_the_whole_batch(tmp_path, kind):
+    tiny_dual_encoder(kind, tmp_path)
+    found = []
+    for chunk in (None, 2):
+        # ALIGN's vision tower normalizes over the batch, except in evaluation mode.
+        loaded, processor = load_model(str(tmp_path)).double().eval(), read_processor(str(tmp_path))
+        encoder = as_dual_encoder(loaded)
+        pixels = to_pixels(processor, [picture(number) for number in range(5)]).double()
+        with in_chunks(encoder, chunk):
+            inputs = encoder.inputs(pixels, tokenize(encoder, processor, PROMPTS))
+            images, texts = map(unit_norm, encoder.features_of(loaded(**inputs)))
+        encoder.logits(images, texts).log_softmax(dim=-1)[:, 1].sum().backward()
+        found.append({name: p.grad for name, p in loaded.named_parameters() if p.grad is not None})
+    whole, chunked = found
+    assert whole.keys() == chunked.keys()
+    assert {tower_of(name) for name in whole} == {"vision", "text", None}
+    for name, gradient in whole.items():
+        torch.testing.assert_close(chunked[name], gradient, atol=1e-6, rtol=1e-6)
 
 
 def kept_for_backward(texts, chunk):
@@ -152,3 +179,9 @@ def test_chunks_are_refused_where_they_were_not_tried(tmp_path):
         trainer_of(tmp_path, tower_chunk_size=8, torch_compile=True)
     with pytest.raises(ValueError, match="tower_chunk_size=8 has no effect: ConceptTrainer"):
         make_trainer(model(), tmp_path, concept=ConceptTransform(16), tower_chunk_size=8)
+
+
+def test_a_tower_that_normalizes_over_the_batch_is_refused(tmp_path):
+    tiny_dual_encoder("align", tmp_path / "model")
+    with pytest.raises(ValueError, match="tower_chunk_size=8 would change the answers of AlignModel"):
+        make_trainer(str(tmp_path / "model"), tmp_path, tower_chunk_size=8)

@@ -1,13 +1,17 @@
 """Learning rates by tower and by depth."""
 
+import re
+
 import pytest
 import torch
+from dual_encoders import SUPPORTED, tiny_dual_encoder
 from peft import LoraConfig
 from samples import logged, make_trainer, same, tiny_config, tiny_processor, weights
 from transformers import CLIPModel
 
 from clip_po.concept.transform import ConceptTransform
 from clip_po.config import ContrastivePOConfig
+from clip_po.trainable import tower_of
 
 RUN = {"processing_class": tiny_processor(), "learning_rate": 0.01, "logging_steps": 1, "max_steps": 4}
 BOTH = {"train_text_model": True, "train_logit_scale": True}
@@ -53,6 +57,25 @@ def test_each_tower_and_block_has_its_rate(tmp_path):
     }
     assert {name: found[name][0] for name in expected} == pytest.approx(expected)
     assert len(found) == len(plain) == sum(1 for _ in model().parameters())
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_rates_fall_from_the_top_of_every_architecture(tmp_path, kind):
+    tiny_dual_encoder(kind, tmp_path / "model")
+    given = {"learning_rate": 1.0, "train_text_model": True, "layer_decay": 0.5}
+    found = {
+        name: rate for name, (rate, _) in rates_of(make_trainer(str(tmp_path / "model"), tmp_path, **given)).items()
+    }
+    for tower in ("vision", "text"):
+        own = {name: rate for name, rate in found.items() if tower_of(name) == tower}
+        blocks = {name: int(n[1]) for name in own if (n := re.search(r"\.(?:layers?|blocks?)\.(\d+)\.", name))}
+        last = max(blocks.values())
+        assert {(n, own[name]) for name, n in blocks.items()} == {(n, 0.5 ** (last + 1 - n)) for n in range(last + 1)}
+        bottom = {rate for name, rate in own.items() if re.search(r"\.embeddings?\.", name)}
+        assert bottom == {0.5 ** (last + 2)}
+        rest = {rate for name, rate in own.items() if name not in blocks and "embedding" not in name}
+        assert rest <= {1.0, 0.5 ** (last + 2)}
+        assert 1.0 in rest or (kind, tower) == ("align", "vision")  # nothing above its blocks
 
 
 @pytest.mark.numeric
