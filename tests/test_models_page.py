@@ -31,7 +31,7 @@ def test_the_table_has_every_supported_architecture_with_its_class_and_padding()
     for kind, family in FAMILIES.items():
         _, name, logit, texts, _ = rows[kind]
         assert name == f"`{family.class_name}`"
-        assert set(re.findall(r"`(\w+)`", logit)) == set(family.scales)
+        assert set(re.findall(r"`(\w+)`", logit)) == {*family.scales, *family.biases}
         assert texts.startswith("padded to the full length" if family.padding == "max_length" else "padded to the lon")
         assert ("no mask" in texts) == ("attention_mask" not in family.text_inputs)
 
