@@ -1,6 +1,7 @@
 """A reference that follows the policy: where it is after each step, what is computed with it, and after a resume."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,18 @@ import samples
 import torch
 from dual_encoders import tiny_dual_encoder
 from peft import LoraConfig
-from samples import PROMPTS, StopAt, logged, make_labelled, make_preferences, make_trainer, same, weights
+from samples import (
+    PROMPTS,
+    StopAt,
+    logged,
+    make_image_pairs,
+    make_labelled,
+    make_preferences,
+    make_trainer,
+    make_unpaired,
+    same,
+    weights,
+)
 from transformers import CLIPModel, TrainerCallback
 from trl import SyncRefModelCallback
 
@@ -78,6 +90,23 @@ def test_a_reference_that_becomes_the_policy_at_each_step_is_at_distance_0(train
     stays = make_trainer(clip_folder, tmp_path / "stays", **{**arguments, "ref_model_sync_steps": 100})
     stays.train()
     assert max(logged(stays, "kl")) > 1e-4
+
+
+OTHER_ROWS = {
+    "image-pairs": (lambda: make_image_pairs(9), {"loss_type": "sigmoid", "candidate_texts": None}, math.log(2)),
+    "unpaired": (lambda: make_unpaired(9), {"loss_type": "kto"}, 0.5),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_ROWS.values(), ids=OTHER_ROWS)
+def test_feedback_of_other_kinds_is_compared_with_the_moved_reference(case, clip_folder, tmp_path):
+    """The loss of a policy that equals its reference, at each step."""
+    rows, arguments, at_equality = case
+    arguments = {**RUN, "reg_dataset": None, "reg_weight": 0.0, "train_dataset": rows(), **arguments}
+    every_step = {"ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1}
+    trainer = make_trainer(clip_folder, tmp_path, **{**arguments, **every_step})
+    trainer.train()
+    assert logged(trainer, "loss/preference") == pytest.approx([at_equality] * 5, abs=1e-6)
 
 
 def test_scale_and_bias_of_another_architecture_move_too(tmp_path):
