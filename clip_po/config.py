@@ -171,7 +171,7 @@ class ContrastivePOConfig(TowerArguments, LossArguments, TrainingArguments):
 
         disable_dropout (`bool`, defaults to `True`): Set every dropout probability of the policy, the reference and
             their adapters to 0. The saved configuration of the model keeps its values.
-        model_init_kwargs (`dict`, *optional*): Keyword arguments of `CLIPModel.from_pretrained`, if the trainer gets
+        model_init_kwargs (`dict`, *optional*): Keyword arguments of `AutoModel.from_pretrained`, if the trainer gets
             the name of a model.
         base_model_id (`str`, *optional*): Hub id of the base model, for adapters and the model card, if the model was
             loaded from a folder.
@@ -248,7 +248,7 @@ class ContrastivePOConfig(TowerArguments, LossArguments, TrainingArguments):
         default=True, metadata={"help": "Set every dropout probability of policy, reference and adapters to 0."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of CLIPModel.from_pretrained, as JSON."}
+        default=None, metadata={"help": "Keyword arguments of AutoModel.from_pretrained, as JSON."}
     )
     base_model_id: str | None = field(
         default=None,

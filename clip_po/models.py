@@ -299,7 +299,7 @@ def load_processor(model: nn.Module, args: ContrastivePOConfig) -> ProcessorMixi
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No processor was given, and the checkpoint of the model, {name!r}, has none ({error}). Pass "
-            "processing_class=CLIPProcessor.from_pretrained(...)."
+            "processing_class=AutoProcessor.from_pretrained(...)."
         ) from error
 
 
@@ -343,7 +343,7 @@ def check_processor(processor: Any, model: nn.Module) -> None:
     """
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise TypeError(
-            f"processing_class must be a CLIPProcessor, with an image_processor and a tokenizer, got "
+            f"processing_class must be a processor, with an image_processor and a tokenizer, got "
             f"{type(processor).__name__}."
         )
     encoder, probe = as_dual_encoder(model), probe_image()
@@ -398,7 +398,7 @@ def default_output_dir(model: str | os.PathLike[str] | nn.Module) -> str:
     """Return the output folder of a trainer without arguments: the name of the model and -PO.
 
     Args:
-        model: Folder or Hub id, or a CLIPModel or PeftModel, whose `config.name_or_path` counts.
+        model: Folder or Hub id, or a Two-tower model or PeftModel, whose `config.name_or_path` counts.
 
     Returns:
         Last part of the name and "-PO"; "clip-PO" if there is no name.

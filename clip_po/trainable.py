@@ -29,6 +29,18 @@ FINAL_LAYERS = (
 """The layers above the blocks of both towers, which train with any `trainable_layers`."""
 
 _SCALES = {name for family in FAMILIES.values() for name in (*family.scales, *family.biases)}
+WITHOUT_DECAY = (
+    *sorted(_SCALES),
+    *("class_embedding", "cls_token", "position_embedding", "probe"),
+    *("batchnorm", "_bn.", "depthwise_norm", "lambda1"),
+    *("image_weight", "text_weight"),
+)
+"""Parts of the names of parameters that have no weight decay, because 0 means nothing for them.
+
+These are scales of logits and layers, embeddings of positions and of a whole image, batch normalizations, and the
+matrices of a `ConceptTransform`.
+"""
+
 _BLOCK = re.compile(r"\.(layers?|blocks?)\.(\d+)\.")
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import CLIPModel, PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from clip_po.candidates import CandidateTexts, in_batch_candidates
@@ -42,7 +42,7 @@ from clip_po.models import check_processor, default_output_dir, dual_encoder, lo
 from clip_po.policy import CandidateLogps, Policy, preference_logps, regularization_kl, regularization_loss
 from clip_po.reference import ROW_IMAGES, ReferencePolicy, embed_fixed_images, frozen_copy, initial_policy
 from clip_po.text_identity import TextTokens
-from clip_po.trainable import check_optimizer, choose_trainable, tower_trains
+from clip_po.trainable import WITHOUT_DECAY, check_optimizer, choose_trainable, tower_trains
 from clip_po.trainer_arguments import check_places, check_trial, initial_model
 from clip_po.training.activation_checkpointing import NoInputGradientsCallback
 from clip_po.training.checkpoints import (
@@ -73,10 +73,10 @@ class ContrastivePOTrainer(Trainer):
     KL(reference || policy) on regularization images keeps the rest.
 
     Args:
-        model (`str`, `CLIPModel` or `PeftModel`): The policy. A name or folder is loaded in float32, and an
-            object in 16 bits is converted.
-        ref_model (`CLIPModel`, *optional*): The reference policy. Defaults to the policy as training starts: without
-            adapters if `peft_config` is given, with its adapters if `model` is a `PeftModel`.
+        model (`str`, `PreTrainedModel` or `PeftModel`): The policy: a two-tower model, such as CLIP or SigLIP. A name
+            or folder is loaded in float32, and an object in 16 bits is converted.
+        ref_model (`PreTrainedModel`, *optional*): The reference policy. Defaults to the policy as training starts:
+            without adapters if `peft_config` is given, with its adapters if `model` is a `PeftModel`.
         args (`ContrastivePOConfig`, *optional*): Settings. The defaults write to `<model>-PO`.
         data_collator (`Callable`, *optional*): Defaults to `DataCollatorForContrastivePreference`.
         train_dataset (`datasets.Dataset`, `TypographicPreferences` or a stream): Preferences in a format of
@@ -84,7 +84,7 @@ class ContrastivePOTrainer(Trainer):
             `max_steps`.
         eval_dataset (`datasets.Dataset`, `TypographicPreferences`, or a `dict` of them, *optional*): Preferences to
             evaluate on.
-        processing_class (`CLIPProcessor`, *optional*): Defaults to the processor of the checkpoint that the model was
+        processing_class (`ProcessorMixin`, *optional*): Defaults to the processor of the checkpoint that the model was
             loaded from.
         compute_metrics (`Callable`, *optional*): Takes an `EvalPrediction` of one batch (log-probabilities [B, N] and
             positions of the chosen texts [B]) and `compute_result`. Needs `batch_eval_metrics=True`.
@@ -180,7 +180,7 @@ class ContrastivePOTrainer(Trainer):
     def _use_encoder(self, encoder: PreTrainedModel | PeftModel) -> None:
         """Build policy and reference of a model, which `self.model` holds or is computed from."""
         ref_model, peft_config = self._references
-        self.encoder: CLIPModel = dual_encoder(encoder).to(self.accelerator.device)
+        self.encoder: PreTrainedModel = dual_encoder(encoder).to(self.accelerator.device)
         if self.is_fsdp_enabled:
             allow_sharding(self.encoder)
         self.reference = self.build_reference(encoder, ref_model, peft_config)
@@ -508,11 +508,11 @@ class ContrastivePOTrainer(Trainer):
         finally:
             self._checkpoints.release(self.args)
 
-    def replace_model(self, model: CLIPModel) -> None:
+    def replace_model(self, model: PreTrainedModel) -> None:
         """Replace the trained model, for instance by an interpolation, so that it is evaluated and saved instead.
 
         Args:
-            model: A CLIPModel on the device of the trainer, with towers of its own. The reference does not change, and
+            model: A model on the device of the trainer, with towers of its own. The reference does not change, and
                 an optimizer keeps the parameters of the old model.
         """
         self.model = self.model_wrapped = self.encoder = model
@@ -555,7 +555,7 @@ class ContrastivePOTrainer(Trainer):
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the parameters with weight decay. Scales and embeddings, whose 0 means nothing, have none.
+        """Return the parameters with weight decay: all but biases, normalizations and `WITHOUT_DECAY`.
 
         Args:
             model: The module that trains.
@@ -563,8 +563,7 @@ class ContrastivePOTrainer(Trainer):
         Returns:
             Names in `model.named_parameters()`. The matrices of a `ConceptTransform` have no decay either.
         """
-        without = ("logit_scale", "class_embedding", "position_embedding", "image_weight", "text_weight")
-        return [n for n in super().get_decay_parameter_names(model) if not any(part in n for part in without)]
+        return [n for n in super().get_decay_parameter_names(model) if not any(part in n for part in WITHOUT_DECAY)]
 
     # ---- Metrics and evaluation ------------------------------------------------------------------------------
 

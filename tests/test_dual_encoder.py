@@ -60,6 +60,14 @@ def test_one_call_of_the_model_gives_its_embeddings_and_logits_with_gradients(fo
     assert (images.shape[1], encoder.token_limit) == (encoder.dim, POSITIONS)
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK"])
+def test_images_of_any_mode_are_those_of_their_colors(folder, mode):
+    processor = read_processor(folder)
+    image = picture(0, 40).convert(mode)
+    colors = to_pixels(processor, [image.convert("RGB")])
+    torch.testing.assert_close(to_pixels(processor, [image]), colors, atol=0.02, rtol=0)
+
+
 def test_an_embedding_depends_on_the_text_alone(folder):
     model, processor = load_model(folder), read_processor(folder)
     together = encode_texts(model, processor, ["a cat", "", "a much longer text"])
@@ -157,3 +165,14 @@ def test_the_families_are_those_of_transformers():
         if kind in SUPPORTED:
             model_class = getattr(transformers, family.class_name)
             assert model_class.config_class.model_type == kind
+
+
+def test_scales_normalizations_and_positions_do_not_decay(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path)
+    parameters = dict(trainer.model.named_parameters())
+    decay = set(trainer.get_decay_parameter_names(trainer.model)) & parameters.keys()
+    modules = dict(trainer.model.named_modules())
+    normalizations = [name for name, module in modules.items() if "norm" in type(module).__name__.lower()]
+    assert decay
+    assert not {name for name in decay if name.rpartition(".")[0] in normalizations}
+    assert not {name for name in decay if parameters[name].ndim < 2}

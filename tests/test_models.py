@@ -282,7 +282,7 @@ def test_a_model_without_a_processor_asks_for_one(model, args, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
         load_processor(CLIPModel.from_pretrained(tmp_path), args())
-    assert not unsaid(error, ["No processor was given", str(tmp_path), "processing_class=CLIPProcessor"])
+    assert not unsaid(error, ["No processor was given", str(tmp_path), "processing_class=AutoProcessor"])
 
 
 def test_the_models_own_processor_is_accepted(model, processor):
@@ -300,7 +300,7 @@ def test_a_processor_of_another_image_size_is_refused(model):
 def test_half_a_processor_is_refused(half, model, processor):
     with pytest.raises(TypeError) as error:
         check_processor(getattr(processor, half), model)
-    assert not unsaid(error, ["processing_class must be a CLIPProcessor", type(getattr(processor, half)).__name__])
+    assert not unsaid(error, ["processing_class must be a processor", type(getattr(processor, half)).__name__])
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_knows_is_refused(model):

@@ -67,7 +67,7 @@ def learn_spelling_projection(
 
     Args:
         model: The model. It is not changed.
-        processor: Its CLIPProcessor.
+        processor: Its processor.
         preferences: Labelled images with a typographic attack.
         output_dim: K, the dimension that embeddings are projected to, 1..D; None for half of D.
         steps: Number of batches to train on, >= 0. 0 gives the random start.

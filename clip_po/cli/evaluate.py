@@ -63,7 +63,9 @@ def parse(argv: Sequence[str]) -> EvaluateArguments:
     """
     (args,) = parse_flags(FlagParser([EvaluateArguments], "evaluate"), argv)
     if args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing. Give a Hub id or the folder of a CLIPModel.")
+        raise ValueError(
+            "--model_name_or_path is missing. Give the Hub id or folder of a model, such as CLIP or SigLIP."
+        )
     return args
 
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
-from transformers import CLIPProcessor
+from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from clip_po.cli.arguments import Task
@@ -37,12 +37,12 @@ class Models:
 
     Attributes:
         by_name: "base" and "aligned"; without a base only "aligned", or "model" if clip_po has not trained it.
-        processor: CLIPProcessor of the models.
+        processor: Processor of the models.
         accelerator: Accelerator of this process.
     """
 
     by_name: Mapping[str, Any]
-    processor: CLIPProcessor
+    processor: ProcessorMixin
     accelerator: Accelerator
 
     @property

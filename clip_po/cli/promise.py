@@ -196,6 +196,6 @@ def keep_bounds(
     if trainer.is_world_process_zero():
         print(f"{interpolation_table(points)}\n{choice.describe()}")
         if isinstance(trainer.model, PeftModel):
-            print("The adapters are merged into the model: an interpolation is a plain CLIPModel.")
+            print("The adapters are merged into the model: an interpolation is a plain model.")
     chosen = interpolate(trainer.reference.initial_model, trainer.model, choice.point.alpha)
     trainer.replace_model(chosen)

@@ -37,7 +37,7 @@ def check_model_arguments(args: ContrastivePOConfig, model_args: ModelConfig) ->
         OSError: If the output folder is not writable.
     """
     if model_args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing. Give a Hub id or the folder of a CLIPModel.")
+        raise ValueError("--model_name_or_path is missing. Give the Hub id or folder of a model such as CLIP.")
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("--load_in_4bit and --load_in_8bit are not supported: a CLIP is small. Leave them out.")
     check_precision(args)

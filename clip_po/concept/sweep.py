@@ -79,7 +79,7 @@ def embed_variants(
     """Embed images and prompts once, for all scales. Measuring a scale then needs no tower.
 
     Args:
-        model: CLIPModel, or PeftModel around one, which W was trained on.
+        model: Two-tower model, or PeftModel around one, which W was trained on.
         images: The images.
         templates: Prompts with one `{}`, as in `class_embeddings`.
         batch_size: Items per batch and process, >= 1.

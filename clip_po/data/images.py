@@ -275,6 +275,8 @@ def to_pixels(processor: ProcessorMixin, images: Sequence[Image.Image]) -> Tenso
     maker = processor.image_processor
     side = _short_side(maker)
     if side is None or any(image.mode != "RGB" for image in images):
+        if not getattr(maker, "do_convert_rgb", False):
+            images = [to_rgb(image) for image in images]
         made = maker(list(images), return_tensors="pt")
         return pack_patches(made) if "spatial_shapes" in made else made["pixel_values"]
     height, width = maker.crop_size["height"], maker.crop_size["width"]

@@ -69,7 +69,7 @@ class DriftEvaluator(Evaluator[Embeddings]):
 
     Args:
         dataset: One split with images.
-        processor: CLIPProcessor of the models.
+        processor: Processor of the models.
         texts: The texts that the models choose among, such as from `open_vocabulary`. Of texts with the same token ids
             the first one is used.
         image_column: Name of the image column.

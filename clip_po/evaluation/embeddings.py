@@ -17,7 +17,7 @@ def embed_batch(models: Mapping[str, Any], pixel_values: Tensor) -> Tensor:
     """Embed images with several models. The caller sets the mode of the models.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name, each on any device.
+        models: Two-tower models, or PeftModels around one, by name, each on any device.
         pixel_values: Tensor[B, 3, H, W].
 
     Returns:
@@ -62,7 +62,7 @@ def pair_logits(model: Any, image_embeds: Tensor, text_embeds: Tensor) -> Tensor
     """Compute the logit of each image and the text at its position, such as logit_scale * cos.
 
     Args:
-        model: CLIPModel, or PeftModel around one.
+        model: Two-tower model, or PeftModel around one.
         image_embeds: Tensor[P, D], unit-norm.
         text_embeds: Tensor[P, D], unit-norm.
 

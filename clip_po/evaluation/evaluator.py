@@ -54,7 +54,7 @@ class Evaluator(ABC, Generic[Measured]):
         """Run the models on the data of this evaluator.
 
         Args:
-            models: CLIPModels, or PeftModels around one, by name.
+            models: Two-tower models, or PeftModels around one, by name.
             accelerator: Divides the data among its processes; every process gets the whole result. None runs in this
                 process alone.
             disable_tqdm: Whether to hide the progress bar.
@@ -213,7 +213,7 @@ class ZeroShotEvaluator(Evaluator[ZeroShotResult]):
 
     Args:
         dataset: One split with images and labels.
-        processor: CLIPProcessor of the models.
+        processor: Processor of the models.
         templates: Prompts with one `{}` each, as for `zero_shot_accuracy`.
         class_names: Names in the order of the labels; None for the names of the ClassLabel column.
         image_column: Name of the image column.
@@ -308,7 +308,7 @@ class RetrievalEvaluator(Evaluator[RetrievalHits]):
 
     Args:
         dataset: One split with images and captions.
-        processor: CLIPProcessor of the models.
+        processor: Processor of the models.
         templates: One prompt with one `{}` for the caption; "{}" uses the caption unchanged.
         image_column: Name of the image column.
         caption_column: Name of the column of captions, each a text or a list of texts.

@@ -70,8 +70,8 @@ def embed_feedback(
     """Embed images and texts with several models. Each image is read once.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name. They share the processor.
-        processor: CLIPProcessor of the models.
+        models: Two-tower models, or PeftModels around one, by name. They share the processor.
+        processor: Processor of the models.
         dataset: One split.
         places: Where the images are.
         texts: M texts.

@@ -22,7 +22,7 @@ class FeedbackSettings:
 
     Args:
         dataset: One split.
-        processor: CLIPProcessor of the models.
+        processor: Processor of the models.
         cluster_column: Column that says which rows belong together, such as the photo; None if each row is on its own.
         batch_size: Images per batch and process, >= 1.
         num_workers: Number of worker processes that read images, >= 0.

@@ -50,7 +50,7 @@ def measure_set(
 
     Args:
         models: As for `DriftEvaluator.measure`.
-        processor: CLIPProcessor of the models.
+        processor: Processor of the models.
         dataset: The images.
         labelled: The same images with labels and prompts; None if they have none.
         texts: The open vocabulary.

@@ -72,8 +72,8 @@ def evaluate_preferences(
     """Measure the margins of preferences with several models; each image is read once.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name. They share the processor.
-        processor: CLIPProcessor of the models.
+        models: Two-tower models, or PeftModels around one, by name. They share the processor.
+        processor: Processor of the models.
         dataset: As for `preference_pairs`.
         how: Batches, processes and unreadable images.
         cluster_column: Column that says which rows belong together, such as the photo; None if only the pairs of a row

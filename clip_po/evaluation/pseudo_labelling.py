@@ -40,8 +40,8 @@ def pseudo_labels(
     target is the whole distribution, and the labels only keep the attack from writing the class of the image.
 
     Args:
-        model: CLIPModel, or PeftModel around one, before alignment.
-        processor: CLIPProcessor of the model.
+        model: Two-tower model, or PeftModel around one, before alignment.
+        processor: Processor of the model.
         dataset: One split with images. A label column is not needed; an existing one is replaced.
         class_names: C different names.
         templates: Prompts, as for `class_embeddings`.

@@ -52,7 +52,7 @@ class RetentionEvaluator(Evaluator[Mapping[str, np.ndarray]]):
 
     Args:
         sets: Labelled images by name, at least one set.
-        processor: CLIPProcessor of the models.
+        processor: Processor of the models.
         batch_size: Images per batch and process, >= 1.
         num_workers: Number of worker processes that read images, >= 0.
         resamples: Number of bootstrap resamples for the intervals, >= 1.

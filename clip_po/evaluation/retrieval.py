@@ -224,8 +224,8 @@ def evaluate_retrieval(
     """Measure retrieval with several models on a captioned dataset; each image is read and processed once.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name. They share the processor.
-        processor: CLIPProcessor of the models.
+        models: Two-tower models, or PeftModels around one, by name. They share the processor.
+        processor: Processor of the models.
         dataset: One split with images and captions.
         templates: One prompt with one `{}` for the caption; "{}" uses the caption unchanged.
         image_column: Name of the image column.

@@ -44,7 +44,7 @@ class RobustnessImages(torch.utils.data.Dataset):
     Args:
         dataset: One split with images and labels.
         attack: The attack that draws the words.
-        processor: CLIPProcessor of the models.
+        processor: Processor of the models.
         class_names: C names in the order of the labels; None for the names of the ClassLabel column.
         image_column: Name of the image column.
         label_column: Name of the column of ClassLabel or integers.
@@ -117,7 +117,7 @@ class RobustnessImages(torch.utils.data.Dataset):
         """Return the same images, prepared by another processor.
 
         Args:
-            processor: CLIPProcessor of other models.
+            processor: Processor of other models.
 
         Returns:
             A copy that shares images, labels and words but not the cache: it keeps no pixels.
@@ -279,7 +279,7 @@ def evaluate_robustness(
     """Classify every variant of every image with several models, in one pass: each image is drawn once.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name, each on any device. They share the processor of
+        models: Two-tower models, or PeftModels around one, by name, each on any device. They share the processor of
             `images`.
         images: The images.
         templates: Prompts with one `{}`, as for `class_embeddings`.

@@ -67,8 +67,8 @@ def evaluate_unpaired(
     """Score the texts of images with several models; each image is read once.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name. They share the processor.
-        processor: CLIPProcessor of the models.
+        models: Two-tower models, or PeftModels around one, by name. They share the processor.
+        processor: Processor of the models.
         dataset: As for `unpaired_rows`. An optional column is `weight`.
         how: Batches, processes and unreadable images.
         cluster_column: As for `evaluate_preferences`.

@@ -49,8 +49,8 @@ def class_embeddings(model: Any, processor: Any, class_names: Sequence[str], tem
     """Compute one unit-norm embedding per class: the mean over the templates, normalized again.
 
     Args:
-        model: CLIPModel, or PeftModel around one.
-        processor: Its CLIPProcessor.
+        model: Two-tower model, or PeftModel around one.
+        processor: Its processor.
         class_names: C names. Classes whose prompts the model can't tell apart get the same embedding, which is said
             once.
         templates: Prompts, each with exactly one `{}` for the name, such as "a photo of a {}".
@@ -74,7 +74,7 @@ def embed_classes(
     """Compute the class embeddings of several models, and say once which prompts are cut or stand for two classes.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name. They share the processor.
+        models: Two-tower models, or PeftModels around one, by name. They share the processor.
         processor: As for `class_embeddings`.
         class_names: As for `class_embeddings`.
         templates: As for `class_embeddings`.
@@ -113,7 +113,7 @@ def classify(model: Any, pixel_values: Tensor, text_embeds: Tensor) -> Tensor:
     The caller controls gradients and the model's mode; `evaluating` sets both.
 
     Args:
-        model: CLIPModel, or PeftModel around one.
+        model: Two-tower model, or PeftModel around one.
         pixel_values: Tensor[B, 3, H, W] from the processor, on any device.
         text_embeds: Tensor[C, D], unit-norm, as from `class_embeddings`.
 
@@ -160,8 +160,8 @@ def zero_shot_accuracy(
     """Measure the accuracy of a model that predicts the class whose prompt is nearest to the image.
 
     Args:
-        model: CLIPModel, or PeftModel around one.
-        processor: Its CLIPProcessor.
+        model: Two-tower model, or PeftModel around one.
+        processor: Its processor.
         dataset: One split with images and labels.
         templates: As for `class_embeddings`.
         class_names: Names in the order of the labels; None for the names of the ClassLabel column.
@@ -222,8 +222,8 @@ def predict_classes(
     """Classify images with several models, in one pass over the images.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name, each on any device. They share the processor.
-        processor: CLIPProcessor of the models.
+        models: Two-tower models, or PeftModels around one, by name, each on any device. They share the processor.
+        processor: Processor of the models.
         dataset: One split with N images.
         class_names: C names.
         templates: As for `class_embeddings`.
@@ -303,7 +303,7 @@ class CleanImages(torch.utils.data.Dataset):
     Args:
         images: One split with images, as from `read_images`.
         image_column: Name of the image column.
-        processor: CLIPProcessor of the models.
+        processor: Processor of the models.
     """
 
     def __init__(self, images: Dataset, image_column: str, processor: Any) -> None:

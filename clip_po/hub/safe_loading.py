@@ -34,8 +34,8 @@ def refuse_pickles(name: str | os.PathLike[str], **where: Any) -> None:
         found = next((file for file in pickled if has_file(name, file, **where)), None)
         if found is not None and not any(has_file(name, file, **where) for file in safe):
             load = {
-                "pytorch_model.bin": f"CLIPModel.from_pretrained({str(name)!r})",
-                "adapter_model.bin": f"PeftModel.from_pretrained(CLIPModel.from_pretrained(BASE), {str(name)!r})",
+                "pytorch_model.bin": f"AutoModel.from_pretrained({str(name)!r})",
+                "adapter_model.bin": f"PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), {str(name)!r})",
             }[pickled[0]]
             raise OSError(
                 f"{str(name)!r} has its weights as a pickle alone ({found}), without {safe[0]}. A pickle can run any "

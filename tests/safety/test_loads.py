@@ -10,7 +10,7 @@ import torch
 from harmful import Program
 from peft import LoraConfig, get_peft_model
 from samples import make_preferences
-from transformers import CLIPModel
+from transformers import AutoModel, CLIPModel
 
 from clip_po.baselines.defense_prefix import Prefix
 from clip_po.cli.main import main
@@ -70,7 +70,7 @@ def test_what_the_message_says_converts(clip_folder, tmp_path):
     torch.save(CLIPModel.from_pretrained(clip_folder).state_dict(), folder / "pytorch_model.bin")
     load_model(str(folder))  # with safetensors beside it a pickle is no obstacle, and is not read
     (folder / "model.safetensors").unlink()
-    CLIPModel.from_pretrained(str(folder)).save_pretrained(tmp_path / "converted")
+    AutoModel.from_pretrained(str(folder)).save_pretrained(tmp_path / "converted")
     load_model(str(tmp_path / "converted"))
 
 

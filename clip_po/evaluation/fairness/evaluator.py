@@ -150,8 +150,8 @@ def evaluate_fairness(
     """Measure the bias of several models on a dataset with an attribute column, by a `FairnessEvaluator`.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name. They share the processor.
-        processor: CLIPProcessor of the models.
+        models: Two-tower models, or PeftModels around one, by name. They share the processor.
+        processor: Processor of the models.
         dataset: One split with images and an attribute.
         attribute_column: Name of the column with the group of each image, as for `read_attribute`.
         queries: As for `query_scores`.

@@ -35,8 +35,8 @@ def query_scores(
     """Score images against queries with several models; each image is read and processed once.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name. They share the processor.
-        processor: CLIPProcessor of the models.
+        models: Two-tower models, or PeftModels around one, by name. They share the processor.
+        processor: Processor of the models.
         images: N items that contain pixels Tensor[3, H, W], such as `CleanImages` or `RobustnessImages`.
         queries: Q different texts or class names.
         templates: Prompts with one `{}` for the query, averaged as in `class_embeddings`; "{}" uses the query

@@ -46,7 +46,7 @@ def written_word_scores(
     """Score the images against the prompt of each class, with the attack word and without.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name. They share the processor of `images`.
+        models: Two-tower models, or PeftModels around one, by name. They share the processor of `images`.
         images: The images; with `keep_bytes` each is drawn only once.
         templates: As for `query_scores`. The queries are the class names.
         batch_size: As for `query_scores`.

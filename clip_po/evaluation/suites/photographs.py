@@ -64,8 +64,8 @@ def ask_photographs(
     """Classify photographs among each candidate set with several models, in one pass over the images.
 
     Args:
-        models: CLIPModels, or PeftModels around one, by name. They share the processor.
-        processor: CLIPProcessor of the models.
+        models: Two-tower models, or PeftModels around one, by name. They share the processor.
+        processor: Processor of the models.
         dataset: Columns `image`, `label` (ClassLabel) and, for photographs with words, `word`.
         candidates: From `candidate_sets`. If both texts of a pair are equally near, the answer is the word.
         templates: Prompts with one `{}`, as for `class_embeddings`.
