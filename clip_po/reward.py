@@ -25,8 +25,8 @@ class RewardModel:
     - Trainers of diffusion models (DDPO and those after it) call it with images, prompts and metadata. An image is
       scored against its prompt.
 
-    Weights are read from safetensors, stay in float32 without gradients, and do not change: the same image and text
-    always have the same reward.
+    Weights are read from safetensors, stay in float32 without gradients, and do not change. Nothing is drawn at
+    random: the same call returns the same rewards.
 
     Args:
         checkpoint: Folder or Hub id of a model or of adapters, as for `clip_po.models.load_any`.

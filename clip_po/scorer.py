@@ -18,7 +18,7 @@ from clip_po.validation import COUNT, check_number
 
 
 class Scorer:
-    """A checkpoint that embeds images and texts, in batches and without gradients. The same input has the same output.
+    """A checkpoint that embeds images and texts, in batches, without gradients and without dropout.
 
     Args:
         checkpoint: Folder or Hub id of a model or of adapters, in safetensors.

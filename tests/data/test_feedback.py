@@ -284,6 +284,10 @@ def test_argilla_images_may_be_data_uris(folder):
 def test_argilla_columns_are_named():
     with pytest.raises(ValueError, match=r"records has no column 'worse.responses'"):
         read_argilla(argilla("better", [["caption_1"]]), "worse", text=TEXTS)
+    with pytest.raises(ValueError, match="image='photo' is not a column"):
+        read_argilla(argilla("better", [["caption_1"]]), "better", image="photo", text=TEXTS)
+    with pytest.raises(TypeError, match=r"one split, a datasets\.Dataset, got DatasetDict"):
+        read_argilla(datasets.DatasetDict({"train": argilla("better", [["caption_1"]])}), "better", text=TEXTS)
 
 
 # ---- Label Studio

@@ -14,6 +14,7 @@ from clip_po.data.feedback.columns import candidate_columns, check_columns, desc
 from clip_po.data.feedback.feedback_rows import feedback_dataset
 from clip_po.data.feedback.judgements import NEGATIVE, POSITIVE, TIES, Judged, Scores, Words, scores_of
 from clip_po.data.formats import as_list
+from clip_po.validation import check_column
 
 
 def read_argilla(
@@ -56,11 +57,15 @@ def read_argilla(
 
     Raises:
         ValueError: If a column is missing, `image` and `text` both have several fields, or no row can be used.
+        TypeError: If `records` is not a single split.
     """
     images, texts = candidate_columns(image, text)
     questions = as_list(question)
     words = Words(answers or (images if len(images) > 1 else texts), ties, positive, negative)
-    check_columns(records.column_names, [*images, *texts, *(_column(records, name) for name in questions)], "records")
+    for argument, columns in (("image", images), ("text", texts)):
+        for column in columns:
+            check_column(records, column, argument)
+    check_columns(records.column_names, [_column(records, name) for name in questions], "records")
     stored = records.with_format(None)
     for column, feature in records.features.items():
         if isinstance(feature, Image):
