@@ -66,30 +66,48 @@ class ScoreArguments:
         Raises:
             ValueError: If a required argument is missing, or arguments don't fit together.
         """
+        if isinstance(self.text, str):  # in a recipe
+            self.text = [self.text]
         if self.model_name_or_path is None:
             raise ValueError("--model_name_or_path is missing. Give a Hub id or the folder of a checkpoint.")
         if self.dataset_name is None or not Path(self.dataset_name).exists():
             given = "missing" if self.dataset_name is None else f"{self.dataset_name!r}, which does not exist"
             raise ValueError(f"--dataset_name is {given}. Give a folder of images or a table.")
+        if self.text is not None and self.texts is not None:
+            raise ValueError("--text and --texts both give the texts. Leave one of them out.")
         if Path(self.dataset_name).is_file():
             check_suffix(self.dataset_name, "--dataset_name")
-        elif self.text is None and self.texts is None:
+        elif not self._shares_texts:
             raise ValueError(
                 "--dataset_name is a folder, whose images have no texts. Give the texts with --text or --texts."
             )
-        if self.text is not None and self.texts is not None:
-            raise ValueError("--text and --texts both give the texts. Leave one of them out.")
-        if self.rank is not None and self.text is None and self.texts is None:
-            raise ValueError(
-                "--rank has no effect without --text or --texts: each row of a table ranks its own candidates. Leave "
-                "it out."
-            )
+        if self.rank is not None and self.rank not in (TEXTS, IMAGES):
+            raise ValueError(f"--rank is {self.rank!r}. Choose {TEXTS} or {IMAGES}.")
+        self._check_effects()
         if self.output_file is not None:
             check_suffix(self.output_file, "--output_file")
         if self.top_k is not None:
             check_number("--top_k", self.top_k, COUNT)
         check_number("--batch_size", self.batch_size, COUNT)
         check_number("--num_workers", self.num_workers, COUNT)
+
+    @property
+    def _shares_texts(self) -> bool:
+        return self.text is not None or self.texts is not None
+
+    def _check_effects(self) -> None:
+        """Raise if a flag would have no effect."""
+        if self.rank is not None and not self._shares_texts:
+            raise ValueError(
+                "--rank has no effect without --text or --texts: each row of a table ranks its own candidates. Leave "
+                "it out."
+            )
+        if self.text_column != ScoreArguments.text_column and self._shares_texts:
+            raise ValueError("--text_column has no effect next to --text and --texts. Leave one of them out.")
+        if self.image_column != ScoreArguments.image_column and Path(str(self.dataset_name)).is_dir():
+            raise ValueError(
+                "--image_column has no effect for a folder of images, which has no columns. Leave it out."
+            )
 
     def shared_texts(self) -> list[str] | None:
         """Return the texts that every image is scored against, each once; None if each row has its own.

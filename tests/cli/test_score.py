@@ -239,12 +239,20 @@ def test_nothing_scored_is_an_error_and_leaves_no_file(score, tmp_path):
         (["--dataset_name", ".", "--text", "a", "--output_file", "a.xlsx"], "names no format"),
         (["--dataset_name", ".", "--text", "a", "--top_k", "0"], "--top_k must be a whole number >= 1"),
         (["--dataset_name", "rows.jsonl", "--rank", "images"], "--rank has no effect without"),
+        (["--dataset_name", "rows.jsonl", "--text", "a", "--text_column", "b"], "--text_column has no effect next to"),
+        (["--dataset_name", ".", "--text", "a", "--image_column", "b"], "--image_column has no effect for a folder"),
+        (
+            ["--dataset_name", ".", "--text", "a", "--config", "recipe.yaml"],
+            "--rank is 'best'. Choose texts or images",
+        ),
+        (["--dataset_name", ".", "--texts", "missing.txt"], "No such file or directory: 'missing.txt'"),
         (["--dataset_name", "rows.jsonl", "--text_column", "b"], "has no column 'b'; its columns are ['image']"),
     ],
 )
 def test_wrong_arguments_are_named(score, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", [{"image": "1.png"}])
+    (tmp_path / "recipe.yaml").write_text("rank: best\n")
     assert said in score(*arguments, status=2).err
 
 
