@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from datasets import Dataset
-
 from clip_po.candidates import CandidateTexts
 from clip_po.data.formats import Row, check_row
 from clip_po.data.grades import check_grades
@@ -77,12 +75,12 @@ def check_losses(kinds: Collection[Kind], loss_types: Collection[str], name: str
         raise ValueError(f"loss_type={idle} reads no row of {name}: its rows are {held}. Leave the loss out.")
 
 
-def check_ties(ties: int, dataset: Dataset, loss_types: Collection[str], name: str) -> None:
+def check_ties(ties: int, columns: Collection[str], loss_types: Collection[str], name: str) -> None:
     """Raise if Pick-a-Pic's ties have no effect.
 
     Args:
         ties: Number of rows in which neither image is better.
-        dataset: The rows.
+        columns: Columns of the dataset.
         loss_types: Names of the losses.
         name: Name of the dataset in messages.
 
@@ -90,7 +88,7 @@ def check_ties(ties: int, dataset: Dataset, loss_types: Collection[str], name: s
         ValueError: If there are ties, and a loss of pairs does not read `label_smoothing`.
     """
     blind = {loss for loss in loss_types if LOSSES[loss].rejected != "none"} - _READING_TIES
-    if ties and blind and "label_0" in dataset.column_names:
+    if ties and blind and "label_0" in columns:
         raise ValueError(
             f"{name} has {ties:,} ties, which loss_type={sorted(blind)} can't read: they are preferences with "
             "label_smoothing=0.5. Use loss_type='sigmoid', or drop them: dataset.filter(lambda a, b: a != b, "

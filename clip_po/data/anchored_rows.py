@@ -94,11 +94,11 @@ class AnchoredRows:
             "candidates" in row for row, kind in zip(self._values, self.kinds, strict=True) if kind == "unpaired"
         )
 
-    def label_count(self, label: bool) -> int:
-        """Return the number of rows of unpaired feedback with a label."""
-        return sum(
-            row["label"] == label for row, kind in zip(self._values, self.kinds, strict=True) if kind == "unpaired"
-        )
+    @property
+    def label_counts(self) -> tuple[int, int]:
+        """The numbers of right and of wrong texts of unpaired feedback."""
+        labels = [row["label"] for row, kind in zip(self._values, self.kinds, strict=True) if kind == "unpaired"]
+        return labels.count(True), labels.count(False)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -149,16 +149,9 @@ class AnchoredRows:
         Returns:
             A new dict with the columns of `row` except `image`, `images` and `clean_image`.
         """
-        row, kind = dict(self._values[index]), self.kinds[index]
-        if kind == "images":
-            row["image_count"] = len(self.images_of(index))
-        elif kind == "unpaired":
-            row |= {"chosen": row.pop("text"), "rejected": []}
-        else:
-            row = to_texts(row, self.candidate_texts.texts)
-        row["desirable"] = int(row.pop("label")) if kind == "unpaired" else -1
-        row["image_ids"] = [image_identity(value) for _, value in self._images(self._row_as_stored(index), kind)]
-        return row
+        kind = self.kinds[index]
+        images = stored_images(self._row_as_stored(index), kind)
+        return anchored_row(self._values[index], kind, [value for _, value in images], self.candidate_texts)
 
     def blank(self, index: int, epoch: int) -> Row:
         """Return a row with blank images in the place of its own.
@@ -192,7 +185,7 @@ class AnchoredRows:
         if name == "clean_image":
             return self._decoded(name, self._row_as_stored(index).get(name), f"{self.name} row {index}")
         row = self._row_of(index)
-        column, value = self._images(self._row_as_stored(row), self.kinds[row])[index - self._starts[row]]
+        column, value = stored_images(self._row_as_stored(row), self.kinds[row])[index - self._starts[row]]
         return self._decoded(column, value, f"{self.name} row {row}")
 
     def digest(self, name: str) -> str:
@@ -210,7 +203,7 @@ class AnchoredRows:
         parts = [repr(self._features)]
         for index, kind in enumerate(self.kinds):
             stored = self._row_as_stored(index)
-            images = [(name, stored.get(name))] if name == "clean_image" else self._images(stored, kind)
+            images = [(name, stored.get(name))] if name == "clean_image" else stored_images(stored, kind)
             for column, value in images:
                 try:
                     parts.append(fingerprint(stored_bytes(value).hex()))
@@ -232,7 +225,7 @@ class AnchoredRows:
         """
         check_column_names(self._names, self.dataset.features, name)
         check_image_columns(self.dataset.features, [] if self.transformed else list(self._features), name)
-        check_ties(sum(row.get("label_smoothing") == TIE for row in self._values), self.dataset, loss_types, name)
+        check_ties(sum(row.get("label_smoothing") == TIE for row in self._values), self._names, loss_types, name)
         cut = 0
         for index, (row, kind) in enumerate(zip(self._values, self.kinds, strict=True)):
             images = len(self.images_of(index))
@@ -259,15 +252,47 @@ class AnchoredRows:
                 error, " or ".join(map(repr, self._features)), f"{self.name} row {index}"
             ) from error
 
-    @staticmethod
-    def _images(values: Mapping[str, Any], kind: Kind) -> list[tuple[str, Any]]:
-        return _pair_images(values) if kind == "images" else [("image", values.get("image"))]
-
     def _row_of(self, image: int) -> int:
         return int(torch.searchsorted(torch.tensor(self._starts), image, right=True)) - 1
 
     def _decoded(self, column: str, value: Any, where: str) -> Image.Image:
         return decode_stored(value, self._features.get(column) or ImageFeature(), column, where)
+
+
+def anchored_row(values: Mapping[str, Any], kind: Kind, stored: Sequence[Any], candidate_texts: CandidateTexts) -> Row:
+    """Return a row without its images.
+
+    Args:
+        values: The values that it fills, without images.
+        kind: Its kind.
+        stored: Its images as they are stored, without a clean image.
+        candidate_texts: The candidate texts of every row, if any.
+
+    Returns:
+        A new dict, as `AnchoredRows.texts` returns it.
+    """
+    row = dict(values)
+    if kind == "images":
+        row["image_count"] = len(stored)
+    elif kind == "unpaired":
+        row |= {"chosen": row.pop("text"), "rejected": []}
+    else:
+        row = to_texts(row, candidate_texts.texts)
+    row["desirable"] = int(row.pop("label")) if kind == "unpaired" else -1
+    return {**row, "image_ids": [image_identity(value) for value in stored]}
+
+
+def stored_images(values: Mapping[str, Any], kind: Kind) -> list[tuple[str, Any]]:
+    """Return the images of a row, without a clean image, as they are stored.
+
+    Args:
+        values: The values that it fills.
+        kind: Its kind.
+
+    Returns:
+        Column and image; of a row of images, the chosen one first.
+    """
+    return _pair_images(values) if kind == "images" else [("image", values.get("image"))]
 
 
 def _pair_images(values: Mapping[str, Any]) -> list[tuple[str, Any]]:

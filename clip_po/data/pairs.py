@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image
 from torch import Tensor
+from transformers.utils import logging
 
 from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
@@ -25,7 +26,10 @@ from clip_po.data.row_completion import RowCompletion, image_sources, regulariza
 from clip_po.data.rows import as_rows
 from clip_po.data.sampler import RowKey
 from clip_po.data.typographic_preferences import TypographicStream
+from clip_po.unpaired import ratio_advice
 from clip_po.validation import UnreadableImage
+
+logger = logging.get_logger(__name__)
 
 
 class PreferencePairs(torch.utils.data.Dataset[Row]):
@@ -274,7 +278,10 @@ def checked_pairs(
     check_losses(rows.kinds if isinstance(rows, AnchoredRows) else ["texts"], args.loss_type, name)
     rows.check(candidate_texts, args.loss_type, name)
     if isinstance(rows, AnchoredRows):
-        fit_candidates(rows, regularization, candidate_texts, args, name)
+        fit_candidates(rows.kinds, rows.has_candidates, regularization, candidate_texts, args, name)
+        advice = ratio_advice(*rows.label_counts, args.desirable_weight, args.undesirable_weight)
+        if advice:
+            logger.warning(advice)
     source, targets = image_sources(rows.column_names, regularization, args, name)
     seed = args.data_seed if args.data_seed is not None else args.seed
     pairs = kind(rows, source, candidate_texts, seed, name, targets, args.on_bad_image)

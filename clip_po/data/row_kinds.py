@@ -46,6 +46,23 @@ def has_kinds(columns: Collection[str], features: Mapping[str, Any] | None) -> b
     return given >= IMAGE_PAIR or given >= PICK_A_PIC or (given >= UNPAIRED_TEXT and not of_classes)
 
 
+def possible_kinds(columns: Collection[str]) -> list[Kind]:
+    """Return the kinds of which rows with these columns may be.
+
+    Args:
+        columns: Names of the columns, for which `has_kinds` is true.
+
+    Returns:
+        Each kind once.
+    """
+    given, found = set(columns), list[Kind]()
+    if given & {"chosen", "rejected_label"}:
+        found.append("texts")
+    if given >= IMAGE_PAIR or given >= PICK_A_PIC:
+        found.append("images")
+    return [*found, "unpaired"] if given >= UNPAIRED_TEXT else found
+
+
 def standard_row(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that a row fills, with Pick-a-Pic's in the columns of an image pair.
 

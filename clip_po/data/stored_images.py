@@ -80,12 +80,12 @@ def image_identity(value: Any) -> int:
     """Return a number that is the same for two images if they are stored as the same bytes or the same path.
 
     Args:
-        value: As for `stored_bytes`. A file is not read.
+        value: As for `stored_bytes`, or a PIL image, whose pixels count. A file is not read.
 
     Returns:
         A number of 63 bits.
     """
-    stored = value
+    stored = value.tobytes() if isinstance(value, Pillow.Image) else value
     if isinstance(value, Mapping):
         stored = value["bytes"] if value.get("bytes") is not None else str(value.get("path")).encode()
     return int.from_bytes(hashlib.blake2b(stored or b"", digest_size=8).digest(), "big") >> 1

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from clip_po.candidates import CandidateTexts
 from clip_po.config import ContrastivePOConfig
-from clip_po.data.anchored_checks import check_losses
+from clip_po.data.anchored_candidates import fit_candidates
+from clip_po.data.anchored_checks import check_anchored_row, check_losses, check_ties
+from clip_po.data.anchored_rows import IMAGES, anchored_row, stored_images
 from clip_po.data.bad_images import OnBadImage, read_or_blank
 from clip_po.data.class_positions import check_candidate_positions
 from clip_po.data.column_names import check_column_names
@@ -25,9 +27,10 @@ from clip_po.data.formats import IMAGE_COLUMNS, Row, check_columns, check_row, c
 from clip_po.data.grades import check_grade_columns
 from clip_po.data.images import to_rgb
 from clip_po.data.row_completion import RowCompletion, image_sources
-from clip_po.data.row_kinds import has_kinds
+from clip_po.data.row_kinds import TIE, has_kinds, kind_of, possible_kinds, standard_row
 from clip_po.data.row_texts import check_streamed_texts
 from clip_po.data.sampler import RowKey
+from clip_po.data.stored_images import decode_stored, image_feature
 from clip_po.data.stream_reader import StreamMark, StreamReader, StreamRow, columns_of
 from clip_po.data.typographic_preferences import TypographicStream
 from clip_po.validation import unreadable_image
@@ -50,6 +53,7 @@ class StreamedPairs(torch.utils.data.Dataset[Row]):
         name: Name of the preferences in messages.
         targets: "clean_image" where a loss compares with the reference on each row's clean image.
         on_bad_image: As in `ContrastivePOConfig`. Under "skip" a row says in `skipped` why it is skipped, or "".
+        anchored: Whether the kind of each row is told by the columns that it fills.
     """
 
     def __init__(
@@ -64,8 +68,10 @@ class StreamedPairs(torch.utils.data.Dataset[Row]):
         name: str = "train_dataset",
         targets: Literal["clean_image"] | None = None,
         on_bad_image: OnBadImage = "raise",
+        anchored: bool = False,
     ) -> None:
         self.preferences = preferences
+        self.anchored = anchored
         self.batches = batches
         self.multiple = multiple
         self.loss_types = loss_types
@@ -119,6 +125,8 @@ class StreamedPairs(torch.utils.data.Dataset[Row]):
         _check_no_array(row.values, where)
         if isinstance(self.preferences, TypographicStream):
             values, reasons = self._attacked(self.preferences, row, where)
+        elif self.anchored:
+            values, reasons = self._anchored(row.values, where)
         else:
             values, reasons = self._preference(row.values, where)
         return self.completion.complete(values, reasons, row.turn, row.padding)
@@ -133,6 +141,31 @@ class StreamedPairs(torch.utils.data.Dataset[Row]):
         reasons = {name: reason for name, (_, reason) in images.items() if reason}
         row = {**to_texts(texts, self.candidate_texts.texts), **{name: image for name, (image, _) in images.items()}}
         return row, reasons
+
+    def _anchored(self, stored: Row, where: str) -> tuple[Row, dict[str, str]]:
+        """Return a row that is anchored at an image or a text, and by column why its images can't be read."""
+        values, columns = standard_row(stored), list(stored)
+        kind, features = kind_of(values), self._stream.features or {}
+        images = stored_images(values, kind)
+        texts = {name: value for name, value in values.items() if name not in IMAGES}
+        check_ties(int(texts.get("label_smoothing") == TIE), columns, self.loss_types, where)
+        cut = check_anchored_row(texts, kind, len(images), self.candidate_texts, self.loss_types, where)
+        if cut and self.candidate_texts.tokens is not None:
+            self.candidate_texts.tokens.warn_of_cut(cut, where)
+        row = anchored_row(texts, kind, [value for _, value in images], self.candidate_texts)
+        if self.completion.needs_clean_image:
+            images.append(("clean_image", values.get("clean_image")))
+        decoded: list[Image.Image] = []
+        reasons: dict[str, str] = {}
+        for column, value in images:
+            feature = image_feature(features.get(column)) or ImageFeature()
+            decode = functools.partial(decode_stored, value, feature, column, where)
+            image, reason = read_or_blank(decode, self.completion.on_bad_image)
+            decoded.append(image)
+            reasons |= {"clean_image" if column == "clean_image" else "image": reason} if reason else {}
+        if kind == "images":
+            return {**row, "images": decoded}, reasons
+        return {**row, **dict(zip(("image", "clean_image"), decoded, strict=False))}, reasons
 
     def _attacked(self, drawn: TypographicStream, row: StreamRow, where: str) -> tuple[Row, dict[str, str]]:
         """Return a row as drawn by the attack, and by column why its images can't be read."""
@@ -233,23 +266,23 @@ def checked_stream(
             f"{name} was split by split_dataset_by_node, but the trainer distributes rows over the processes itself. "
             "Give every process the whole stream."
         )
+    anchored = False
     if isinstance(preferences, TypographicStream):
         preferences.check(candidate_texts, args.loss_type, name)
         columns = list(preferences.column_names)
     else:
         columns = columns_of(preferences, name)
-        if has_kinds(columns, preferences.features):
-            raise ValueError(
-                f"{name} is a stream of rows of two images or of unpaired feedback, which can't be streamed. Load it "
-                "without streaming=True, or keep a part: Dataset.from_list(list(stream.take(1000)), "
-                "features=stream.features)."
-            )
-        check_losses(["texts"], args.loss_type, name)
         check_column_names(columns, preferences.features, name)
-        check_columns(columns, candidate_texts.texts, args.loss_type, name)
-        check_types(preferences, name)
-        if "chosen" not in columns:
-            check_candidate_positions(preferences.features, candidate_texts.texts or (), name)
+        if anchored := has_kinds(columns, preferences.features):
+            kinds = possible_kinds(columns)
+            check_losses(kinds, args.loss_type, name)
+            fit_candidates(kinds, "candidates" in columns, regularization, candidate_texts, args, name)
+        else:
+            check_losses(["texts"], args.loss_type, name)
+            check_columns(columns, candidate_texts.texts, args.loss_type, name)
+            check_types(preferences, name)
+            if "chosen" not in columns:
+                check_candidate_positions(preferences.features, candidate_texts.texts or (), name)
     check_grade_columns(columns, args, name)
     source, targets = image_sources(columns, regularization, args, name)
     return StreamedPairs(
@@ -263,6 +296,7 @@ def checked_stream(
         name=name,
         targets=targets,
         on_bad_image=args.on_bad_image,
+        anchored=anchored,
     )
 
 
