@@ -7,7 +7,8 @@ import json
 import datasets
 import numpy as np
 import pytest
-from samples import picture
+from samples import logged, make_trainer, picture, same, weights
+from transformers import CLIPModel
 
 from clip_po.data import read_answers, read_argilla, read_label_studio
 from clip_po.data.feedback.agreement import share_of_votes
@@ -413,3 +414,29 @@ def test_a_path_needs_a_folder_unless_datasets_would_open_it(folder):
         read_argilla(records.add_column("image", [str(folder / "1.png")]), "ok")
     images = records.add_column("image", [str(folder / "1.png")]).cast_column("image", datasets.Image())
     assert contents(read_argilla(images, "ok")) == [{"image": 1, "text": "a 0", "label": True}]
+
+
+# ---- Training
+
+
+@pytest.mark.parametrize("kind", ["texts", "images", "thumbs"])
+def test_what_is_read_trains_as_it_is(folder, clip_folder, tmp_path, kind):
+    """Annotators who disagree, so that the columns label_smoothing and weight are there."""
+    header, columns, loss = {
+        "texts": ("image,caption_1,caption_2", {"text": TEXTS}, "sigmoid"),
+        "images": ("text,photo_1,photo_2", {"image": PHOTOS}, "sigmoid"),
+        "thumbs": ("image,text", {}, "kto"),
+    }[kind]
+    questions = {
+        "texts": ["0.png,a cat,a dog", "1.png,a bird,a ship", "2.png,a dog,a cat"],
+        "images": ["a cat,0.png,1.png", "a dog,1.png,2.png", "a bird,2.png,3.png"],
+        "thumbs": ["0.png,a cat", "1.png,a dog", "2.png,a bird"],
+    }[kind]
+    good, bad = {"texts": TEXTS, "images": PHOTOS, "thumbs": ("yes", "no")}[kind]
+    lines = [f"{question},{answer}" for question in questions for answer in (good, good, bad)]
+    rows = read_answers(write_csv(folder, [f"{header},answer", *lines]), agreement="soft", **columns)
+    run = {"loss_type": loss, "max_steps": 2, "logging_steps": 1, "reg_weight": 0.0}
+    trainer = make_trainer(clip_folder, tmp_path / "run", train_dataset=rows, candidate_texts=None, **run)
+    trainer.train()
+    assert all(np.isfinite(logged(trainer, "loss")))
+    assert not same(weights(trainer.model), weights(CLIPModel.from_pretrained(clip_folder)))
