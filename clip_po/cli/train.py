@@ -69,6 +69,7 @@ def align(
     """
     check_model_arguments(args, model_args)
     check_lora_flags(model_args)
+    task_args.check_labelled()
     task_args.stop_early(args)
     dataset = task_args.load(task_args.dataset_train_split, args.seed)
     names, (template,) = task_args.names(dataset), task_args.templates()

@@ -80,6 +80,20 @@ class TrainArguments(TaskArguments):
             "images, weighted by its confidence, for images without labels.",
         },
     )
+    hard_candidates: int | None = field(
+        default=None,
+        metadata={
+            "help": "For preferences: add to each row so many wrong texts or images that the model before training "
+            "scores highest, as rejected ones; default: none.",
+        },
+    )
+    hard_margin: float | None = field(
+        default=None,
+        metadata={
+            "help": "Smallest cosine by which a hard candidate is below the chosen one, so that what may be right too "
+            "is left out; default: no limit.",
+        },
+    )
     reg_dataset_name: str | None = field(
         default=None,
         metadata={
@@ -194,6 +208,19 @@ class TrainArguments(TaskArguments):
                 "training rows. Give more than ten training rows, or name a split with more images."
             )
         return dataset, validation
+
+    def check_labelled(self) -> None:
+        """Raise if a flag was given that only preferences have a use for.
+
+        Raises:
+            ValueError: If so; the message names it.
+        """
+        for name in ("hard_candidates", "hard_margin"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name} is for preferences, but {self.dataset_name!r} holds labelled images. Leave it "
+                    "out; --rejected others rejects all other classes."
+                )
 
     def stop_early(self, args: ContrastivePOConfig) -> None:
         """Configure the trainer to keep its best checkpoint if early stopping is on.

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from trl import ModelConfig
 
@@ -22,8 +23,11 @@ from clip_po.data.loading import load_split
 from clip_po.data.row_kinds import Kind, has_kinds
 from clip_po.data.table_files import find_tables
 from clip_po.dual_encoder import as_dual_encoder
+from clip_po.hard_candidates import hard_images, hard_texts
+from clip_po.scorer import Scorer
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.printed_logs import print_numbers
+from clip_po.validation import COUNT, check_number
 
 WORDS: Mapping[Kind, str] = {
     "texts": "preferences between texts",
@@ -33,6 +37,9 @@ WORDS: Mapping[Kind, str] = {
 """What rows of each kind are called."""
 
 LOSS_OF_PAIRS, LOSS_OF_SINGLE_TEXTS = "sigmoid", "kto"
+
+CHOSEN_IMAGE = {"text", "chosen_image"}
+"""Columns of preferences between images, to which --hard_candidates adds the rejected ones."""
 
 LABELLED_ONLY = (
     *("max_clean_cost", "max_drift", "max_retention_cost", "retention", "early_stopping_patience"),
@@ -58,8 +65,8 @@ def load_feedback(argv: Sequence[str]) -> Dataset | None:
         rows = load_split(name, split, flag_value("dataset_config", argv), column)
     except (ValueError, OSError):
         return None
-    is_feedback = has_kinds(rows.column_names, rows.features) or {"image", "chosen"} <= set(rows.column_names)
-    return rows if is_feedback and len(rows) else None
+    chosen = any(columns <= set(rows.column_names) for columns in ({"image", "chosen"}, CHOSEN_IMAGE))
+    return rows if (chosen or has_kinds(rows.column_names, rows.features)) and len(rows) else None
 
 
 def train_on_feedback(argv: Sequence[str], rows: Dataset) -> None:
@@ -76,10 +83,11 @@ def train_on_feedback(argv: Sequence[str], rows: Dataset) -> None:
     kinds = kinds_of(rows)
     task_args, args, model_args = parse(argv, method_of(kinds, rows.column_names, argv))
     check_flags(task_args)
+    check_hard_candidates(task_args, kinds)
     check_model_arguments(args, model_args)
     check_lora_flags(model_args)
     start = time.time()
-    trainer = feedback_trainer(rows, task_args, args, model_args)
+    trainer = feedback_trainer(rows, kinds, task_args, args, model_args)
     print_numbers(trainer)
     if trainer.is_world_process_zero():
         print(describe_feedback(len(trainer.train_dataset or ()), kinds, trainer.args), flush=True)
@@ -93,7 +101,7 @@ def train_on_feedback(argv: Sequence[str], rows: Dataset) -> None:
 def kinds_of(rows: Dataset) -> list[Kind]:
     """Return the kinds of the rows, each once, in the order of `WORDS`."""
     if not has_kinds(rows.column_names, rows.features):
-        return ["texts"]
+        return ["images" if set(rows.column_names) >= CHOSEN_IMAGE else "texts"]
     found = set(AnchoredRows(rows, CandidateTexts(), "the dataset").kinds)
     return [kind for kind in WORDS if kind in found]
 
@@ -130,13 +138,70 @@ def check_flags(task_args: TrainArguments) -> None:
             )
 
 
+def check_hard_candidates(task_args: TrainArguments, kinds: Sequence[Kind]) -> None:
+    """Raise if hard candidates can't be added to rows.
+
+    Args:
+        task_args: The flags about them.
+        kinds: The kinds of the rows.
+
+    Raises:
+        ValueError: If the rows are not preferences of one kind, or a flag has no effect.
+    """
+    if task_args.hard_candidates is None:
+        if task_args.hard_margin is not None:
+            raise ValueError("--hard_margin has no effect without --hard_candidates. Leave it out.")
+        return
+    check_number("--hard_candidates", task_args.hard_candidates, COUNT)
+    if list(kinds) not in (["texts"], ["images"]):
+        raise ValueError(
+            f"--hard_candidates adds rejected texts or images to preferences of one kind, but the rows are "
+            f"{' and '.join(WORDS[kind] for kind in kinds)}. Leave it out, or train on each kind by itself."
+        )
+
+
+def with_hard_candidates(
+    rows: Dataset,
+    kind: Kind,
+    task_args: TrainArguments,
+    args: ContrastivePOConfig,
+    model_name: str,
+    texts: Sequence[str] | None,
+) -> Dataset:
+    """Add the hard candidates that the flags ask for. Other processes wait for the cache of the first.
+
+    Args:
+        rows: The training rows.
+        kind: "texts" or "images".
+        task_args: `hard_candidates` and `hard_margin`.
+        args: `bf16` and the batch size.
+        model_name: The checkpoint that training starts from.
+        texts: The texts to choose from; None for those of the rows.
+
+    Returns:
+        The rows; unchanged without --hard_candidates.
+
+    Raises:
+        ValueError, UnreadableImage: As for `hard_texts` and `hard_images`.
+    """
+    if task_args.hard_candidates is None:
+        return rows
+    precision = torch.bfloat16 if args.bf16 else None
+    scorer = Scorer(model_name, device=args.device, batch_size=args.per_device_eval_batch_size, precision=precision)
+    with args.main_process_first(desc="hard candidates"):
+        if kind == "images":
+            return hard_images(rows, scorer, task_args.hard_candidates, margin=task_args.hard_margin)
+        return hard_texts(rows, scorer, task_args.hard_candidates, texts=texts, margin=task_args.hard_margin)
+
+
 def feedback_trainer(
-    rows: Dataset, task_args: TrainArguments, args: ContrastivePOConfig, model_args: ModelConfig
+    rows: Dataset, kinds: Sequence[Kind], task_args: TrainArguments, args: ContrastivePOConfig, model_args: ModelConfig
 ) -> ContrastivePOTrainer:
     """Return the trainer of feedback. Arguments that are not given are filled in from the size of model and data.
 
     Args:
         rows: The training rows.
+        kinds: The kinds of the rows.
         task_args: Splits, ordinary images and class names.
         args: The configuration.
         model_args: The model and its adapters.
@@ -154,6 +219,8 @@ def feedback_trainer(
         if getattr(args, name) is None:
             setattr(args, name, value)
     (template,) = task_args.templates()
+    texts = None if task_args.class_names is None else [template.format(c) for c in task_args.class_names]
+    rows = with_hard_candidates(rows, kinds[0], task_args, args, str(model_args.model_name_or_path), texts)
     return ContrastivePOTrainer(
         model,
         args=args,
@@ -162,7 +229,7 @@ def feedback_trainer(
         processing_class=processor,
         peft_config=peft_config,
         reg_dataset=task_args.generic_images(args.seed, others=("text",)),
-        candidate_texts=None if task_args.class_names is None else [template.format(c) for c in task_args.class_names],
+        candidate_texts=texts,
         callbacks=task_args.callbacks(),
     )
 

@@ -18,6 +18,7 @@ from samples import (
 )
 from transformers import CLIPModel, CLIPProcessor
 
+from clip_po.cli import train_feedback
 from clip_po.cli.main import main
 from clip_po.cli.train_feedback import kinds_of, load_feedback
 from clip_po.data.loading import load_split
@@ -114,6 +115,51 @@ def test_feedback_is_recognized_and_trained_on_as_it_is(kind, clip_folder, tmp_p
     assert changed == {"vision_model", "visual_projection"}
     CLIPProcessor.from_pretrained(out)
     assert "preference optimization" in (out / "README.md").read_text()
+
+
+def texts_without_rejected(folder):
+    make_preferences(8).remove_columns(["rejected", "clean_image"]).to_parquet(folder / "train.parquet")
+
+
+def images_without_rejected(folder):
+    make_image_pairs(8).remove_columns("rejected_image").to_parquet(folder / "train.parquet")
+
+
+@pytest.mark.parametrize("make", [texts_without_rejected, images_without_rejected])
+def test_hard_candidates_are_added_to_the_training_rows(make, clip_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    trained = []
+    fit = train_feedback.feedback_trainer
+    monkeypatch.setattr(train_feedback, "feedback_trainer", lambda *args: trained.append(fit(*args)) or trained[0])
+    make(tmp_path)
+    flags = ["--model_name_or_path", str(clip_folder), "--dataset_name", str(tmp_path / "train.parquet")]
+    flags += ["--output_dir", str(tmp_path / "out"), "--learning_rate", "1e-3", "--hard_candidates", "2", *TINY_RUN]
+    status = main(["train", *flags])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    rows = [trained[0].train_dataset[row] for row in range(8)]
+    batch = trained[0].data_collator(rows)
+    assert batch["rejected"].shape == (8, 2)
+    assert (batch["rejected"] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "flags", "message"),
+    [
+        (unpaired_folder, ["--hard_candidates", "2"], "the rows are unpaired feedback"),
+        (preferences_csv, ["--hard_margin", "0.1"], "--hard_margin has no effect without --hard_candidates"),
+        (preferences_csv, ["--hard_candidates", "0"], "--hard_candidates must be a whole number >= 1"),
+        (
+            lambda folder: folder.mkdir() or (make_labelled(8).to_parquet(folder / "train.parquet") and folder),
+            ["--hard_candidates", "2"],
+            "--hard_candidates is for preferences",
+        ),
+    ],
+)
+def test_hard_candidates_without_a_use_are_refused(make, flags, message, clip_folder, tmp_path, capsys):
+    given = ["--model_name_or_path", str(clip_folder), "--dataset_name", str(make(tmp_path / "data"))]
+    assert main(["train", *given, "--output_dir", str(tmp_path / "out"), *flags, *TINY_RUN]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_ordinary_images_with_texts_hold_the_model(clip_folder, tmp_path, capsys):
