@@ -332,7 +332,8 @@ def test_the_ratio_of_the_mlp_gives_its_width_back(width, inner):
 
 
 def test_the_result_loads_in_sentence_transformers(tmp_path, words):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+    import sentence_transformers  # takes seconds
+
     config = clip_config(model_cfg())
     torch.manual_seed(0)
     source = written(tmp_path / "theirs", renamed(CLIPModel(config).state_dict(), config), model_cfg())
@@ -347,7 +348,8 @@ def test_the_result_loads_in_sentence_transformers(tmp_path, words):
 
 
 def test_an_aligned_checkpoint_loads_in_sentence_transformers(tmp_path):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+    import sentence_transformers  # takes seconds
+
     trainer = make_trainer(CLIPModel(tiny_config()), tmp_path, processing_class=tiny_processor(), max_steps=1)
     trainer.train()
     trainer.save_model(tmp_path / "aligned")
