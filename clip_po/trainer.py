@@ -49,6 +49,7 @@ from clip_po.training.checkpoints import (
     CheckpointCallback,
     check_best_metric,
     checkpoint_folder,
+    checkpoint_format,
     saving,
     whole_checkpoint,
 )
@@ -798,7 +799,8 @@ class ContrastivePOTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             settings = {**self.args.to_dict(), **self._checkpoints.withheld}
             with saving(str(folder), str(self.args.output_dir)):
-                save_pretrained(str(folder), model, self.processing_class, settings, state_dict)
+                written_as = checkpoint_format(folder, model)
+                save_pretrained(str(folder), model, self.processing_class, settings, state_dict, **written_as)
                 # A checkpoint starts empty, and Trainer resumes a transformation from model.safetensors.
                 if Path(folder) != checkpoint_folder(self.args, self.state):
                     remove_stale_files(folder, self.checkpoint_kind)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dual_encoders import POSITIONS, SUPPORTED, tiny_dual_encoder
 from peft import PeftModel
-from samples import PROMPTS, TINY_RUN, make_preferences, make_trainer, picture, write_parquet
+from samples import PROMPTS, TINY_RUN, StopAt, make_preferences, make_trainer, picture, same, weights, write_parquet
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
@@ -167,6 +167,33 @@ def test_the_loss_is_the_equation_of_what_transformers_answers(folder, kind, ali
     assert kl > 1e-5
     assert result["eval_loss"] == pytest.approx((dpo + 0.5 * kl).item(), abs=1e-4)
     assert result["eval_kl"] == pytest.approx(kl.item(), abs=1e-4)
+
+
+SAVED = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "train_text_model": True}
+
+
+def test_a_run_resumes_exactly(folder, tmp_path):
+    whole = make_trainer(str(folder), tmp_path / "whole", **SAVED)
+    whole.train()
+    make_trainer(str(folder), tmp_path / "cut", callbacks=[StopAt(2)], **SAVED).train()
+    resumed = make_trainer(str(folder), tmp_path / "cut", **SAVED)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert same(weights(resumed.model), weights(whole.model))
+
+
+def test_the_best_checkpoint_is_loaded_in_the_end(folder, tmp_path):
+    """Trainer takes the names in the file as they are, and transformers writes some models under other names."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "rewards/margins", "greater_is_better": False}
+    trainer = make_trainer(
+        str(folder), tmp_path, eval_dataset=make_preferences(4), eval_strategy="steps", eval_steps=1, **best, **SAVED
+    )
+    trainer.train()
+    chosen = trainer.state.best_model_checkpoint
+    assert same(weights(trainer.model), weights(AutoModel.from_pretrained(chosen)))
+    assert same(weights(trainer.model), weights(load_model(chosen)))
+    others = {load_model(str(path)) for path in tmp_path.glob("checkpoint-*") if str(path) != chosen}
+    assert not any(same(weights(trainer.model), weights(other)) for other in others)
 
 
 @pytest.fixture(scope="module")

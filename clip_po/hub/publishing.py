@@ -35,6 +35,7 @@ def save_pretrained(
     processor: ProcessorMixin,
     settings: Mapping[str, Any],
     state_dict: Mapping[str, Tensor] | None = None,
+    **kwargs: Any,
 ) -> None:
     """Write a model in safetensors, its processor, and the training arguments as JSON.
 
@@ -46,12 +47,13 @@ def save_pretrained(
         processor: Processor of the model.
         settings: Training arguments. Secrets are replaced, and absolute paths reduced to their last part.
         state_dict: Weights as Trainer gathered them from several processes; None for those of `model`.
+        **kwargs: As in the model's own `save_pretrained`.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     card = Path(folder, CARD_FILE)
     written = card.read_bytes() if card.is_file() else None
     save = partial(save_adapters, model) if isinstance(model, PeftModel) else model.save_pretrained
-    save(folder, state_dict=state_dict)
+    save(folder, state_dict=state_dict, **kwargs)
     if written is not None:  # PEFT and ModelHubMixin write a card of their own, PEFT with the folder of the base model
         card.write_bytes(written)
     else:

@@ -12,7 +12,8 @@ from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from clip_po.hub.publishing import push_checkpoint
@@ -34,6 +35,24 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
         `output_dir/checkpoint-<global_step>`.
     """
     return Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def checkpoint_format(folder: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:
+    """Return how to write a model that Trainer loads again, to resume or as the best one.
+
+    transformers writes some models, such as `VisionTextDualEncoderModel`, under the names of their first checkpoints.
+    `from_pretrained` knows both names, but Trainer takes those in the file as they are, and skips unknown ones.
+
+    Args:
+        folder: Where the model is written.
+        model: The model.
+
+    Returns:
+        Arguments of `PreTrainedModel.save_pretrained` for a checkpoint of a plain model. Empty for adapters and
+        transformations, and for a final model, which older releases of transformers can read.
+    """
+    is_checkpoint = Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    return {"save_original_format": False} if is_checkpoint and isinstance(model, PreTrainedModel) else {}
 
 
 def is_whole(folder: str | os.PathLike[str]) -> bool:
