@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from samples import IMAGE_SIZE, make_trainer, picture, tiny_config, tiny_processor
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from clip_po.cli.main import main
 from clip_po.encoding import encode_images, encode_texts
@@ -356,3 +356,43 @@ def test_an_aligned_checkpoint_loads_in_sentence_transformers(tmp_path):
     loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "aligned"), device="cpu")
     texts = torch.tensor(loaded.encode(TEXTS, normalize_embeddings=True))
     torch.testing.assert_close(texts, encode_texts(trainer.model, tiny_processor(), TEXTS), atol=1e-5, rtol=0)
+
+
+SENTENCES = [
+    "a photo of a cat",
+    "A Photo,  of: a CAT!?",
+    "it's 2026 (naïve café) 😀",
+    "supercalifragilistic " * 30,
+    "",
+]
+
+
+def clip_tokenizer(open_clip):
+    """CLIP's byte-pair encoding for transformers, from the vocabulary that comes with open_clip."""
+    own = open_clip.get_tokenizer("ViT-B-32")
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): number for token, number in own.encoder.items()}
+    return own, CLIPTokenizer(vocab=vocabulary, merges=[*own.bpe_ranks], model_max_length=77)
+
+
+def test_with_the_default_tokenizer_texts_have_the_same_ids_and_embeddings(open_clip, tmp_path):
+    own, tokenizer = clip_tokenizer(open_clip)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    text = {"context_length": 77, "vocab_size": 49_408, "width": 24, "heads": 2, "layers": 2}
+    config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": text}  # pooled at the highest id
+    theirs = random_model(open_clip, dict(config))
+    source = written(tmp_path / "theirs", theirs.state_dict(), config)
+    ours = from_open_clip(str(source), str(tmp_path / "ours"), tokenizer=str(tmp_path / "tokenizer"))
+    processor = CLIPProcessor.from_pretrained(tmp_path / "ours")
+    ids = own(SENTENCES)
+    for text, row in zip(SENTENCES, ids.tolist(), strict=True):
+        read = processor.tokenizer(text, truncation=True)["input_ids"]
+        assert read == row[: row.index(49_407) + 1]
+    with torch.no_grad():
+        expected = theirs.encode_text(ids, normalize=True)
+    torch.testing.assert_close(encode_texts(ours, processor, SENTENCES), expected, atol=1e-5, rtol=0)
+    back = to_open_clip(str(tmp_path / "ours"), str(tmp_path / "back"))
+    assert not {"hf_tokenizer_name", "pool_type", "eos_id"} & set(back["model_cfg"]["text_cfg"])
+    again = open_clip.create_model(f"local-dir:{tmp_path / 'back'}").eval()
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in theirs.state_dict().items())
+    assert isinstance(open_clip.get_tokenizer(f"local-dir:{tmp_path / 'back'}"), type(own))
