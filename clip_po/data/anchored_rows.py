@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from datasets import Dataset
+from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from PIL import Image
-from torch import Tensor
 
 from clip_po.candidates import CandidateTexts
 from clip_po.data.anchored_checks import check_anchored_row, check_image_columns, check_ties
@@ -31,6 +31,9 @@ COLUMNS = frozenset(
 """All columns that are read."""
 
 IMAGES = frozenset({"image", "clean_image", *PAIR_IMAGES})
+"""Those of them that hold images."""
+
+ROWS_AT_ONCE = 100
 
 
 class AnchoredRows:
@@ -62,20 +65,16 @@ class AnchoredRows:
             standard_row(row) for row in dataset.select_columns(without_images).with_format(None).to_list()
         ]
         self.kinds: list[Kind] = [kind_of(row) for row in self._values]
-        counts = torch.where(self._are_pairs, 1 + _rejected_images(self._stored), 1)
-        self._starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).tolist()
-
-    @property
-    def _are_pairs(self) -> Tensor:
-        return torch.tensor([kind == "images" for kind in self.kinds], dtype=torch.bool)
+        rejected = _rejected_images(self._stored)
+        counts = [1 + rejected[index] if kind == "images" else 1 for index, kind in enumerate(self.kinds)]
+        self._starts = [0, *itertools.accumulate(counts)]
+        without_clean = {"clean_image"} if "images" in self.kinds else set()
+        self._columns = [column for column in used if column not in without_clean]
 
     @property
     def column_names(self) -> Sequence[str]:
         """The columns of the dataset, without `clean_image` if rows of two images have none."""
-        columns = list(self.dataset.column_names)
-        if "images" in self.kinds and "clean_image" in columns:
-            columns.remove("clean_image")
-        return columns
+        return self._columns
 
     @property
     def transformed(self) -> bool:
@@ -253,7 +252,7 @@ class AnchoredRows:
             ) from error
 
     def _row_of(self, image: int) -> int:
-        return int(torch.searchsorted(torch.tensor(self._starts), image, right=True)) - 1
+        return bisect.bisect_right(self._starts, image) - 1
 
     def _decoded(self, column: str, value: Any, where: str) -> Image.Image:
         return decode_stored(value, self._features.get(column) or ImageFeature(), column, where)
@@ -301,12 +300,12 @@ def _pair_images(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [("chosen_image", values.get("chosen_image")), *(("rejected_image", image) for image in rejected)]
 
 
-def _rejected_images(stored: Dataset) -> Tensor:
+def _rejected_images(stored: Dataset) -> list[int]:
     """Return the number of rejected images of each row, as if all rows were of the kind "images"."""
-    if "rejected_image" not in stored.column_names:
-        return torch.ones(len(stored), dtype=torch.int64)
-    column: pa.ChunkedArray = stored.select_columns(["rejected_image"])[:]["rejected_image"]
-    if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
-        return torch.ones(len(stored), dtype=torch.int64)
-    counts = pc.fill_null(pc.list_value_length(column), 0)
-    return torch.from_numpy(counts.to_numpy().astype("int64"))
+    if not isinstance(stored.features.get("rejected_image"), List):
+        return [1] * len(stored)
+    column, counts = stored.select_columns(["rejected_image"]), list[int]()
+    for start in range(0, len(column), ROWS_AT_ONCE):  # shuffled rows are copied, with the bytes of their images
+        lists = column[start : start + ROWS_AT_ONCE]["rejected_image"]
+        counts += pc.fill_null(pc.list_value_length(lists), 0).to_pylist()
+    return counts
