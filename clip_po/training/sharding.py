@@ -53,7 +53,7 @@ def allow_sharding(encoder: PreTrainedModel) -> None:
 
 def _text_embeddings(encoder: PreTrainedModel) -> nn.Module:
     # Not the token table inside: it is already sharded if CLIPTextEmbeddings is wrapped as a unit.
-    return encoder.text_model.embeddings
+    return next(module for name, module in encoder.text_model.named_modules() if name.endswith("embeddings"))
 
 
 @contextlib.contextmanager
