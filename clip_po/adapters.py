@@ -48,9 +48,10 @@ def add_adapters(encoder: PreTrainedModel, config: PeftConfig, seed: int) -> Pef
         change = float((_embeddings(encoder) - before).abs().max())
         changes_base(model)  # of some kinds, adapters can't be disabled
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError, RuntimeError) as error:
+        targets = as_dual_encoder(encoder).adapter_targets("vision")
         raise ValueError(
             f"peft_config does not fit the model ({type(error).__name__}: {error}). Target layers of its vision "
-            r"tower, with target_modules=r'.*vision_model.*\.(q_proj|v_proj)'."
+            rf"tower, with target_modules=r'.*vision_model.*\.{targets}'."
         ) from error
     if not change <= MOST_CHANGE:
         raise ValueError(

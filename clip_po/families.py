@@ -7,6 +7,7 @@ class of a model.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -147,6 +148,20 @@ class DualEncoder:
             The size.
         """
         return getattr(self.model.config, f"{tower}_config").hidden_size
+
+    def adapter_targets(self, tower: Tower) -> str:
+        """Return an example of layers for adapters.
+
+        Args:
+            tower: "vision" or "text".
+
+        Returns:
+            A regular expression for the end of their names: queries and values as in the LoRA paper, or the
+            `linear_layers` of a tower whose attention has other names.
+        """
+        usual = r"(q_proj|v_proj)"
+        names = (name for part in self.towers[tower] for name, _ in self.model.get_submodule(part).named_modules())
+        return usual if any(re.search(usual, name) for name in names) else self.linear_layers[tower]
 
     # ---- Logits ----------------------------------------------------------------------------------------------
 

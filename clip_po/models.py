@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoProcessor,
@@ -76,6 +78,11 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
             "ConceptTransform.fold_into(model)."
         )
     kind = written.get("model_type") or AutoConfig.from_pretrained(name, trust_remote_code=False, **hub).model_type
+    if kind in FAMILIES and kind not in CONFIG_MAPPING:
+        raise TypeError(
+            f"{name!r} is a {kind!r} model, which transformers {transformers.__version__} does not have. Update it: "
+            "pip install -U transformers."
+        )
     if kind not in FAMILIES:
         raise TypeError(
             f"{name!r} is a {kind!r} model, but clip_po aligns CLIPModel checkpoints (model_type 'clip') and other "

@@ -238,10 +238,10 @@ def _excluded(name: str, encoder: DualEncoder, args: ContrastivePOConfig) -> tup
         return None
     other: Tower = "text" if tower == "vision" else "vision"
     if tower not in _trained_towers(args):
+        targets = rf".*{other}_model.*\.{encoder.adapter_targets(other)}"
         return (
             f"in the {tower} tower",
-            rf"Target the {other} tower alone, with target_modules=r'.*{other}_model.*\.(q_proj|v_proj)', or set "
-            f"train_{tower}_model=True.",
+            f"Target the {other} tower alone, with target_modules=r'{targets}', or set train_{tower}_model=True.",
         )
     if args.trainable_layers is None:
         return None
@@ -250,7 +250,7 @@ def _excluded(name: str, encoder: DualEncoder, args: ContrastivePOConfig) -> tup
         return None
     if block is not None and int(block[2]) >= blocks - args.trainable_layers:
         return None
-    targets = rf"{_blocks_pattern(tower, encoder, args)}\.(q_proj|v_proj)"
+    targets = rf"{_blocks_pattern(tower, encoder, args)}\.{encoder.adapter_targets(tower)}"
     return (
         f"below the last {args.trainable_layers} blocks of the {tower} tower",
         f"Target the last blocks alone, with target_modules=r'{targets}', or leave trainable_layers out.",

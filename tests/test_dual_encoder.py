@@ -1,6 +1,8 @@
 """The interface to two-tower models, for every supported architecture. See also `test_architectures.py`."""
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from peft import LoraConfig, PeftModel
 from samples import PROMPTS, make_trainer, picture, run_config, same
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
+from clip_po import models as loading
 from clip_po.data.images import to_pixels
 from clip_po.data.patches import pack_patches, unpack_patches
 from clip_po.dual_encoder import as_dual_encoder
@@ -18,6 +21,7 @@ from clip_po.families import FAMILIES
 from clip_po.models import load_model, read_processor
 from clip_po.trainable import choose_trainable, tower_of, trained_linear_layers
 
+TEXT_ALONE = {"train_vision_model": False, "train_text_model": True}
 IMAGES = [picture(number) for number in range(3)]
 
 
@@ -176,3 +180,43 @@ def test_scales_normalizations_and_positions_do_not_decay(folder, tmp_path):
     assert decay
     assert not {name for name in decay if name.rpartition(".")[0] in normalizations}
     assert not {name for name in decay if parameters[name].ndim < 2}
+
+
+def test_refused_adapters_name_targets_that_work(folder, tmp_path):
+    def trainer(targets):
+        config = LoraConfig(r=2, target_modules=targets)
+        return make_trainer(load_model(folder), tmp_path, peft_config=config)
+
+    for targets in ("no_such_layer", trained_linear_layers(load_model(folder), run_config(tmp_path, **TEXT_ALONE))):
+        with pytest.raises(ValueError, match="target_modules=r'") as error:
+            trainer(targets)
+        (advised,) = re.findall(r"target_modules=r'(.+?)'", str(error.value))
+        assert trainer(advised).model.peft_config
+
+
+def test_the_model_card_says_how_to_load_the_model(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path)
+    trainer.save_model()
+    trainer.create_model_card(model_name=str(tmp_path))
+    (code,) = re.findall(r"```python\n(.+?)```", (tmp_path / "README.md").read_text(), flags=re.DOTALL)
+    names: dict = {}
+    exec(code.replace(f'"{tmp_path.name}"', repr(str(tmp_path))), names)
+    assert type(names["model"]) is type(trainer.encoder)
+    loaded, trained = embeddings(names["model"], names["processor"]), embeddings(trainer.model, read_processor(folder))
+    assert same(dict(enumerate(loaded)), dict(enumerate(trained)))
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers"])
+def test_a_config_that_is_larger_than_its_weights_is_refused(folder, field, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    config["text_config"][field] = 10**9
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{field}.*1000000000.*Correct it"):
+        load_model(str(tmp_path / "copy"))
+
+
+def test_a_family_that_transformers_does_not_have_yet_is_named(folder, kind, monkeypatch):
+    monkeypatch.setattr(loading, "CONFIG_MAPPING", {})
+    with pytest.raises(TypeError, match=rf"is a '{kind}' model, which transformers .* does not have\. Update"):
+        load_model(folder)
