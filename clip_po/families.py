@@ -302,6 +302,7 @@ class _AltCLIP(DualEncoder):
 
 class _VisionTextDualEncoder(DualEncoder):
     class_name = "VisionTextDualEncoderModel"
+    unused = ("vision_model.embeddings.mask_token",)  # of DINOv2, and of some ViTs
 
 
 class _Temperature(DualEncoder):

@@ -169,6 +169,16 @@ def test_the_loss_is_the_equation_of_what_transformers_answers(folder, kind, ali
     assert result["eval_kl"] == pytest.approx(kl.item(), abs=1e-4)
 
 
+def without_gradient(trainer):
+    """Names of trained parameters that a step gives no gradient, for which several processes would wait in vain."""
+    trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[0]])).backward()
+    return [name for name, value in trainer.model.named_parameters() if value.requires_grad and value.grad is None]
+
+
+def test_every_trained_parameter_gets_a_gradient(folder, tmp_path):
+    assert not without_gradient(make_trainer(str(folder), tmp_path, train_text_model=True, train_logit_scale=True))
+
+
 SAVED = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "train_text_model": True}
 
 
