@@ -13,26 +13,32 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class OwnImages:
-    """The images of a process.
+class OwnCandidates:
+    """The images of a process, and which of its images and texts belong to rows that count.
+
+    Padding and rows with unreadable images do not count.
 
     Attributes:
         identities: A number for each image, the same for images that are one.
-        counted: Whether the row of each image counts. Padding and unreadable images do not.
+        counted: Whether the row of each image counts.
+        texts: Positions of the texts of rows that count.
         anchored: Whether a row chooses among images.
     """
 
     identities: list[int]
     counted: list[bool]
+    texts: set[int]
     anchored: bool
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> OwnImages | None:
-        """Return the images of a batch; None if its rows are of a dataset in which no row chooses among images."""
+    def of(cls, batch: Mapping[str, Any]) -> OwnCandidates | None:
+        """Return those of a batch; None if its rows are of a dataset in which no row chooses among images."""
         if "image_ids" not in batch:
             return None
-        counted = (batch["counted"] > 0)[rows_of_images(batch)]
-        return cls(batch["image_ids"].tolist(), counted.tolist(), "candidate_images" in batch)
+        rows = batch["counted"] > 0
+        texts = set(batch["candidates"][rows].flatten().tolist())
+        counted = rows[rows_of_images(batch)].tolist()
+        return cls(batch["image_ids"].tolist(), counted, texts, "candidate_images" in batch)
 
 
 def rows_of_images(batch: Mapping[str, Any]) -> Tensor:
@@ -52,7 +58,7 @@ def rows_of_images(batch: Mapping[str, Any]) -> Tensor:
 
 
 def in_batch_images(
-    batch: Mapping[str, Any], shared: Mapping[str, Any], texts: Tensor, images: Sequence[OwnImages]
+    batch: Mapping[str, Any], shared: Mapping[str, Any], texts: Tensor, images: Sequence[OwnCandidates]
 ) -> dict[str, Any]:
     """Make every image of the global batch a candidate of each row that is anchored at its text.
 
@@ -107,7 +113,7 @@ def anchored_at_text(candidate_images: Tensor) -> Tensor:
     return ((candidate_images != candidate_images[:, :1]) & (candidate_images >= 0)).any(dim=-1)
 
 
-def _first_counted(images: Sequence[OwnImages], device: torch.device) -> tuple[Tensor, Tensor]:
+def _first_counted(images: Sequence[OwnCandidates], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the position at which each image is a candidate, and which positions those are, of rows that count."""
     identities = [number for found in images for number in found.identities]
     counted = [count for found in images for count in found.counted]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_gather
 
-from clip_po.candidate_images import OwnImages, gather_objects, in_batch_images
+from clip_po.candidate_images import OwnCandidates, gather_objects, in_batch_images
 from clip_po.text_identity import TextTokens
 from clip_po.validation import check_candidates
 
@@ -95,8 +95,9 @@ class CandidateTexts:
 def in_batch_candidates(batch: Mapping[str, Any], identity: Callable[[str], Hashable] = str) -> dict[str, Any]:
     """Make every text of the global batch a candidate of each row, and every image of each row anchored at its text.
 
-    Texts with one identity are one candidate, and so are images with one number in `image_ids`. All processes must
-    call this function together. Under gradient accumulation, a global batch is one micro-batch of all processes.
+    Texts with one identity are one candidate, and so are images with one number in `image_ids`. Of rows with
+    `image_ids`, those that do not count add no candidates. All processes must call this function together. Under
+    gradient accumulation, a global batch is one micro-batch of all processes.
 
     Args:
         batch: The rows of this process, as `DataCollatorForContrastivePreference` makes them without
@@ -108,12 +109,15 @@ def in_batch_candidates(batch: Mapping[str, Any], identity: Callable[[str], Hash
         rows; `chosen` [B] and `rejected` [B, R] are positions in them. If a row of any process is anchored at its
         text, as `in_batch_images` returns it.
     """
-    everyone = gather_objects((batch["texts"], OwnImages.of(batch)))
+    everyone = gather_objects((batch["texts"], OwnCandidates.of(batch)))
+    counted = [text for texts, own in everyone for n, text in enumerate(texts) if own is None or n in own.texts] or [
+        text for texts, _ in everyone for text in texts
+    ]
     first: dict[Hashable, str] = {}
-    for text in (text for texts, _ in everyone for text in texts):
+    for text in counted:
         first.setdefault(identity(text), text)
     place = {known: position for position, known in enumerate(first)}
-    moved = batch["chosen"].new_tensor([place[identity(text)] for text in batch["texts"]])
+    moved = batch["chosen"].new_tensor([place.get(identity(text), 0) for text in batch["texts"]])
     candidates = moved[batch["candidates"].clamp(min=0)]
     chosen, rejected = batch["chosen"].unsqueeze(-1), batch["rejected"]
     shared = {

@@ -19,7 +19,7 @@ from torch import distributed
 from torch.nn import functional as F
 
 from clip_po import candidates
-from clip_po.candidate_images import OwnImages, images_of_all
+from clip_po.candidate_images import OwnCandidates, images_of_all
 from clip_po.candidates import in_batch_candidates
 from clip_po.losses import sigmoid_loss
 
@@ -262,7 +262,7 @@ def test_a_batch_without_images_to_choose_from_may_meet_one_with_them(make_train
     trainer = make_trainer(rows, in_batch_candidates=True)
     halves = [batch_of(trainer, [0, 1]), batch_of(trainer, [2, 3])]
     whole = in_batch_candidates(batch_of(trainer, range(4)))
-    shares = [(half["texts"], OwnImages.of(half)) for half in halves]
+    shares = [(half["texts"], OwnCandidates.of(half)) for half in halves]
     monkeypatch.setattr(candidates, "gather_objects", lambda own: shares)
     for rank, half in enumerate(halves):
         monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)

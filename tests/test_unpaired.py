@@ -217,3 +217,14 @@ def test_the_advice_names_the_range():
     assert "300 right and 100 wrong" in said
     assert "desirable_weight between 0.33 and 0.44" in said
     assert "undesirable_weight between 2.25 and 3.0" in said
+
+
+def test_texts_of_rows_that_do_not_count_are_no_candidates(make_trainer):
+    trainer = make_trainer(make_unpaired(4))
+    rows = [trainer.train_dataset[index] for index in range(4)]
+    rows[3]["counted"] = 0.0
+    batch = in_batch_candidates(trainer.data_collator(rows), trainer.candidates.identity)
+    assert batch["texts"] == PROMPTS[:3]
+    assert batch["chosen"].tolist() == [0, 1, 2, 0]
+    alone = in_batch_candidates(trainer.data_collator(rows[:3]), trainer.candidates.identity)
+    torch.testing.assert_close(logratios(trainer, batch)[:3], logratios(trainer, alone))
