@@ -28,7 +28,7 @@ def check_foldable(model: nn.Module, projections: tuple[str, ...] = PROJECTIONS)
     missing = [name for name in projections if not hasattr(encoder, name)]
     if missing:
         raise ValueError(
-            f"A {type(encoder).__name__} has no {' and no '.join(missing)}, the linear layer at the end of a tower "
+            f"{type(encoder).__name__} has no {' and no '.join(missing)}, the linear layer at the end of a tower "
             "that W is multiplied into. Transform the embeddings themselves, image_embeds, text_embeds = "
             "concept(image_embeds, text_embeds), or use a model with projections, such as CLIP or MetaCLIP 2."
         )
