@@ -65,7 +65,8 @@ def _forward(whole: Callable[..., Any], size: int, *args: Any, **kwargs: Any) ->
         given = {**named, **dict(zip(tensors, part, strict=True))}
         places = [given.pop(position) for position in range(len(args))]
         found = whole(*places, **given)
-        return found.last_hidden_state[:, :1], found.pooler_output
+        # A copy, because a view would keep the states of all positions.
+        return found.last_hidden_state[:, :1].contiguous(), found.pooler_output
 
     parts = [
         checkpoint(encode, *(value[start : start + size] for value in tensors.values()), use_reentrant=False)
