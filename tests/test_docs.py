@@ -9,6 +9,7 @@ How a page is run, from top to bottom, in an empty folder:
 - Blocks without a language, and those of other languages, are text.
 """
 
+import json
 import re
 import runpy
 import shlex
@@ -40,6 +41,8 @@ STAND_INS = {
     "path/to/photos": "photos",
     "path/to/images": "unlabelled",
     "path/to/answers": "answers",
+    "path/to/pairs": "pairs",
+    "path/to/votes": "votes",
     "your/dataset": "photos",
 }
 # Commands of clip-po that the pages may run.
@@ -53,6 +56,7 @@ OVERRIDES = {
     "clip-po steer": "--max_steps 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 8",
     "typographic.py": "--max_steps 2 --per_device_train_batch_size 4",
     "label_free.py": "--max_steps 2 --per_device_train_batch_size 4",
+    "per_text.py": "--max_steps 2 --per_device_train_batch_size 4",
     "annotations.py": "--max_steps 2 --per_device_train_batch_size 4",
     "steer.py": "--max_steps 2 --per_device_train_batch_size 4",
     "steer_gender.py": "--max_steps 2 --per_device_train_batch_size 4",
@@ -70,6 +74,10 @@ EXAMPLE_COMMANDS = {
     "--output_dir aligned",
     "label_free.py": "python examples/label_free.py --model openai/clip-vit-base-patch32 --dataset path/to/images "
     "--class_names cat dog bird ship --output_dir aligned",
+    "per_text.py": "python examples/per_text.py --model openai/clip-vit-base-patch32 --dataset path/to/photos "
+    "--output_dir aligned",
+    "image_pairs.yaml": "clip-po train --config image_pairs.yaml",
+    "unpaired.yaml": "clip-po train --config unpaired.yaml",
     "annotations.py": "python examples/annotations.py --model openai/clip-vit-base-patch32 "
     "--answers path/to/answers/answers.csv --text caption_1 caption_2 --output_dir aligned",
     "steer.py": "python examples/steer.py --model openai/clip-vit-base-patch32 --dataset path/to/photos "
@@ -99,6 +107,9 @@ EXAMPLE_PRINTS = {
     "typographic.py": ["clean", "typographic", "recovery", "clean cost"],
     "steer.py": ["right - reading (points)", "| -2   |", "| 0.25 |"],
     "steer_gender.py": ["label named |", "max_skew@2 |", "| 1   |"],
+    "per_text.py": ["Pairs in which the photograph of the thing wins: "],
+    "image_pairs.yaml": ["Found preferences between images: 7 rows. Training with loss_type sigmoid,"],
+    "unpaired.yaml": ["Found unpaired feedback: 8 rows. Training with loss_type kto,"],
     "annotations.py": ["pairwise_accuracy", "| before |", "| after  |"],
     "label_free.py": ["Answers that a word does not change: ", "Clean answers that changed: "],
     "compare.yaml": ["| text removal", "| label-free, soft", "| interpolation of CE", "No method has a recovery"],
@@ -106,6 +117,10 @@ EXAMPLE_PRINTS = {
 # What a page leaves in its folder.
 PROMISES = {
     "bias.md": ["bias/report.json"],
+    "feedback.md": [
+        *(f"from-{kind}/model.safetensors" for kind in ("texts", "images", "votes")),
+        "mixed/model.safetensors",
+    ],
     "quickstart.md": [
         "aligned/model.safetensors",
         "long/README.md",
@@ -221,14 +236,36 @@ def siglip_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A folder of pictures with a table of preferences between them."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for number in range(16):
+        picture(number).save(folder / f"{number}.png")
+    rows = [{"text": PROMPTS[n % 4], "chosen_image": f"{n}.png", "rejected_image": f"{n + 8}.png"} for n in range(8)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def votes(tmp_path_factory):
+    """A folder of pictures with a table of texts that are right or wrong."""
+    folder = tmp_path_factory.mktemp("votes")
+    lines = ["image,text,label"]
+    for number in range(8):
+        picture(number).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{PROMPTS[number % 4]},{number % 2 == 0}")
+    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 @pytest.fixture
-def localized(clip_folder, siglip_folder, photos, unlabelled, answers, tmp_path, tmp_path_factory, monkeypatch):
+def localized(request, tmp_path, tmp_path_factory, monkeypatch):
     """An empty current folder, and a function that puts local folders for the names in a text."""
     cache = tmp_path_factory.getbasetemp() / "datasets-cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    folders = {"clip_folder": clip_folder, "siglip_folder": siglip_folder, "photos": photos}
-    folders |= {"unlabelled": unlabelled, "answers": answers}
+    folders = {fixture: request.getfixturevalue(fixture) for fixture in STAND_INS.values()}
 
     def localize(text):
         for name, fixture in STAND_INS.items():
