@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
 from clip_po.candidate_logps import candidate_logps, pair_logps
+from clip_po.concept import ConceptTransform
 from clip_po.losses import bernoulli_kl
 
 ROWS = 7
@@ -72,11 +73,11 @@ def test_the_kl_and_its_gradient_are_finite_and_right_far_from_0(logit):
 
 
 @torch.no_grad()
-def plain_logits(folder, images):
+def plain_logits(folder, images, texts=PROMPTS):
     """The logits of transformers itself."""
     images = list(images)
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    tokens = processor.tokenizer(PROMPTS, padding="max_length", max_length=32, return_tensors="pt")
+    tokens = processor.tokenizer(texts, padding="max_length", max_length=32, return_tensors="pt")
     return model(**tokens, **processor.image_processor(images, return_tensors="pt")).logits_per_image
 
 
@@ -126,3 +127,32 @@ def test_what_does_not_fit_is_refused(tmp_path):
         run_config(tmp_path, policy="bernoulli")
     with pytest.raises(ValueError, match="embedding_distillation"):
         run_config(tmp_path, policy="sigmoid", loss_type=["distillation"])
+
+
+def test_an_open_vocabulary_counts_each_text_by_itself(folder, tmp_path):
+    rows, texts = make_preferences(ROWS), ["a tree", "a boat", "something else"]
+    settings = {"policy": "sigmoid", "reg_type": "kl_open", "reg_candidate_texts": texts, "reg_weight": 2.0}
+    trainer = make_trainer(
+        folder, tmp_path, train_dataset=rows, eval_dataset=rows, max_steps=3, learning_rate=1e-3, **settings
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "aligned")
+    reference, policy = (plain_logits(name, rows["clean_image"], texts) for name in (folder, tmp_path / "aligned"))
+    kl = kl_divergence(Bernoulli(logits=reference), Bernoulli(logits=policy)).sum(-1).mean()
+    assert kl > 1e-5
+    assert trainer.evaluate()["eval_loss/regularization"] == pytest.approx(2 * kl.item(), abs=1e-4)
+
+
+def test_a_concept_trains_under_the_same_policy(folder, tmp_path):
+    rows = make_preferences(ROWS)
+    settings = {"policy": "sigmoid", "max_steps": 3, "learning_rate": 1e-2}
+    trainer = make_trainer(
+        folder, tmp_path, concept=ConceptTransform(32), train_dataset=rows, eval_dataset=rows, **settings
+    )
+    reference = F.logsigmoid(plain_logits(folder, rows["image"]))
+    chosen = torch.tensor([[PROMPTS.index(text)] for text in rows["chosen"]])
+    start = trainer.evaluate()
+    assert start["eval_logps/chosen"] == pytest.approx(reference.gather(1, chosen).mean().item(), abs=1e-4)
+    assert start["eval_kl"] == pytest.approx(0, abs=1e-6)
+    trainer.train()
+    assert trainer.evaluate()["eval_rewards/margins"] > 0
