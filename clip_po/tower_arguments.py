@@ -27,7 +27,8 @@ class TowerArguments:
         train_vision_model (`bool`, defaults to `True`): Train the vision tower with its projection. With `False` and
             `train_text_model=True`, the text tower trains alone, and each fixed image is embedded once.
         train_text_model (`bool`, defaults to `False`): Also train the text tower with its projection.
-        train_logit_scale (`bool`, defaults to `False`): Also train the logit scale, up to ln 100 (before exp).
+        train_logit_scale (`bool`, defaults to `False`): Also train the factor of the cosines, `logit_scale`
+            or `temperature`, up to 100 in CLIP, and the bias with `policy="sigmoid"`.
         trainable_layers (`int`, *optional*): Train only the last blocks of each trained tower, this many, with the
             final norm and the projection; 0 for these two alone. No graph is kept for the layers below. Defaults to
             the whole tower. Parameters that are frozen in the model you pass stay frozen with any of these arguments.
@@ -46,7 +47,9 @@ class TowerArguments:
 
     train_vision_model: bool = field(default=True, metadata={"help": "Train the vision tower."})
     train_text_model: bool = field(default=False, metadata={"help": "Also train the text tower."})
-    train_logit_scale: bool = field(default=False, metadata={"help": "Also train the logit scale."})
+    train_logit_scale: bool = field(
+        default=False, metadata={"help": "Also train the logit scale, or the temperature."}
+    )
     trainable_layers: int | None = field(
         default=None,
         metadata={
