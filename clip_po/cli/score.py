@@ -20,9 +20,9 @@ from clip_po.cli.precision import precision_defaults
 from clip_po.cli.score_arguments import IMAGES, TEXTS, ScoreArguments
 from clip_po.data.candidate_rows import CandidateRow, folder_rows, table_rows
 from clip_po.data.row_files import row_writer
-from clip_po.ranking import SCHEMA, BestImages, Line
-from clip_po.row_scores import PreparedRow, prepare_row, score_rows
-from clip_po.scorer import Scorer
+from clip_po.scoring.ranking import SCHEMA, BestImages, Line
+from clip_po.scoring.row_scores import PreparedRow, prepare_row, score_rows
+from clip_po.scoring.scorer import Scorer
 from clip_po.validation import check_writable
 
 

@@ -23,8 +23,8 @@ from clip_po.data.loading import load_split
 from clip_po.data.row_kinds import Kind, has_kinds
 from clip_po.data.table_files import find_tables
 from clip_po.dual_encoder import as_dual_encoder
-from clip_po.hard_candidates import hard_images, hard_texts
-from clip_po.scorer import Scorer
+from clip_po.scoring.hard_candidates import hard_images, hard_texts
+from clip_po.scoring.scorer import Scorer
 from clip_po.trainer import ContrastivePOTrainer
 from clip_po.training.printed_logs import print_numbers
 from clip_po.validation import COUNT, check_number

@@ -17,7 +17,7 @@ from clip_po.cli import score as command
 from clip_po.cli.main import main
 from clip_po.concept import ConceptTransform
 from clip_po.data.candidate_rows import CandidateRow
-from clip_po.ranking import BestImages
+from clip_po.scoring.ranking import BestImages
 
 COUNT = 7
 

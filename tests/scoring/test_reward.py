@@ -183,7 +183,7 @@ def test_wrong_calls_say_what_to_give(reward, call, said):
 @pytest.mark.slow
 def test_photographs_of_a_class_are_ranked_first_for_its_name(tmp_path, capsys):
     """The real model, on photographs whose classes are known: as often right as it is in zero-shot classification."""
-    shared = Path(os.environ.get("CLIP_PO_SHARED", Path(__file__).parents[2] / "shared"))
+    shared = Path(os.environ.get("CLIP_PO_SHARED", Path(__file__).parents[3] / "shared"))
     if not shared.exists():
         pytest.skip(f"no folder {shared}")
     rows = datasets.load_dataset(str(shared / "data" / "photographs"), split="test").select(range(400))

@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from clip_po.data.candidate_rows import CandidateRow
-from clip_po.ranking import Line, ranked_lines
-from clip_po.scorer import Scorer
+from clip_po.scoring.ranking import Line, ranked_lines
+from clip_po.scoring.scorer import Scorer
 from clip_po.validation import UnreadableImage
 
 

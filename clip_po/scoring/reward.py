@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_po.data.images import to_rgb
-from clip_po.scorer import Scorer
+from clip_po.scoring.scorer import Scorer
 
 
 class RewardModel:

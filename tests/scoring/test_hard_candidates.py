@@ -7,8 +7,8 @@ from samples import PROMPTS, make_image_pairs, make_preferences, make_trainer, p
 from transformers import CLIPModel
 
 from clip_po.data.images import to_pixels
-from clip_po.hard_candidates import embed_column, hard_images, hard_texts
-from clip_po.scorer import Scorer
+from clip_po.scoring.hard_candidates import embed_column, hard_images, hard_texts
+from clip_po.scoring.scorer import Scorer
 from clip_po.validation import UnreadableImage
 
 TEXTS = ["a cat", "a dog", "A  DOG", "a bird", "a ship", "a tree", "the sea"]  # two are the same to the model

@@ -16,7 +16,7 @@ from clip_po.candidates import CandidateTexts
 from clip_po.data.embedding_cache import fingerprint, model_digest, processor_digest
 from clip_po.data.images import probe_image
 from clip_po.data.stored_images import decode_stored, image_identity
-from clip_po.scorer import Scorer
+from clip_po.scoring.scorer import Scorer
 from clip_po.text_identity import TextTokens
 from clip_po.validation import COUNT, FINITE, check_column, check_number, check_text
 
