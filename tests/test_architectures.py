@@ -16,6 +16,7 @@ from clip_po.cli.main import main
 from clip_po.data.images import to_pixels
 from clip_po.encoding import encode_images, encode_texts
 from clip_po.evaluation.zero_shot import classify
+from clip_po.hub.publishing import save_pretrained
 from clip_po.models import load_any, load_model, read_processor
 
 PADDED = {"siglip", "siglip2"}
@@ -145,6 +146,15 @@ def test_what_is_saved_is_what_was_trained(folder, kind, aligned):
         images = encode_images(trained, to_pixels(processor, pictures()))
     torch.testing.assert_close(found.images, images, **EXACT)
     torch.testing.assert_close(found.texts, encode_texts(trained, processor, TEXTS), **EXACT)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_saved_processor_pads_on_the_side_on_which_it_padded(folder, kind, side, tmp_path):
+    model, processor = load_model(folder), read_processor(folder)
+    processor.tokenizer.padding_side = side  # transformers saves it only if it was read from a file
+    save_pretrained(tmp_path, model, processor, {})
+    read_back = read_processor(tmp_path)
+    assert read_back.tokenizer.padding_side == side
 
 
 def test_the_loss_is_the_equation_of_what_transformers_answers(folder, kind, aligned):
