@@ -58,7 +58,7 @@ def save_pretrained(
         card.write_bytes(written)
     else:
         card.unlink(missing_ok=True)
-    # Saved only if it was read from a file, and defaults differ: SigLIP 2 would read texts that are padded on the left.
+    # Saved only if it was read from a file, and defaults differ: SigLIP 2 would read texts padded on the left.
     processor.tokenizer.init_kwargs["padding_side"] = processor.tokenizer.padding_side
     processor.save_pretrained(folder)
     text = json.dumps(publishable(settings), indent=2, sort_keys=True, default=str)
