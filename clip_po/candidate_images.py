@@ -31,12 +31,12 @@ class OwnCandidates:
     anchored: bool
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> OwnCandidates | None:
-        """Return those of a batch; None if its rows are of a dataset in which no row chooses among images."""
-        if "image_ids" not in batch:
-            return None
+    def of(cls, batch: Mapping[str, Any]) -> OwnCandidates:
+        """Return those of a batch. There are no images if no row of the dataset chooses among images."""
         rows = batch["counted"] > 0
         texts = set(batch["candidates"][rows].flatten().tolist())
+        if "image_ids" not in batch:
+            return cls([], [], texts, False)
         counted = rows[rows_of_images(batch)].tolist()
         return cls(batch["image_ids"].tolist(), counted, texts, "candidate_images" in batch)
 

@@ -95,9 +95,9 @@ class CandidateTexts:
 def in_batch_candidates(batch: Mapping[str, Any], identity: Callable[[str], Hashable] = str) -> dict[str, Any]:
     """Make every text of the global batch a candidate of each row, and every image of each row anchored at its text.
 
-    Texts with one identity are one candidate, and so are images with one number in `image_ids`. Of rows with
-    `image_ids`, those that do not count add no candidates. All processes must call this function together. Under
-    gradient accumulation, a global batch is one micro-batch of all processes.
+    Texts with one identity are one candidate, and so are images with one number in `image_ids`. Rows that do not count
+    add no candidates. All processes must call this function together. Under gradient accumulation, a global batch is
+    one micro-batch of all processes.
 
     Args:
         batch: The rows of this process, as `DataCollatorForContrastivePreference` makes them without
@@ -110,11 +110,10 @@ def in_batch_candidates(batch: Mapping[str, Any], identity: Callable[[str], Hash
         text, as `in_batch_images` returns it.
     """
     everyone = gather_objects((batch["texts"], OwnCandidates.of(batch)))
-    counted = [text for texts, own in everyone for n, text in enumerate(texts) if own is None or n in own.texts] or [
-        text for texts, _ in everyone for text in texts
-    ]
+    every = [text for texts, _ in everyone for text in texts]
+    counted = [text for texts, own in everyone for n, text in enumerate(texts) if n in own.texts]
     first: dict[Hashable, str] = {}
-    for text in counted:
+    for text in counted or every:
         first.setdefault(identity(text), text)
     place = {known: position for position, known in enumerate(first)}
     moved = batch["chosen"].new_tensor([place.get(identity(text), 0) for text in batch["texts"]])
@@ -126,8 +125,8 @@ def in_batch_candidates(batch: Mapping[str, Any], identity: Callable[[str], Hash
         "chosen": candidates.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, -1).squeeze(-1),
         "rejected": candidates.gather(-1, rejected.clamp(min=0)).masked_fill(rejected < 0, -1),
     }
-    images = [found for _, found in everyone if found is not None]
-    if not any(found.anchored for found in images):
+    images = [own for _, own in everyone]
+    if not any(own.anchored for own in images):
         return shared
     return in_batch_images(batch, shared, candidates, images)
 

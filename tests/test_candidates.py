@@ -4,6 +4,7 @@ from samples import PROMPTS, make_preferences
 from torch import distributed
 
 from clip_po import candidates
+from clip_po.candidate_images import OwnCandidates
 from clip_po.candidates import CandidateTexts, in_batch_candidates, share_of_texts
 from clip_po.config import ContrastivePOConfig
 from clip_po.data.collator import DataCollatorForContrastivePreference
@@ -65,11 +66,20 @@ def test_positions_still_name_each_rows_own_texts(rows, collate):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_halves_of_a_batch_have_its_candidates_in_one_order(rows, collate, monkeypatch, rank):
     whole, halves = in_batch_candidates(collate(rows)), [collate(rows[:2]), collate(rows[2:])]
-    as_one_of_two(monkeypatch, (halves[1 - rank]["texts"], None), rank)
+    other = halves[1 - rank]
+    as_one_of_two(monkeypatch, (other["texts"], OwnCandidates.of(other)), rank)
     found = in_batch_candidates(halves[rank])
     assert found["texts"] == whole["texts"]
     own = rows[2 * rank : 2 * rank + 2]
     assert texts_of(found) == ([r["chosen"] for r in own], [r["rejected"] for r in own])
+
+
+def test_the_texts_of_padding_are_no_candidates(rows, collate):
+    padding = {**rows[-1], "chosen": "a ghost", "rejected": ["a shadow"], "weight": 0.0, "counted": 0.0}
+    whole, padded = in_batch_candidates(collate(rows)), in_batch_candidates(collate([*rows, padding]))
+    assert padded["texts"] == whole["texts"]
+    for name in ("chosen", "rejected"):
+        assert padded[name][:-1].tolist() == whole[name].tolist()
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, ["a", "b"]), (1, ["c", ""])])
