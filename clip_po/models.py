@@ -351,7 +351,7 @@ def check_processor(processor: Any, model: nn.Module) -> None:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise TypeError(
             f"processing_class must be a processor, with an image_processor and a tokenizer, got "
-            f"{type(processor).__name__}."
+            f"{type(processor).__name__}. Pass AutoProcessor.from_pretrained(...) of the model's checkpoint."
         )
     encoder, probe = as_dual_encoder(model), probe_image()
     config, side = encoder.model.config, encoder.image_side

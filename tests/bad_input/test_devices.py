@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import CLIPModel
 
 from clip_po.cli.main import main
-from clip_po.concept import transform
+from clip_po.concept import folding
 from clip_po.concept.transform import ConceptTransform
 from clip_po.evaluation.interpolation import interpolate
 from clip_po.training.nan_guard import NanGuardCallback
@@ -105,7 +105,7 @@ class WithoutFloat64(TorchFunctionMode):
 def test_float64_is_computed_on_the_cpu_where_the_device_has_none(monkeypatch, model, path):
     concept = ConceptTransform(16)
     expected = concept.fold_into(model, 0.5, path).visual_projection.weight
-    monkeypatch.setattr(transform, "WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr(folding, "WITHOUT_FLOAT64", ("cpu",))
     with WithoutFloat64():
         found = concept.fold_into(model, 0.5, path).visual_projection.weight
     assert torch.equal(found, expected)

@@ -208,7 +208,10 @@ PROCESSORS = {
         lambda b: zero_shot(b, processor=more_tokens()), ValueError, "has 74 tokens", "same checkpoint"
     ),
     "a-tokenizer-alone": case(
-        lambda b: zero_shot(b, processor=b.processor.tokenizer), TypeError, "must be a CLIPProcessor"
+        lambda b: zero_shot(b, processor=b.processor.tokenizer),
+        TypeError,
+        "must be a processor",
+        "AutoProcessor.from_pretrained",
     ),
 }
 
