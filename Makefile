@@ -13,13 +13,13 @@ demo: $(STAMP)
 test: lint suite
 
 suite: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Sums come in another order on other kernels and threads. Tests must allow for that and no more.
 test-numeric: $(STAMP)
 	for kernels in default avx2 ""; do \
 	  HF_HUB_OFFLINE=1 CLIP_PO_TEST_THREADS="1 2 4" OMP_WAIT_POLICY=passive $${kernels:+env ATEN_CPU_CAPABILITY=$$kernels} \
-	    $(BIN)/python -m pytest -n 2 --dist loadgroup -m "numeric and not long" || exit 1; \
+	    $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "numeric and not long" || exit 1; \
 	done
 
 # Fault runs of minutes, which `make test` leaves out.

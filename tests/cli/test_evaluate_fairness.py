@@ -199,7 +199,6 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 def test_two_processes_report_what_one_does(clip_folder, people, two_processes, monkeypatch, tmp_path):
     data = ["--model_name_or_path", str(clip_folder), "--dataset_name", str(people)]

@@ -159,7 +159,6 @@ assert main(sys.argv[1:]) in (0, 3)
 """
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 def test_two_processes_choose_one_model(command, clip_folder, tmp_path, two_processes):
     bounds = ["--max_drift", "9", "--max_retention_cost", "90", "--retention", str(tmp_path / "others")]

@@ -139,7 +139,6 @@ with mock.patch.multiple(train, parse=sharding, log_drift=log_drift):
 """
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from clip_po.training.sharding import SHARDING_IS_EXACT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
+pytestmark = pytest.mark.slow
 
 LAYOUTS = ["whole", *(["sharded"] if SHARDING_IS_EXACT else [])]
 

@@ -12,7 +12,7 @@ from transformers import CLIPModel
 
 from clip_po.training.sharding import SHARDING_IS_EXACT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

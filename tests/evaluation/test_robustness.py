@@ -302,7 +302,6 @@ accelerator.end_training()
 """
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 def test_two_processes_give_the_answers_of_one(dataset, images, model, processor, two_processes, tmp_path):
     model.save_pretrained(tmp_path)

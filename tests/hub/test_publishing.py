@@ -159,7 +159,6 @@ def pushed(clip_folder, tmp_path_factory):
     return hub, folder, done.stdout + done.stderr
 
 
-@pytest.mark.xdist_group("pushes")
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_push_carries_a_card_and_no_pickle_and_no_token(pushed, strategy):

@@ -269,7 +269,6 @@ trainer.accelerator.end_training()
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"), reason="transformers can't resume on several CPU processes"
 )
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 def test_two_processes_agree_on_metrics_and_average_and_resume_exactly(
     clip_folder, processor, two_processes, tmp_path

@@ -109,7 +109,6 @@ def runs(tmp_path_factory, clip_folder, two_processes):
     return streaming_worker.run(clip_folder, folder), json.loads((folder / "two.json").read_text()), said
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stream", "rows", "apart"])
 def test_two_processes_train_as_one_on_streams_and_around_broken_images(name, runs):
@@ -125,7 +124,6 @@ def test_two_processes_train_as_one_on_streams_and_around_broken_images(name, ru
     assert (sum(counts[:3]), sum(counts[3:])) == broken
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 def test_what_two_processes_skip_is_said_by_the_one_that_read_it(runs):
     assert "Skipped, by on_bad_image='skip': train_dataset row 1: the image in column 'image' can't be read" in runs[2]

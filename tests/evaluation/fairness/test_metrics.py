@@ -455,7 +455,6 @@ PartialState().destroy_process_group()
 """
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(clip_folder, people, two_processes, monkeypatch, tmp_path):
     people.select(range(15)).save_to_disk(tmp_path / "people")
