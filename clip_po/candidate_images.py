@@ -11,6 +11,8 @@ from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
+from clip_po.losses.global_batch import processes
+
 
 @dataclass(frozen=True)
 class OwnCandidates:
@@ -152,8 +154,8 @@ def gather_objects(own: Any) -> list[Any]:
     Returns:
         One object for each process, in their order.
     """
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if processes() == 1:
         return [own]
-    found = [None] * distributed.get_world_size()
+    found = [None] * processes()
     distributed.all_gather_object(found, own)
     return found

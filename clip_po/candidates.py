@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, distributed
-from torch.distributed.nn.functional import all_gather
 
 from clip_po.candidate_images import OwnCandidates, gather_objects, in_batch_images
+from clip_po.losses.global_batch import of_all_processes, processes
 from clip_po.text_identity import TextTokens
 from clip_po.validation import check_candidates
 
@@ -140,8 +139,8 @@ def share_of_texts(texts: Sequence[str]) -> list[str]:
     Returns:
         ceil(M / processes) texts, padded with empty ones; all of them with a single process.
     """
-    each = -(-len(texts) // _processes())
-    start = each * (distributed.get_rank() if _processes() > 1 else 0)
+    each = -(-len(texts) // processes())
+    start = each * (distributed.get_rank() if processes() > 1 else 0)
     own = list(texts[start : start + each])
     return [*own, *[""] * (each - len(own))]
 
@@ -158,8 +157,4 @@ def embeds_of_all(embeds: Tensor, count: int) -> Tensor:
     Returns:
         Tensor[M, D], the same in every process.
     """
-    return torch.cat(all_gather(embeds))[:count] if _processes() > 1 else embeds
-
-
-def _processes() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return of_all_processes(embeds)[:count]

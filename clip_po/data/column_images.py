@@ -9,8 +9,9 @@ from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from clip_po.data.images import read_image, read_images, to_rgb
-from clip_po.validation import check_column, unreadable_image
+from clip_po.data.images import read_image, read_images
+from clip_po.data.stored_images import decode_stored
+from clip_po.validation import check_column
 
 Place = tuple[str, int, int]
 """Column, row, and position in the list, which is 0 for a single image."""
@@ -89,8 +90,4 @@ class ColumnImages:
         rows = self._columns[column]
         if not isinstance(rows.features[column], List):
             return read_image(rows, column, row)
-        stored = rows[row][column][position] or {}
-        try:
-            return to_rgb(ImageFeature().decode_example(stored))
-        except Exception as error:  # decoders of broken files raise anything from OSError to SyntaxError
-            raise unreadable_image(error, repr(column), f"Row {row}", stored.get("path")) from error
+        return decode_stored(rows[row][column][position], ImageFeature(), column, f"Row {row}")

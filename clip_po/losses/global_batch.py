@@ -1,4 +1,4 @@
-"""The rows of all processes, for losses that compare rows with each other."""
+"""The rows of all processes, for what compares rows with each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def of_all_processes(rows: Tensor) -> Tensor:
     Returns:
         Tensor[P * B, ...], in the order of the P processes; `rows` itself with a single process.
     """
-    return torch.cat(all_gather(rows)) if _processes() > 1 else rows
+    return torch.cat(all_gather(rows)) if processes() > 1 else rows
 
 
 def of_this_process(rows: Tensor) -> Tensor:
@@ -28,8 +28,9 @@ def of_this_process(rows: Tensor) -> Tensor:
     Returns:
         Tensor[B, ...].
     """
-    return rows.chunk(_processes())[distributed.get_rank()] if _processes() > 1 else rows
+    return rows.chunk(processes())[distributed.get_rank()] if processes() > 1 else rows
 
 
-def _processes() -> int:
+def processes() -> int:
+    """Return the number of processes; 1 if torch.distributed is not initialized."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
